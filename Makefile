@@ -1,0 +1,46 @@
+# make demo   sets everything up and runs the whole job on a model made on the spot
+# make test   sets everything up and runs every test
+# make check  formatting, lints, types, stub
+# make bench  the comparisons of benches/, in minutes
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
+BUILT  := $(VENV)/.built
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(BUILT)
+	$(BIN)/safemerge-fast demo
+
+test: $(BUILT) check
+	cargo test --no-default-features
+	$(BIN)/pytest
+
+check: $(BUILT)
+	cargo fmt --check
+	cargo clippy --all-targets --no-default-features -- -D warnings
+	cargo clippy --all-targets --features python -- -D warnings
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest safemerge_fast._engine
+
+bench: $(BUILT)
+	cargo bench --no-default-features
+	$(BIN)/python benches/merge.py
+
+# One environment: the build tool first, then the package in place with all that its tests need.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "maturin>=1.9,<2"
+	touch $@
+
+$(BUILT): $(VENV)/.created pyproject.toml $(RUST)
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --extras dev --quiet
+	touch $@
+
+clean:
+	rm -rf $(VENV) target dist

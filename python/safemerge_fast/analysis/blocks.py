@@ -1,0 +1,214 @@
+"""Reads differences of mapped tensors block by block into float32 buffers that are allocated once.
+
+Peak memory is the buffers; the mapped pages that reading touches are given back as it goes. Fresh allocations per
+block would cost more time than the reading.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from ..checkpoint import Model
+
+__all__ = ["Difference", "Mapped", "Workspace"]
+
+_TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+_RELEASE_BYTES = 32 << 20
+# The kernel maps up to this much around a page that is touched, if it is in the page cache.
+_FAULT_AROUND_BYTES = 64 << 10
+
+
+class Workspace:
+    """The buffers that all modules of one analysis share, and how large blocks and operations may be.
+
+    Attributes:
+        device: Where the buffers lie.
+        block_elements: Elements of a float32 block, about.
+        block_columns: Least width of a block of columns, so that a row's segment is a page or more.
+        chunk_elements: Elements that are converted at a time: on the CPU what stays in its second-level cache.
+        operation_flops: Floating-point operations of one product at most, so that Ctrl-C waits for no more than
+            about a tenth of a second.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        block_elements: int = 4 << 20,
+        block_columns: int = 2048,
+        chunk_elements: int | None = None,
+        operation_flops: float | None = None,
+    ) -> None:
+        on_cpu = device.type == "cpu"
+        self.device = device
+        self.block_elements = block_elements
+        self.block_columns = block_columns
+        self.chunk_elements = chunk_elements or (256 << 10 if on_cpu else 8 << 20)
+        self.operation_flops = operation_flops or (4e9 if on_cpu else 4e12)
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """Returns a contiguous float32 (rows, columns) buffer; asking for the same name again gives the same memory."""
+        size = rows * columns
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers.pop(name, None)
+            self._buffers[name] = torch.empty(size, dtype=torch.float32, device=self.device)
+        return self._buffers[name][:size].view(rows, columns)
+
+    def block_extent(self, across: int, *, least: int = 1) -> int:
+        """Rows (or columns) of a block that is `across` wide in its other direction."""
+        return max(self.block_elements // max(across, 1), least)
+
+    def strips(self, rows: int, flops_per_row: float) -> Iterator[tuple[int, int]]:
+        """Cuts the rows of a product so that no operation takes long; yields (start, stop)."""
+        step = max(int(self.operation_flops / max(flops_per_row, 1.0)), 16)
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
+    def dot(self, left: torch.Tensor, right: torch.Tensor) -> float:
+        """Sums the products of two float32 matrices of equal shape: float32 within a row, float64 over rows."""
+        rows, columns = left.shape
+        total = 0.0
+        step = max(self.chunk_elements // max(columns, 1), 1)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            scratch = self.buffer("scratch", stop - start, columns)
+            torch.mul(left[start:stop], right[start:stop], out=scratch)
+            total += float(scratch.sum(dim=1).cpu().double().sum())
+        return total
+
+
+class Mapped:
+    """One 2-D tensor of one model, as it lies in the mapped file: (rows, columns) of the stored shape."""
+
+    def __init__(self, model: Model, name: str) -> None:
+        info = model.headers.tensor(name)
+        self.role = model.role
+        self.name = name
+        self.dtype = info.dtype
+        self.shape: tuple[int, int] = (info.shape[0], info.shape[1])
+        self._headers = model.headers
+        self._touched = 0
+        array = np.asarray(model.headers.rows(name, 0, self.shape[0]))
+        with warnings.catch_warnings():
+            # Read-only memory: nothing here writes to it.
+            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+            raw = torch.from_numpy(array)
+        self._dtype = _TORCH_DTYPES[info.dtype]
+        self._itemsize = self._dtype.itemsize
+        self._bytes = raw.view(self.shape[0], self.shape[1] * self._itemsize)
+        self._aligned = raw.data_ptr() % self._itemsize == 0
+
+    def chunk(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Returns a part of the tensor in its own dtype on the CPU; a view of the mapping where that is aligned."""
+        if self._aligned:
+            part = self._bytes.view(self._dtype)[rows, columns]
+        else:
+            # A header that is not padded puts the data at any byte; a clone starts at an aligned one.
+            width = slice(columns.start * self._itemsize, columns.stop * self._itemsize)
+            part = self._bytes[rows, width].clone(memory_format=torch.contiguous_format).view(self._dtype)
+        whole_rows = part.shape[1] == self.shape[1]
+        row_bytes = part.shape[1] * self._itemsize
+        self._touched += part.shape[0] * (row_bytes if whole_rows else row_bytes + _FAULT_AROUND_BYTES)
+        return part
+
+    def release_when_full(self) -> None:
+        """Gives the pages back once enough of them may have been touched."""
+        if self._touched >= _RELEASE_BYTES:
+            self.release()
+
+    def release(self) -> None:
+        """Gives the pages back; what is read again is mapped again."""
+        self._headers.release(self.name)
+        self._touched = 0
+
+
+class Difference:
+    """minuend - subtrahend of two mapped tensors of one shape, as float32 blocks, and the norms of what was read.
+
+    The subtraction is done in float32 on the values as they are stored. Rows and columns are those of the module's
+    (d_out, d_in) matrix, whichever way it is stored.
+
+    Attributes:
+        shape: (d_out, d_in).
+        squares: ‖minuend - subtrahend‖² over the blocks read so far.
+        minuend_squares: ‖minuend‖² over the blocks read so far.
+    """
+
+    def __init__(self, workspace: Workspace, minuend: Mapped, subtrahend: Mapped, *, transposed: bool) -> None:
+        stored = minuend.shape
+        self.shape = (stored[1], stored[0]) if transposed else stored
+        self.squares = 0.0
+        self.minuend_squares = 0.0
+        self._workspace = workspace
+        self._minuend = minuend
+        self._subtrahend = subtrahend
+        self._transposed = transposed
+
+    def is_zero(self) -> bool:
+        """Whether the two tensors hold equal numbers; reads on only as long as they do."""
+        rows, columns = self._minuend.shape
+        step = max(self._workspace.chunk_elements // columns, 1)
+        for start in range(0, rows, step):
+            part = (slice(start, min(start + step, rows)), slice(0, columns))
+            left, right = self._minuend.chunk(*part), self._subtrahend.chunk(*part)
+            if left.dtype != right.dtype:
+                left, right = left.float(), right.float()
+            if not torch.equal(left, right):
+                return False
+            self._give_back()
+        return True
+
+    def rows(self, start: int, stop: int, buffer: str) -> torch.Tensor:
+        """Reads rows start to stop of the difference into the named buffer: (stop - start, d_in)."""
+        return self._read(start, stop, buffer, by_rows=not self._transposed)
+
+    def columns(self, start: int, stop: int, buffer: str) -> torch.Tensor:
+        """Reads columns start to stop of the difference into the named buffer: (d_out, stop - start)."""
+        return self._read(start, stop, buffer, by_rows=self._transposed)
+
+    def release(self) -> None:
+        """Gives the mapped pages of both tensors back."""
+        self._minuend.release()
+        self._subtrahend.release()
+
+    def _read(self, start: int, stop: int, buffer: str, *, by_rows: bool) -> torch.Tensor:
+        """Reads a block of stored rows or of stored columns, chunk by chunk, and adds up its norms."""
+        workspace = self._workspace
+        row_start, row_stop = (start, stop) if by_rows else (0, self._minuend.shape[0])
+        columns = slice(0, self._minuend.shape[1]) if by_rows else slice(start, stop)
+        width = columns.stop - columns.start
+        block = workspace.buffer(buffer, row_stop - row_start, width)
+        step = max(workspace.chunk_elements // max(width, 1), 1)
+        for first in range(row_start, row_stop, step):
+            rows = slice(first, min(first + step, row_stop))
+            part = block[rows.start - row_start : rows.stop - row_start]
+            self._load(self._minuend, rows, columns, part)
+            self.minuend_squares += workspace.dot(part, part)
+            scratch = workspace.buffer("scratch", part.shape[0], width)
+            self._load(self._subtrahend, rows, columns, scratch)
+            part.sub_(scratch)
+            self.squares += workspace.dot(part, part)
+            self._give_back()
+        return block.T if self._transposed else block
+
+    def _load(self, tensor: Mapped, rows: slice, columns: slice, out: torch.Tensor) -> None:
+        """Converts a chunk to float32; to another device it travels in its own, narrower dtype."""
+        part = tensor.chunk(rows, columns)
+        out.copy_(part if out.device.type == "cpu" else part.to(out.device))
+
+    def _give_back(self) -> None:
+        self._minuend.release_when_full()
+        self._subtrahend.release_when_full()

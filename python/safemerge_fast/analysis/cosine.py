@@ -1,0 +1,195 @@
+"""Computes ρ exactly for updates of full rank, through the smaller of the two Gram matrices of V.
+
+With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_in), SafeMERGE (arXiv 2503.17239) takes
+ρ = cos(C Δ, Δ) with C = V Vᵀ/‖V‖. The scale of C cancels:
+
+    ρ = ‖VᵀΔ‖² / (‖V VᵀΔ‖ ‖Δ‖)            ρ_null = ‖V‖² / (√d_out ‖V Vᵀ‖)
+
+A wide V (d_out <= d_in) goes through K = V Vᵀ and KΔ by blocks of columns; a tall one through N = VᵀV and M = VᵀΔ by
+blocks of rows, where ‖V VᵀΔ‖² = ⟨M, N M⟩. So memory is min(d_out, d_in)² floats (twice that if V is tall) and a few
+blocks, and the products take 3 to 4 · d_out · d_in · min(d_out, d_in) operations. Products are float32, sums over rows
+float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from .blocks import Difference, Mapped, Workspace
+from .device import full_float32
+from .rounding import v_rounding
+from .scores import Score
+
+if TYPE_CHECKING:
+    from ..checkpoint import Model
+    from ..pairing import Row
+
+__all__ = ["Workspace", "score_module"]
+
+
+def score_module(
+    models: Mapping[str, Model], row: Row, *, delta_reference: str = "aligned", workspace: Workspace
+) -> Score:
+    """Scores one module.
+
+    Args:
+        models: base, aligned and finetuned, by role.
+        row: An analysed row of the pairing: 2-D, float, of one shape in all three models.
+        delta_reference: What Δ is taken against, "aligned" or "base".
+        workspace: Buffers and the device to compute on.
+
+    Returns:
+        The score. ρ is 0 where V VᵀΔ is zero and neither V nor Δ is: the update lies wholly outside the subspace.
+    """
+    tensors = {role: Mapped(models[role], row.names[role]) for role in ("base", "aligned", "finetuned")}
+    v = Difference(workspace, tensors["aligned"], tensors["base"], transposed=row.transposed)
+    delta = Difference(workspace, tensors["finetuned"], tensors[delta_reference], transposed=row.transposed)
+    d_out, d_in = v.shape
+    rho: float | None = None
+    rho_null: float | None = None
+    with full_float32(workspace.device):
+        if v.is_zero() or delta.is_zero():
+            _norms_only(v, delta, workspace)
+        elif d_out <= d_in:
+            rho, rho_null = _wide(v, delta, workspace)
+        else:
+            rho, rho_null = _tall(v, delta, workspace)
+    undefined = _why_undefined(v, delta, tensors, workspace)
+    v.release()
+    delta.release()
+    v_norm, weight_norm = math.sqrt(v.squares), math.sqrt(v.minuend_squares)
+    return Score(
+        rho=rho if undefined is None else None,
+        rho_null=rho_null if undefined is None else None,
+        v_norm=v_norm,
+        delta_norm=math.sqrt(delta.squares),
+        weight_norm=weight_norm,
+        v_rounding=v_rounding(tensors["base"].dtype, tensors["aligned"].dtype, weight_norm, v_norm),
+        undefined=undefined,
+    )
+
+
+def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float]:
+    """Computes (ρ, ρ_null) through K = V Vᵀ, for d_out <= d_in; two passes over blocks of columns."""
+    d_out, d_in = v.shape
+    extent = workspace.block_extent(d_out, least=workspace.block_columns)
+    gram = workspace.buffer("gram", d_out, d_out).zero_()
+    for start in range(0, d_in, extent):
+        block = v.columns(start, min(start + extent, d_in), "block")
+        _add_lower_gram(gram, block, workspace)
+    gram_squares = _complete_gram(gram, _power_of_two(v.squares), workspace)
+
+    overlap = image_squares = 0.0  # ⟨KΔ, Δ⟩ and ‖KΔ‖²
+    for start in range(0, d_in, extent):
+        block = delta.columns(start, min(start + extent, d_in), "block")
+        width = block.shape[1]
+        for first, last in workspace.strips(d_out, 2.0 * d_out * width):
+            image = workspace.buffer("product", last - first, width)
+            torch.mm(gram[first:last], block, out=image)
+            overlap += workspace.dot(block[first:last], image)
+            image_squares += workspace.dot(image, image)
+    rho = _cosine(overlap, math.sqrt(image_squares), math.sqrt(delta.squares))
+    return rho, _null(v, gram_squares)
+
+
+def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float]:
+    """Computes (ρ, ρ_null) through N = VᵀV and M = VᵀΔ, for d_out > d_in; one pass over blocks of rows."""
+    d_out, d_in = v.shape
+    extent = workspace.block_extent(d_in)
+    gram = workspace.buffer("gram", d_in, d_in).zero_()
+    cross = workspace.buffer("cross", d_in, d_in).zero_()
+    for start in range(0, d_out, extent):
+        stop = min(start + extent, d_out)
+        v_block = v.rows(start, stop, "block").T
+        delta_block = delta.rows(start, stop, "update")
+        _add_lower_gram(gram, v_block, workspace)
+        for first, last in workspace.strips(d_in, 2.0 * d_in * (stop - start)):
+            cross[first:last].addmm_(v_block[first:last], delta_block)
+    gram_scale = _power_of_two(v.squares)
+    gram_squares = _complete_gram(gram, gram_scale, workspace)
+    cross_scale = _power_of_two(math.sqrt(v.squares) * math.sqrt(delta.squares))
+    cross.mul_(cross_scale)
+
+    overlap = image_squares = 0.0  # ‖M‖² and ⟨M, N M⟩, scaled
+    for first, last in workspace.strips(d_in, 2.0 * d_in * d_in):
+        product = workspace.buffer("product", last - first, d_in)
+        torch.mm(gram[first:last], cross, out=product)
+        overlap += workspace.dot(cross[first:last], cross[first:last])
+        image_squares += workspace.dot(cross[first:last], product)
+    image = math.sqrt(max(image_squares, 0.0) / gram_scale)
+    rho = _cosine(overlap / cross_scale, image, math.sqrt(delta.squares))
+    return rho, _null(v, gram_squares)
+
+
+def _norms_only(v: Difference, delta: Difference, workspace: Workspace) -> None:
+    """Reads both differences for their norms."""
+    d_out, d_in = v.shape
+    extent = workspace.block_extent(d_in)
+    for start in range(0, d_out, extent):
+        stop = min(start + extent, d_out)
+        v.rows(start, stop, "block")
+        delta.rows(start, stop, "block")
+
+
+def _add_lower_gram(gram: torch.Tensor, block: torch.Tensor, workspace: Workspace) -> None:
+    """Adds block · blockᵀ to the gram matrix, in strips of rows; right of a strip's diagonal it is left as it is."""
+    rows, width = block.shape
+    for first, last in workspace.strips(rows, 2.0 * rows * width):
+        gram[first:last, :last].addmm_(block[first:last], block[:last].T)
+
+
+def _complete_gram(gram: torch.Tensor, scale: float, workspace: Workspace) -> float:
+    """Scales the gram matrix, mirrors its lower part into the upper one and returns its squared norm.
+
+    Without the scale, fourth powers of small weights would leave float32's range.
+    """
+    rows = gram.shape[0]
+    squares = 0.0
+    step = workspace.block_extent(rows)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        gram[first:last, :last].mul_(scale)
+        gram[:first, first:last].copy_(gram[first:last, :first].T)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        squares += workspace.dot(gram[first:last], gram[first:last])
+    return squares
+
+
+def _power_of_two(size: float) -> float:
+    """The power of two that brings a positive size to about 1, so that scaling by it rounds nothing."""
+    if not (math.isfinite(size) and size > 0.0):
+        return 1.0
+    return math.ldexp(1.0, max(-126, min(126, -math.frexp(size)[1])))
+
+
+def _cosine(overlap: float, image_norm: float, delta_norm: float) -> float:
+    """The cosine of a Gram matrix's image, kept within 0 to 1 against rounding."""
+    scale = image_norm * delta_norm
+    if not scale > 0.0:
+        return 0.0
+    return max(0.0, min(1.0, overlap / scale))
+
+
+def _null(v: Difference, gram_squares: float) -> float | None:
+    ...
+
+
+def _why_undefined(
+    v: Difference, delta: Difference, tensors: Mapping[str, Mapped], workspace: Workspace
+) -> str | None:
+    """Says why there is no ρ, or returns None."""
+    if not all(math.isfinite(squares) for squares in (v.minuend_squares, v.squares, delta.squares)):
+        for tensor in tensors.values():
+            if not tensor.is_finite(workspace.chunk_elements):
+                return f"non-finite values in {tensor.role} tensor {tensor.name}"
+        return f"non-finite values in float32 arithmetic on tensor {tensors['finetuned'].name}"
+    if v.squares == 0.0:
+        return "V is zero"
+    if delta.squares == 0.0:
+        return "Δ is zero"
+    return None

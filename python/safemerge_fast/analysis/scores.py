@@ -1,0 +1,257 @@
+"""What the analysis found, as data: written to scores.json, read back and checked before it is reused. No torch."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import AnalysisError
+
+if TYPE_CHECKING:
+    from ..checkpoint import Model
+
+__all__ = ["DELTA_REFERENCES", "VERSION", "Score", "Scores", "describe_source"]
+
+VERSION = 1
+"""Version of the JSON that Scores.to_json writes."""
+
+DELTA_REFERENCES = ("aligned", "base")
+"""The models that Δ can be taken against."""
+
+# How much of a model its sample looks at: the first row of at most this many tensors, at most this many bytes each.
+_SAMPLED_TENSORS = 256
+_SAMPLED_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How far one module's update lies in the safety subspace.
+
+    With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_in); all norms are Frobenius norms.
+
+    Attributes:
+        rho: ρ = cos(V Vᵀ Δ, Δ), from 0 to 1; None where it is undefined.
+        rho_null: The ρ expected of a random update, from V alone: ‖V‖² / (√d_out ‖V Vᵀ‖); None where undefined.
+        v_norm: ‖V‖.
+        delta_norm: ‖Δ‖.
+        weight_norm: ‖W_aligned‖.
+        v_rounding: Relative error of V that the rounding of both checkpoints to their dtypes predicts; NaN if V is 0.
+        undefined: Why there is no ρ: "V is zero", "Δ is zero" or "non-finite values in <role> tensor <name>";
+            None where there is one.
+    """
+
+    rho: float | None
+    rho_null: float | None
+    v_norm: float
+    delta_norm: float
+    weight_norm: float
+    v_rounding: float
+    undefined: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of one analysis and what they were computed from.
+
+    Attributes:
+        modules: Scores by tensor name (of the fine-tuned model), in file order.
+        delta_reference: The model that Δ was taken against, "aligned" or "base".
+        sources: For each role what describe_source says of it.
+        device: Where the scores were computed, as torch names it.
+        seconds: How long that took.
+        version: Version of the format, VERSION.
+    """
+
+    modules: Mapping[str, Score]
+    delta_reference: str
+    sources: Mapping[str, Mapping[str, Any]]
+    device: str
+    seconds: float
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """Writes the scores as JSON that from_json reads; numbers that are not finite become null."""
+        document = {
+            "version": self.version,
+            "delta_reference": self.delta_reference,
+            "device": self.device,
+            "seconds": self.seconds,
+            "sources": {role: dict(source) for role, source in self.sources.items()},
+            "modules": {
+                name: {field: _finite(getattr(score, field)) for field in _SCORE_FIELDS}
+                for name, score in self.modules.items()
+            },
+        }
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Scores:
+        """Reads what to_json wrote.
+
+        Raises:
+            AnalysisError: The text is not JSON, is of another version, or any part of it is not as it should be.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise AnalysisError(f"the scores are not JSON ({error}); write them again with analyze") from error
+        _expect_keys(
+            document, "scores", {"version", "delta_reference", "device", "seconds", "sources", "modules"}
+        )
+        if document["version"] != VERSION:
+            raise AnalysisError(
+                f"the scores are of version {document['version']!r}, but this program reads version {VERSION}; "
+                f"write them again with analyze"
+            )
+        if document["delta_reference"] not in DELTA_REFERENCES:
+            raise _malformed("delta_reference", "aligned or base", document["delta_reference"])
+        if not isinstance(document["device"], str):
+            raise _malformed("device", "a string", document["device"])
+        for part in ("sources", "modules"):
+            if not isinstance(document[part], dict):
+                raise _malformed(part, "an object", document[part])
+        return cls(
+            modules={name: _read_score(name, value) for name, value in document["modules"].items()},
+            delta_reference=document["delta_reference"],
+            sources={role: _read_source(role, value) for role, value in document["sources"].items()},
+            device=document["device"],
+            seconds=_read_number("seconds", document["seconds"]),
+        )
+
+    def to_csv(self) -> str:
+        """Writes one line per module under a header line; what is undefined or not finite is left empty."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["name", *_SCORE_FIELDS])
+        for name, score in self.modules.items():
+            writer.writerow([name, *(_finite(getattr(score, field)) for field in _SCORE_FIELDS)])
+        return text.getvalue()
+
+    def matches(self, models: Mapping[str, Model]) -> str | None:
+        """Compares the models that the scores were computed from with those given.
+
+        Paths and modification times may differ: a copy of a checkpoint is the same checkpoint. Header digests and sizes
+        may not, and neither may the sample of the data, which tells two fine-tunes of one model apart.
+
+        Args:
+            models: The models given, by role. Roles that the scores know nothing of are not looked at.
+
+        Returns:
+            None if the scores belong to these models, else the reason why not, in words.
+        """
+        for role, source in self.sources.items():
+            model = models.get(role)
+            if model is None:
+                continue
+            expected = {file: (facts["size"], facts["header_digest"]) for file, facts in source["files"].items()}
+            found = {
+                file: (facts["size"], facts["header_digest"])
+                for file, facts in model.headers.identity().items()
+            }
+            for file in sorted(expected.keys() | found.keys()):
+                if file not in found:
+                    return f"{role} was scored with {file}, which {model.path} does not have"
+                if file not in expected:
+                    return f"{role} was scored without {file}, which {model.path} has"
+                if expected[file] != found[file]:
+                    return f"{file} in {model.path} has another size or header than the {role} that was scored"
+            if "sample" in source and source["sample"] != _sample(model):
+                return f"{model.path} has other weights than the {role} that was scored ({source['path']})"
+        return None
+
+
+def describe_source(model: Model) -> dict[str, Any]:
+    """Says what a model is, for Scores.sources.
+
+    Args:
+        model: The model.
+
+    Returns:
+        "path"; "files" (size, mtime_ns and header_digest of each file); and "sample", a digest of the first row of
+        up to 256 tensors, because every fine-tune of a model has the same headers and sizes.
+    """
+    files = {file: dict(facts) for file, facts in model.headers.identity().items()}
+    return {"path": str(model.path), "files": files, "sample": _sample(model)}
+
+
+def _sample(model: Model) -> str:
+    """Digests the beginning of tensors spread evenly over the model's names."""
+    tensors = sorted(
+        (tensor for tensor in model.headers.tensors if tensor.shape and tensor.nbytes),
+        key=lambda tensor: tensor.name,
+    )
+    step = max(1, math.ceil(len(tensors) / _SAMPLED_TENSORS))
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors[::step]:
+        row = np.asarray(model.headers.rows(tensor.name, 0, 1))
+        digest.update(tensor.name.encode() + b"\0" + row[:_SAMPLED_BYTES].tobytes())
+    return digest.hexdigest()
+
+
+_SCORE_FIELDS = tuple(field.name for field in fields(Score))
+
+
+def _finite(value: float | str | None) -> float | str | None:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _malformed(what: str, expected: str, found: object) -> AnalysisError:
+    return AnalysisError(f"in the scores, {what} should be {expected}, not {found!r}; write them again with analyze")
+
+
+def _expect_keys(value: object, what: str, keys: set[str], optional: frozenset[str] = frozenset()) -> None:
+    if not isinstance(value, dict):
+        raise _malformed(what, "an object", value)
+    if missing := sorted(keys - value.keys()):
+        raise AnalysisError(f"in the scores, {what} has no {missing[0]!r}; write them again with analyze")
+    if unknown := sorted(value.keys() - keys - optional):
+        raise AnalysisError(f"in the scores, {what} has an unknown {unknown[0]!r}; write them again with analyze")
+
+
+def _read_number(what: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _malformed(what, "a finite number", value)
+    return float(value)
+
+
+def _read_score(name: str, value: Any) -> Score:
+    """Reads one module's score; a null norm was not finite."""
+    _expect_keys(value, name, set(_SCORE_FIELDS))
+    numbers = {
+        field: None if value[field] is None else _read_number(f"{field} of {name}", value[field])
+        for field in _SCORE_FIELDS
+        if field != "undefined"
+    }
+    undefined = value["undefined"]
+    if undefined is not None and not isinstance(undefined, str):
+        raise _malformed(f"undefined of {name}", "a string or null", undefined)
+    if (numbers["rho"] is None) == (undefined is None):
+        raise AnalysisError(f"in the scores, {name} should have either rho or undefined; write them again with analyze")
+    known = {
+        field: math.nan if numbers[field] is None else numbers[field]
+        for field in ("v_norm", "delta_norm", "weight_norm", "v_rounding")
+    }
+    return Score(rho=numbers["rho"], rho_null=numbers["rho_null"], undefined=undefined, **known)
+
+
+def _read_source(role: str, value: Any) -> dict[str, Any]:
+    """Reads what describe_source wrote."""
+    what = f"source {role}"
+    _expect_keys(value, what, {"path", "files"}, frozenset({"sample"}))
+    if not isinstance(value["files"], dict):
+        raise _malformed(f"files of {what}", "an object", value["files"])
+    for file, facts in value["files"].items():
+        _expect_keys(facts, f"{file} of {what}", {"size", "mtime_ns", "header_digest"})
+    for text in ("path", "sample"):
+        if text in value and not isinstance(value[text], str):
+            raise _malformed(f"{text} of {what}", "a string", value[text])
+    return dict(value)

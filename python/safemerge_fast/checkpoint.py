@@ -1,0 +1,201 @@
+"""Stage 1, checkpoint: from what the user typed to a local model with validated headers.
+
+Resolves a directory, a .safetensors file or a repository of the Hugging Face Hub, and refuses by name what cannot be
+merged exactly: adapters, pickles and quantised weights. Nothing of the tensors' data is read here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import _engine
+from .errors import AdapterError, CheckpointError
+
+__all__ = ["FLOATS", "ROLES", "Model", "open_model", "quantization_method"]
+
+ROLES = ("base", "aligned", "finetuned", "safe")
+"""The parts that a model can play, in the order in which reports name them."""
+
+FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+"""Dtypes whose values can be averaged as they are stored: no scale lies elsewhere."""
+
+_REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.py",
+    "*.txt",
+    "LICENSE*",
+    "vocab.*",
+]
+_UNWANTED = ["original/*", "onnx/*", "openvino/*", "consolidated*", "checkpoint-*/*", "runs/*"]
+
+# Suffixes of the tensors that quantised formats store beside or in place of a weight.
+_QUANTISED_SUFFIXES = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "block-wise FP8",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".W_q": "HQQ",
+}
+
+_INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model, found and opened: its headers are validated, its data is mapped and not read.
+
+    Attributes:
+        role: The part it plays, one of ROLES.
+        spec: What the user typed.
+        path: The local directory or file.
+        headers: Names, dtypes, shapes and places of its tensors.
+        config: Its config.json; empty when there is none.
+    """
+
+    role: str
+    spec: str
+    path: Path
+    headers: _engine.Checkpoint
+    config: dict[str, Any]
+
+
+def open_model(role: str, spec: str | os.PathLike[str]) -> Model:
+    """Finds and opens the model of one role.
+
+    Args:
+        role: One of ROLES; error messages name it.
+        spec: A directory, a .safetensors file, or (only when no such path exists) `org/name[@revision]` on the Hub,
+            which is downloaded into the Hub's own cache.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: There is no such path or repository, it holds no safetensors, its headers or config.json
+            are malformed, or its weights are quantised.
+        AdapterError: It is a PEFT adapter.
+    """
+    typed = os.fspath(spec)
+    path = Path(typed).expanduser()
+    if not path.exists():
+        match = _REPOSITORY.fullmatch(typed) if isinstance(spec, str) else None
+        if match is None:
+            raise CheckpointError(f"{role}: {typed} does not exist; give a checkpoint directory or org/name[@revision]")
+        path = _download(role, typed, match["name"], match["revision"])
+    path = path.absolute()
+    _check_files(role, path)
+    model = Model(role, typed, path, _engine.Checkpoint(path), _read_config(role, path))
+    _refuse_adapter(model)
+    _refuse_quantised(model)
+    return model
+
+
+def quantization_method(config: Mapping[str, Any]) -> str | None:
+    """Names the quantisation that a configuration speaks of, or None."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping) or not quantization:
+        return None
+    return str(quantization.get("quant_method") or "unnamed method")
+
+
+def _download(role: str, typed: str, name: str, revision: str | None) -> Path:
+    """Fetches a repository's weights and small files into the Hub's cache and returns the snapshot's directory."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(
+            f"{role}: there is no local path {typed}, and the Hugging Face Hub did not give such a repository: {reason}"
+        ) from error
+
+
+def _check_files(role: str, path: Path) -> None:
+    """Refuses what holds no safetensors weights, with the way out for the usual cases."""
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{role}: {path} is not a .safetensors file; give the checkpoint's directory or one .safetensors file"
+            )
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{role}: {path} is neither a directory nor a regular file")
+    names = sorted(entry.name for entry in path.iterdir())
+    whole_model = "model.safetensors" in names or "model.safetensors.index.json" in names
+    if "adapter_config.json" in names and not whole_model:
+        raise AdapterError(
+            f"{role}: {path} is a PEFT adapter, which is not supported yet; "
+            f"merge it into its base model first (merge_and_unload, then save_pretrained)"
+        )
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
+    if others:
+        raise CheckpointError(
+            f"{role}: {path} has no .safetensors file, only {others[0]}; convert it to safetensors first "
+            f"(load it with transformers, then save_pretrained)"
+        )
+    raise CheckpointError(f"{role}: {path} has no .safetensors file; give the directory that holds the model's weights")
+
+
+def _read_config(role: str, path: Path) -> dict[str, Any]:
+    """Reads config.json in the directory, or beside the file."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{role}: {file} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{role}: {file} should hold a JSON object, not a {type(config).__name__}")
+    return config
+
+
+def _refuse_adapter(model: Model) -> None:
+    """Refuses an adapter that came as a bare file."""
+    for tensor in model.headers.tensors:
+        if ".lora_A." in tensor.name or ".lora_B." in tensor.name or ".lora_embedding_A" in tensor.name:
+            raise AdapterError(
+                f"{model.role}: {model.path} is a PEFT adapter (it holds {tensor.name}), which is not supported yet; "
+                f"merge it into its base model first (merge_and_unload, then save_pretrained)"
+            )
+
+
+def _refuse_quantised(model: Model) -> None:
+    """Refuses weights that mean nothing without scales stored elsewhere.
+
+    The tensors decide, not config.json: a dequantised model often keeps its old quantization_config.
+    """
+    method = quantization_method(model.config)
+    for tensor in model.headers.tensors:
+        kind = next((kind for end, kind in _QUANTISED_SUFFIXES.items() if tensor.name.endswith(end)), None)
+        if tensor.name.endswith("_blocks") and tensor.dtype == "U8":
+            kind = "MXFP4"
+        narrow = tensor.dtype.startswith(("F8_", "F6_", "F4"))
+        integer = tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in _INTEGERS
+        if kind is None and not narrow and not integer:
+            continue
+        raise CheckpointError(
+            f"{model.role}: {model.path} is quantised ({method or kind or tensor.dtype}: {tensor.name} is "
+            f"{tensor.dtype}), and averaging its stored numbers would be silently wrong; "
+            f"give the full-precision checkpoint it was made from"
+        )

@@ -1,0 +1,171 @@
+"""Stage 4, decision: scores and a rule give keep or merge for every row, with the reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .analysis.scores import Score
+from .checkpoint import FLOATS
+from .errors import AnalysisError
+from .pairing import Row
+
+__all__ = ["Decision", "Rule", "decide"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which modules are merged.
+
+    Attributes:
+        threshold: With select "threshold", modules whose ρ is strictly below it are merged.
+        select: "threshold"; "lowest:N", the N modules (or layers) of lowest ρ; or "fraction:F", that share of them,
+            to the nearest whole number. Equal ρ are taken in the order of their names.
+        granularity: "module", or "layer": the mean ρ of a layer's modules decides for all of them.
+        on_undefined: "merge" or "keep" modules that have no ρ (V or Δ is zero).
+        others: "keep" or "merge" tensors that are not analysed.
+
+    Raises:
+        AnalysisError: A value is not one of those above.
+    """
+
+    threshold: float = 0.35
+    select: str = "threshold"
+    granularity: str = "module"
+    on_undefined: str = "merge"
+    others: str = "keep"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.threshold):
+            raise AnalysisError(f"threshold should be a finite number, not {self.threshold}")
+        for field, value, allowed in (
+            ("granularity", self.granularity, ("module", "layer")),
+            ("on_undefined", self.on_undefined, ("merge", "keep")),
+            ("others", self.others, ("keep", "merge")),
+        ):
+            if value not in allowed:
+                raise AnalysisError(f"{field} should be {allowed[0]} or {allowed[1]}, not {value!r}")
+        self.count(0)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a module's own score decides, so that a shard can be decided before the others are scored."""
+        return self.select == "threshold" and self.granularity == "module"
+
+    def count(self, candidates: int) -> int | None:
+        """How many of the candidates are merged; None where the threshold says which.
+
+        Raises:
+            AnalysisError: select is malformed.
+        """
+        kind, _, text = self.select.partition(":")
+        try:
+            if kind == "threshold" and not text:
+                return None
+            if kind == "lowest" and int(text) >= 0:
+                return min(int(text), candidates)
+            if kind == "fraction" and 0.0 <= float(text) <= 1.0:
+                return math.floor(float(text) * candidates + 0.5)
+        except ValueError:
+            pass
+        raise AnalysisError(
+            f"select should be threshold, lowest:N (N a whole number) or fraction:F (F from 0 to 1), "
+            f"not {self.select!r}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one output tensor, and why, in words for the report."""
+
+    merge: bool
+    reason: str
+
+
+def decide(rows: Sequence[Row], scores: Mapping[str, Score], rule: Rule) -> dict[str, Decision]:
+    """Decides for every row.
+
+    Args:
+        rows: The rows to decide for; all of the model's unless the rule is local.
+        scores: Scores by tensor name; must hold every analysed row.
+        rule: The rule.
+
+    Returns:
+        One decision per row, by name, in the rows' order.
+
+    Raises:
+        AnalysisError: An analysed row has no score.
+    """
+    analysed = [row for row in rows if row.analysed]
+    for row in analysed:
+        if row.name not in scores:
+            raise AnalysisError(
+                f"there is no score for {row.name}; analyse again with the same --include and --exclude"
+            )
+    units = _units(analysed, rule)
+    verdicts = _verdicts(units, scores, rule)
+    unit_of = {row.name: unit for unit, members in units.items() for row in members}
+    given = {role for row in rows for role in row.names}
+    needed = {"finetuned", "safe" if "safe" in given else "aligned"}
+    return {
+        row.name: verdicts[unit_of[row.name]] if row.analysed else _unanalysed(row, needed, rule)
+        for row in rows
+    }
+
+
+def _units(analysed: Sequence[Row], rule: Rule) -> dict[str, list[Row]]:
+    """Groups rows that share one decision."""
+    units: dict[str, list[Row]] = {}
+    for row in analysed:
+        unit = row.layer if rule.granularity == "layer" and row.layer is not None else row.name
+        units.setdefault(unit, []).append(row)
+    return units
+
+
+def _verdicts(
+    units: Mapping[str, Sequence[Row]], scores: Mapping[str, Score], rule: Rule
+) -> dict[str, Decision]:
+    """Decides for each unit by the mean ρ of its modules that have one."""
+    rhos: dict[str, float] = {}
+    verdicts: dict[str, Decision] = {}
+    for unit, members in units.items():
+        known = [rho for row in members if (rho := scores[row.name].rho) is not None]
+        if known:
+            rhos[unit] = math.fsum(known) / len(known)
+            continue
+        why = scores[members[0].name].undefined
+        merge = rule.on_undefined == "merge"
+        verdicts[unit] = Decision(merge, f"{'merged' if merge else 'kept'}: ρ is undefined, {why}")
+    count = rule.count(len(rhos))
+    if count is None:
+        lowest = {unit for unit, rho in rhos.items() if rho < rule.threshold}
+    else:
+        lowest = set(sorted(rhos, key=lambda unit: (rhos[unit], unit))[:count])
+    for unit, rho in rhos.items():
+        merge = unit in lowest
+        subject = "ρ" if len(units[unit]) == 1 else f"mean ρ of {unit}"
+        if count is None:
+            left, right = _digits(rho, rule.threshold)
+            test = f"{subject} {left} {'<' if merge else '≥'} {right}"
+        else:
+            test = f"{subject} {rho:.3g} {'is' if merge else 'is not'} among the {count} lowest of {len(rhos)}"
+        verdicts[unit] = Decision(merge, test if merge else f"kept: {test}")
+    return verdicts
+
+
+def _digits(rho: float, threshold: float) -> tuple[str, str]:
+    """Writes both numbers with as few digits as still show which one is smaller."""
+    right = f"{threshold:.15g}"
+    for digits in range(3, 17):
+        left = f"{rho:.{digits}g}"
+        if (float(left) < threshold) == (rho < threshold):
+            return left, right
+    return repr(rho), repr(threshold)
+
+
+def _unanalysed(row: Row, needed: set[str], rule: Rule) -> Decision:
+    """Decides for a tensor that has no score."""
+    if rule.others == "merge" and row.dtype in FLOATS and needed <= row.names.keys():
+        return Decision(True, f"{row.reason}: not analysed, merged with the others")
+    return Decision(False, f"{row.reason}: not analysed")

@@ -1,0 +1,55 @@
+//! Engine errors as the exceptions of `safemerge_fast.errors`.
+
+use crate::error::{Error, Stage};
+use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::prelude::*;
+
+/// The exception for an engine error. The classes live in Python, where exit codes and documentation are.
+pub(super) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
+    let class = match error.stage() {
+        Stage::Checkpoint => "CheckpointError",
+        Stage::Plan => "PlanError",
+        Stage::Output => "OutputError",
+        Stage::Verification => "VerificationError",
+        Stage::Interrupted => return PyKeyboardInterrupt::new_err(error.to_string()),
+    };
+    let raised = py
+        .import("safemerge_fast.errors")
+        .and_then(|module| module.getattr(class))
+        .and_then(|class| class.call1((error.to_string(),)));
+    match raised {
+        Ok(exception) => PyErr::from_value(exception),
+        Err(problem) => problem,
+    }
+}
+
+/// Runs `work` without the GIL and turns its error into an exception.
+pub(super) fn detached<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> crate::Result<T> + Send,
+) -> PyResult<T> {
+    py.detach(work).map_err(|error| to_python(py, &error))
+}
+
+/// Runs long `work` without the GIL. The work's poll function looks for signals, so that Ctrl-C stops it; the
+/// exception that the signal's handler raised is then the one that is raised here.
+pub(super) fn interruptible<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&mut dyn FnMut() -> bool) -> crate::Result<T> + Send,
+) -> PyResult<T> {
+    let mut signal = None;
+    let result = py.detach(|| {
+        work(&mut || match Python::attach(|py| py.check_signals()) {
+            Ok(()) => true,
+            Err(raised) => {
+                signal = Some(raised);
+                false
+            }
+        })
+    });
+    match (result, signal) {
+        (Ok(value), None) => Ok(value),
+        (_, Some(raised)) => Err(raised),
+        (Err(error), None) => Err(to_python(py, &error)),
+    }
+}

@@ -1,0 +1,31 @@
+//! The Python surface, `safemerge_fast._engine`: few classes, coarse calls, the GIL released while work is done.
+
+mod checkpoint;
+mod error;
+mod output;
+mod plan;
+
+use crate::kernels::Level;
+use pyo3::prelude::*;
+
+/// The Rust engine: headers, mapped tensors, plans and their execution. Knows nothing of safety.
+#[pymodule]
+mod _engine {
+    #[pymodule_export]
+    use super::checkpoint::{Checkpoint, Rows, TensorInfo};
+    #[pymodule_export]
+    use super::output::Output;
+    #[pymodule_export]
+    use super::plan::{Plan, Progress};
+    #[pymodule_export]
+    use super::simd_levels;
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "the name that Python expects")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}
+
+/// Kernel versions that this processor can run, fastest first; the last is always "scalar".
+#[pyfunction]
+fn simd_levels() -> Vec<&'static str> {
+    Level::available().into_iter().map(Level::name).collect()
+}

@@ -1,0 +1,56 @@
+//! Read-only mappings whose resident pages are given back window by window.
+
+use crate::{Error, Result};
+use memmap2::{Mmap, MmapOptions, UncheckedAdvice};
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+
+/// Faults map up to 64 KiB around the touched page; giving back whole such spans leaves nothing behind.
+const FAULT_AROUND: usize = 64 << 10;
+
+/// A whole file, mapped read-only.
+#[derive(Debug)]
+pub struct MappedFile {
+    bytes: Mmap,
+}
+
+impl MappedFile {
+    /// Maps the file at `path`, which must have `size` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if the file cannot be mapped, [`Error::InputChanged`] if its size is another.
+    pub fn open(path: &Path, size: u64) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::read(path, e))?;
+        // SAFETY: the mapping is private to this process and never written to. If another process truncates the
+        // file, an access past its end raises SIGBUS; if it rewrites the file, the bytes change under us. Both are
+        // outside this process's power: callers compare size and time before and after each shard.
+        let bytes = unsafe { MmapOptions::new().map(&file) }.map_err(|e| Error::read(path, e))?;
+        if bytes.len() as u64 != size {
+            return Err(Error::InputChanged { path: path.to_owned(), what: "its size differs" });
+        }
+        Ok(Self { bytes })
+    }
+
+    /// The bytes of the file.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Gives resident pages of the range back to the page cache. A later access maps them again, at the cost of a
+    /// fault but, while they stay cached, without a read.
+    pub fn release(&self, range: Range<usize>) {
+        let start = range.start / FAULT_AROUND * FAULT_AROUND;
+        let end = range.end.next_multiple_of(FAULT_AROUND).min(self.bytes.len());
+        if start < end {
+            // SAFETY: the mapping is read-only and backed by a file, so dropping pages loses nothing: whoever still
+            // reads them, on any thread, faults the same bytes in again.
+            let released = unsafe {
+                self.bytes.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start)
+            };
+            // Advice may be refused (an unusual file system); then memory is not bounded, but nothing is wrong.
+            drop(released);
+        }
+    }
+}

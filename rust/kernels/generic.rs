@@ -1,0 +1,85 @@
+//! The loops themselves, written so that the compiler vectorises them for whatever features the caller has.
+
+use crate::dtype::{Float, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, f64_to_f32};
+
+/// Conversions of IEEE half, the one thing that the compiler does not vectorise by itself.
+pub(super) trait Half {
+    /// Half to f32.
+    fn load(source: &[[u8; 2]], destination: &mut [f32]);
+    /// f32 to half.
+    fn store(source: &[f32], destination: &mut [[u8; 2]]);
+}
+
+/// The reference: one element at a time.
+pub(super) struct Portable;
+
+impl Half for Portable {
+    #[inline(always)]
+    fn load(source: &[[u8; 2]], destination: &mut [f32]) {
+        for (value, bytes) in destination.iter_mut().zip(source) {
+            *value = f16_to_f32(u16::from_le_bytes(*bytes));
+        }
+    }
+
+    #[inline(always)]
+    fn store(source: &[f32], destination: &mut [[u8; 2]]) {
+        for (bytes, value) in destination.iter_mut().zip(source) {
+            *bytes = f32_to_f16(*value).to_le_bytes();
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn load<H: Half>(dtype: Float, source: &[u8], destination: &mut [f32]) {
+    match dtype {
+        Float::BF16 => {
+            for (value, bytes) in destination.iter_mut().zip(source.as_chunks().0) {
+                *value = bf16_to_f32(u16::from_le_bytes(*bytes));
+            }
+        }
+        Float::F16 => H::load(source.as_chunks().0, destination),
+        Float::F32 => {
+            for (value, bytes) in destination.iter_mut().zip(source.as_chunks().0) {
+                *value = f32::from_le_bytes(*bytes);
+            }
+        }
+        Float::F64 => {
+            for (value, bytes) in destination.iter_mut().zip(source.as_chunks().0) {
+                *value = f64_to_f32(f64::from_le_bytes(*bytes));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn store<H: Half>(dtype: Float, source: &[f32], destination: &mut [u8]) -> bool {
+    let limit = dtype.overflow();
+    // An integer OR, not a bool `&&`: no early exit, so it vectorises. NaN fails the comparison too.
+    let outside = source.iter().fold(0, |found, value| found | u32::from(!(value.abs() < limit)));
+    match dtype {
+        Float::BF16 => {
+            for (bytes, value) in destination.as_chunks_mut().0.iter_mut().zip(source) {
+                *bytes = f32_to_bf16(*value).to_le_bytes();
+            }
+        }
+        Float::F16 => H::store(source, destination.as_chunks_mut().0),
+        Float::F32 => {
+            for (bytes, value) in destination.as_chunks_mut().0.iter_mut().zip(source) {
+                *bytes = value.to_le_bytes();
+            }
+        }
+        Float::F64 => {
+            for (bytes, value) in destination.as_chunks_mut().0.iter_mut().zip(source) {
+                *bytes = f64::from(*value).to_le_bytes();
+            }
+        }
+    }
+    outside == 0
+}
+
+#[inline(always)]
+pub(super) fn multiply_add(accumulator: &mut [f32], values: &[f32], weight: f32) {
+    for (sum, value) in accumulator.iter_mut().zip(values) {
+        *sum = value.mul_add(weight, *sum);
+    }
+}

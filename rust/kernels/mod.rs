@@ -1,0 +1,147 @@
+//! Loops over elements, compiled once per SIMD level and chosen at run time.
+//!
+//! The loops are written once ([`generic`]) and compiled three times: for the baseline processor, with AVX2 + FMA +
+//! F16C, and with AVX-512. Inside a `#[target_feature]` function the compiler vectorises them; only the conversions
+//! of IEEE half, which it cannot see through, use intrinsics. All levels give the same bits: each operation is one
+//! correctly rounded IEEE operation, and no loop reorders a sum.
+
+mod generic;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::dtype::Float;
+use crate::{Error, Result};
+
+/// A SIMD level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// AVX-512 F, BW and VL with FMA and F16C.
+    Avx512,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+    /// Whatever the compile target guarantees; the reference for the others.
+    Scalar,
+}
+
+impl Level {
+    /// The name that options use.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Scalar => "scalar",
+        }
+    }
+
+    /// The levels that this processor can run, fastest first.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut levels = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            if avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+            {
+                levels.push(Self::Avx512);
+            }
+            if avx2 {
+                levels.push(Self::Avx2);
+            }
+        }
+        levels.push(Self::Scalar);
+        levels
+    }
+}
+
+/// The kernels of one level. A value can only be had for a level that the processor supports.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernels {
+    level: Level,
+    load: fn(Float, &[u8], &mut [f32]),
+    store: fn(Float, &[f32], &mut [u8]) -> bool,
+    multiply_add: fn(&mut [f32], &[f32], f32),
+}
+
+impl Kernels {
+    /// The fastest kernels that this processor can run.
+    #[must_use]
+    pub fn detect() -> Self {
+        Self::of(Level::available()[0])
+    }
+
+    /// The kernels of the level with this name.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if there is no such level, or not on this processor.
+    pub fn named(name: &str) -> Result<Self> {
+        let available = Level::available();
+        available
+            .iter()
+            .find(|level| level.name() == name)
+            .map(|&level| Self::of(level))
+            .ok_or_else(|| {
+                let names: Vec<_> = available.iter().map(|level| level.name()).collect();
+                Error::Option(format!(
+                    "SIMD level `{name}` is not available on this processor; choose one of: {}",
+                    names.join(", ")
+                ))
+            })
+    }
+
+    /// Private, so that only [`Level::available`] decides what may run.
+    fn of(level: Level) -> Self {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => Self {
+                level,
+                load: x86::avx512::load,
+                store: x86::avx512::store,
+                multiply_add: x86::avx512::multiply_add,
+            },
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => Self {
+                level,
+                load: x86::avx2::load,
+                store: x86::avx2::store,
+                multiply_add: x86::avx2::multiply_add,
+            },
+            _ => Self {
+                level: Level::Scalar,
+                load: generic::load::<generic::Portable>,
+                store: generic::store::<generic::Portable>,
+                multiply_add: generic::multiply_add,
+            },
+        }
+    }
+
+    /// The level of these kernels.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    /// Converts little-endian elements of `dtype` to f32; `source` holds exactly `destination.len()` elements.
+    pub fn load(&self, dtype: Float, source: &[u8], destination: &mut [f32]) {
+        debug_assert_eq!(source.len(), destination.len() * dtype.size());
+        (self.load)(dtype, source, destination);
+    }
+
+    /// Rounds f32 values to `dtype`, little-endian; returns whether every stored value is finite.
+    #[must_use]
+    pub fn store(&self, dtype: Float, source: &[f32], destination: &mut [u8]) -> bool {
+        debug_assert_eq!(destination.len(), source.len() * dtype.size());
+        (self.store)(dtype, source, destination)
+    }
+
+    /// `accumulator[i] = fma(values[i], weight, accumulator[i])`, one rounding each.
+    pub fn multiply_add(&self, accumulator: &mut [f32], values: &[f32], weight: f32) {
+        debug_assert_eq!(accumulator.len(), values.len());
+        (self.multiply_add)(accumulator, values, weight);
+    }
+}

@@ -1,0 +1,93 @@
+//! The loops of [`super::generic`] compiled with AVX2 and with AVX-512, and half conversions by F16C.
+
+use super::generic::{self, Half, Portable};
+use crate::dtype::Float;
+use std::arch::x86_64::{
+    _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
+    _mm256_loadu_ps, _mm256_storeu_ps,
+};
+
+/// Half conversions by F16C, eight at a time. Only the two modules below name it, inside functions with that feature.
+struct F16c;
+
+impl Half for F16c {
+    #[inline(always)]
+    fn load(source: &[[u8; 2]], destination: &mut [f32]) {
+        let (blocks, rest) = source.as_chunks::<8>();
+        let (outputs, output_rest) = destination.as_chunks_mut::<8>();
+        for (output, block) in outputs.iter_mut().zip(blocks) {
+            // SAFETY: the callers below are compiled with F16C and reached only after its detection; the arrays
+            // are 16 and 32 bytes long, and the accesses are the unaligned ones.
+            unsafe {
+                let halves = _mm_loadu_si128(block.as_ptr().cast());
+                _mm256_storeu_ps(output.as_mut_ptr(), _mm256_cvtph_ps(halves));
+            }
+        }
+        Portable::load(rest, output_rest);
+    }
+
+    #[inline(always)]
+    fn store(source: &[f32], destination: &mut [[u8; 2]]) {
+        let (blocks, rest) = source.as_chunks::<8>();
+        let (outputs, output_rest) = destination.as_chunks_mut::<8>();
+        for (output, block) in outputs.iter_mut().zip(blocks) {
+            // SAFETY: as in `load`.
+            unsafe {
+                let halves =
+                    _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(block.as_ptr()));
+                _mm_storeu_si128(output.as_mut_ptr().cast(), halves);
+            }
+        }
+        Portable::store(rest, output_rest);
+    }
+}
+
+/// One module per level: safe entry points for the dispatch table around functions that have the features.
+macro_rules! level {
+    ($level:ident, $features:literal) => {
+        pub(super) mod $level {
+            use super::{F16c, Float, generic};
+
+            #[target_feature(enable = $features)]
+            fn load_with(dtype: Float, source: &[u8], destination: &mut [f32]) {
+                generic::load::<F16c>(dtype, source, destination);
+            }
+
+            #[target_feature(enable = $features)]
+            fn store_with(dtype: Float, source: &[f32], destination: &mut [u8]) -> bool {
+                generic::store::<F16c>(dtype, source, destination)
+            }
+
+            #[target_feature(enable = $features)]
+            fn multiply_add_with(accumulator: &mut [f32], values: &[f32], weight: f32) {
+                generic::multiply_add(accumulator, values, weight);
+            }
+
+            pub(in crate::kernels) fn load(dtype: Float, source: &[u8], destination: &mut [f32]) {
+                // SAFETY: `Kernels::of` hands this out only for a level that `Level::available` detected.
+                unsafe { load_with(dtype, source, destination) }
+            }
+
+            pub(in crate::kernels) fn store(
+                dtype: Float,
+                source: &[f32],
+                destination: &mut [u8],
+            ) -> bool {
+                // SAFETY: as in `load`.
+                unsafe { store_with(dtype, source, destination) }
+            }
+
+            pub(in crate::kernels) fn multiply_add(
+                accumulator: &mut [f32],
+                values: &[f32],
+                weight: f32,
+            ) {
+                // SAFETY: as in `load`.
+                unsafe { multiply_add_with(accumulator, values, weight) }
+            }
+        }
+    };
+}
+
+level!(avx2, "avx2,fma,f16c");
+level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c");

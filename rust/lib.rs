@@ -1,0 +1,32 @@
+//! The engine of safemerge-fast: an interpreter of merge plans.
+//!
+//! A plan says, as plain data, what every tensor of an output checkpoint is made of. The engine executes that data
+//! and nothing else; it knows neither what a language model is nor why a tensor is merged. Its stages, in order:
+//!
+//! 1. [`checkpoint`]: headers are read and validated, shards are mapped read-only.
+//! 2. [`plan`]: the JSON is parsed, and everything it claims is checked against those headers.
+//! 3. [`kernels`] convert between dtypes and blend, with one scalar twin for every SIMD version.
+//! 4. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
+//! 5. [`writer`]: tiles go to partial files, which are synced and renamed; a journal remembers what is committed.
+//!
+//! `bindings`, behind the feature `python`, is the only user of PyO3.
+
+#[cfg(not(all(unix, target_pointer_width = "64", target_endian = "little")))]
+compile_error!(
+    "safemerge-fast needs a 64-bit little-endian Unix: it maps whole shards of tens of gigabytes"
+);
+
+pub mod error;
+
+pub mod dtype;
+
+pub mod checkpoint;
+pub mod kernels;
+pub mod merge;
+pub mod plan;
+pub mod writer;
+
+#[cfg(feature = "python")]
+mod bindings;
+
+pub use error::{Error, Result};

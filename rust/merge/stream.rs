@@ -1,0 +1,230 @@
+//! The merge itself: workers fill tiles and write them; the last tile of a shard commits it.
+
+use super::Progress;
+use super::tile::TileFiller;
+use super::workers::{self, TileQueue};
+use crate::kernels::Kernels;
+use crate::plan::{Plan, PlannedShard};
+use crate::writer::{Output, TileBuffer, TileFile, WriteMode};
+use crate::{Error, Result};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+/// Tiles and input windows of this size are where mapped reads and direct writes reach their full speed.
+pub const DEFAULT_TILE: usize = 4 << 20;
+/// Tiles must be whole blocks of any disk that takes direct writes.
+pub const TILE_ALIGNMENT: usize = 4096;
+
+/// How to execute. None of it changes the output's bytes.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Worker threads.
+    pub threads: usize,
+    /// Bytes of a tile, a multiple of [`TILE_ALIGNMENT`].
+    pub tile_bytes: usize,
+    /// Most bytes that buffers and input windows may take together; lowers `threads`, then `tile_bytes`.
+    pub memory_budget: Option<usize>,
+    /// How output files are written.
+    pub write: WriteMode,
+    /// The kernels.
+    pub kernels: Kernels,
+    /// Let NaN and infinity of inputs through.
+    pub allow_nonfinite: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            tile_bytes: DEFAULT_TILE,
+            memory_budget: None,
+            write: WriteMode::Auto,
+            kernels: Kernels::detect(),
+            allow_nonfinite: false,
+        }
+    }
+}
+
+impl Options {
+    /// Threads and tile size within the memory budget, for shards whose tensors have at most `operands` operands.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if the tile size is not aligned, or if not even one worker with the smallest tile fits.
+    fn fit(&self, operands: usize) -> Result<(usize, usize)> {
+        if self.tile_bytes == 0 || !self.tile_bytes.is_multiple_of(TILE_ALIGNMENT) {
+            return Err(Error::Option(format!(
+                "the tile size is {}, it must be a positive multiple of {TILE_ALIGNMENT}",
+                self.tile_bytes
+            )));
+        }
+        let (mut threads, mut tile) = (self.threads.max(1), self.tile_bytes);
+        let Some(budget) = self.memory_budget else { return Ok((threads, tile)) };
+        // A tile of BF16 may come from F64 inputs: four times its bytes per operand at the most.
+        let worker = |tile: usize| tile.saturating_mul(1 + 4 * operands.max(1));
+        threads = threads.min(budget / worker(tile)).max(1);
+        while worker(tile) > budget && tile > TILE_ALIGNMENT {
+            tile = (tile / 2).next_multiple_of(TILE_ALIGNMENT);
+        }
+        if worker(tile) > budget {
+            return Err(Error::Option(format!(
+                "a memory budget of {budget} bytes is below the {} that one worker needs",
+                worker(tile)
+            )));
+        }
+        Ok((threads, tile))
+    }
+}
+
+/// What happened to one shard.
+#[derive(Debug, Clone)]
+pub struct ShardFacts {
+    /// Its file name.
+    pub file: String,
+    /// Bytes written; zero if it had been committed before.
+    pub bytes_written: usize,
+    /// Seconds from its first tile to its commit.
+    pub seconds: f64,
+    /// Whether writes bypassed the page cache.
+    pub direct: bool,
+    /// Whether the journal had it, so that nothing was done.
+    pub resumed: bool,
+    /// Input tensors that were merged though they hold NaN or infinity, if that was allowed.
+    pub nonfinite_inputs: Vec<String>,
+}
+
+/// A shard being written.
+struct OpenShard {
+    tiles_left: AtomicUsize,
+    state: Mutex<Option<(Arc<TileFile>, Instant)>>,
+    nonfinite_inputs: Mutex<BTreeSet<String>>,
+}
+
+impl OpenShard {
+    /// Moves a worker's findings, nearly always none, to the shard.
+    fn note_nonfinite(&self, found: &mut Vec<String>) {
+        if !found.is_empty() {
+            let mut known = self.nonfinite_inputs.lock().unwrap_or_else(PoisonError::into_inner);
+            known.extend(found.drain(..));
+        }
+    }
+
+    fn nonfinite_inputs(&self) -> Vec<String> {
+        let known = self.nonfinite_inputs.lock().unwrap_or_else(PoisonError::into_inner);
+        known.iter().cloned().collect()
+    }
+
+    /// The shard's partial file, created by whoever comes first.
+    fn file(
+        &self,
+        output: &Output,
+        shard: &PlannedShard,
+        mode: WriteMode,
+    ) -> Result<Arc<TileFile>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((file, _)) = state.as_ref() {
+            return Ok(Arc::clone(file));
+        }
+        let file = Arc::new(output.create_shard(&shard.file, shard.layout.size, mode)?);
+        *state = Some((Arc::clone(&file), Instant::now()));
+        Ok(file)
+    }
+}
+
+/// Executes shards of a plan into an output directory. Shards that its journal lists with the same digest are left
+/// alone. `poll` runs on the calling thread every 50 ms and stops the work by returning false.
+///
+/// # Errors
+/// The first failure of any worker; committed shards stay, partial files are removed.
+pub fn execute(
+    plan: &Plan,
+    shards: &[&PlannedShard],
+    output: &Output,
+    options: &Options,
+    progress: &Progress,
+    poll: &mut dyn FnMut() -> bool,
+) -> Result<Vec<ShardFacts>> {
+    output.check_apart(plan.source_paths())?;
+    let (resumed, pending): (Vec<&PlannedShard>, Vec<&PlannedShard>) =
+        shards.iter().partition(|shard| output.has(&shard.file, shard.layout.size, &shard.digest));
+    for shard in &resumed {
+        progress.advance(shard.layout.size);
+        progress.finish_shard();
+    }
+    let operands = pending
+        .iter()
+        .flat_map(|shard| &shard.tensors)
+        .map(|tensor| tensor.operation.operands().len())
+        .max()
+        .unwrap_or(1);
+    let (threads, tile_bytes) = options.fit(operands)?;
+    let queue = TileQueue::new(&pending, tile_bytes);
+    let open: Vec<OpenShard> = (0..pending.len())
+        .map(|number| OpenShard {
+            tiles_left: AtomicUsize::new(queue.tiles_of(number)),
+            state: Mutex::new(None),
+            nonfinite_inputs: Mutex::default(),
+        })
+        .collect();
+    let facts = Mutex::new(Vec::new());
+    workers::run(
+        &queue,
+        threads,
+        progress,
+        poll,
+        || {
+            let buffer = TileBuffer::new(tile_bytes)?;
+            Ok((buffer, TileFiller::new(options.kernels, options.allow_nonfinite)))
+        },
+        |(buffer, filler), tile| {
+            let (shard, slot) = (pending[tile.shard], &open[tile.shard]);
+            let file = slot.file(output, shard, options.write)?;
+            filler.fill(shard, tile.span.clone(), buffer.filled(tile.span.len()))?;
+            slot.note_nonfinite(&mut filler.nonfinite_inputs);
+            file.write(buffer, tile.span.start)?;
+            progress.advance(tile.span.len());
+            // The release of every earlier tile is seen by the worker that takes the last one.
+            if slot.tiles_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                let fact = commit(plan, shard, slot, output)?;
+                facts.lock().unwrap_or_else(PoisonError::into_inner).push(fact);
+                progress.finish_shard();
+            }
+            Ok(())
+        },
+    )?;
+    let mut written = facts.into_inner().unwrap_or_else(PoisonError::into_inner);
+    written.extend(resumed.iter().map(|shard| ShardFacts {
+        file: shard.file.clone(),
+        bytes_written: 0,
+        seconds: 0.0,
+        direct: false,
+        resumed: true,
+        nonfinite_inputs: Vec::new(),
+    }));
+    written.sort_by_key(|fact| shards.iter().position(|shard| shard.file == fact.file));
+    Ok(written)
+}
+
+/// Makes a fully written shard durable and visible, provided that its inputs held still meanwhile.
+fn commit(
+    plan: &Plan,
+    shard: &PlannedShard,
+    slot: &OpenShard,
+    output: &Output,
+) -> Result<ShardFacts> {
+    plan.check_inputs_unchanged(shard)?;
+    let taken = slot.state.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some((file, started)) = taken else {
+        return Err(Error::Plan(format!("{} was committed twice", shard.file)));
+    };
+    output.commit_shard(&file, &shard.digest)?;
+    Ok(ShardFacts {
+        file: shard.file.clone(),
+        bytes_written: shard.layout.size,
+        seconds: started.elapsed().as_secs_f64(),
+        direct: file.is_direct(),
+        resumed: false,
+        nonfinite_inputs: slot.nonfinite_inputs(),
+    })
+}

@@ -1,0 +1,342 @@
+//! From JSON to something that can be executed: nothing that the plan claims is believed.
+
+use super::layout::Layout;
+use super::schema;
+use crate::checkpoint::{Checkpoint, MappedFile};
+use crate::dtype::Float;
+use crate::merge::{Method, method};
+use crate::{Error, Result};
+use safetensors::Dtype;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// A validated plan with its inputs opened and mapped.
+#[derive(Debug)]
+pub struct Plan {
+    sources: BTreeMap<String, Checkpoint>,
+    shards: Vec<PlannedShard>,
+}
+
+/// One output file, ready to be written.
+#[derive(Debug)]
+pub struct PlannedShard {
+    /// File name within the output directory.
+    pub file: String,
+    /// Header bytes and total size.
+    pub layout: Layout,
+    /// The tensors in the order of their bytes.
+    pub tensors: Vec<OutputTensor>,
+    /// BLAKE3 of all that decides the shard's bytes: its plan and the identity of the files it reads.
+    pub digest: String,
+    /// Source names and file names that it reads.
+    reads: BTreeSet<(String, String)>,
+}
+
+/// One output tensor.
+#[derive(Debug)]
+pub struct OutputTensor {
+    /// Its name.
+    pub name: String,
+    /// Its bytes within the output file.
+    pub range: Range<usize>,
+    /// How they come about.
+    pub operation: Operation,
+}
+
+/// What fills a tensor.
+#[derive(Debug)]
+pub enum Operation {
+    /// The operand's bytes as they are.
+    Copy(Operand),
+    /// The operand, rounded once to another dtype.
+    Convert(Operand, Float),
+    /// A method over operands of one shape, rounded once to the dtype.
+    Merge(Box<dyn Method>, Vec<Operand>, Float),
+}
+
+impl Operation {
+    /// The tensors that are read.
+    #[must_use]
+    pub fn operands(&self) -> &[Operand] {
+        match self {
+            Self::Copy(operand) | Self::Convert(operand, _) => std::slice::from_ref(operand),
+            Self::Merge(_, operands, _) => operands,
+        }
+    }
+}
+
+/// A mapped input tensor.
+#[derive(Debug)]
+pub struct Operand {
+    /// The shard it lies in.
+    pub file: Arc<MappedFile>,
+    /// Where that shard is, for messages.
+    pub path: PathBuf,
+    /// The tensor's name there.
+    pub tensor: String,
+    /// Its bytes within the shard.
+    pub range: Range<usize>,
+    /// Its element type.
+    pub dtype: Dtype,
+}
+
+impl Operand {
+    /// Its bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.file.bytes()[self.range.clone()]
+    }
+
+    fn float(&self) -> Result<Float> {
+        Float::from_safetensors(self.dtype).ok_or_else(|| {
+            Error::Plan(format!(
+                "tensor `{}` of {} has dtype {}, which can only be copied; BF16, F16, F32 and F64 can be merged",
+                self.tensor,
+                self.path.display(),
+                self.dtype
+            ))
+        })
+    }
+}
+
+impl Plan {
+    /// Parses and validates a plan, opens its sources and maps what it reads.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if the JSON or what it claims is wrong, [`Error::InputChanged`] if an input is not the one it
+    /// was made for, and whatever opening a checkpoint raises.
+    pub fn from_json(json: &str) -> Result<Self> {
+        let plan: schema::Plan =
+            serde_json::from_str(json).map_err(|e| Error::Plan(e.to_string()))?;
+        if plan.version != schema::VERSION {
+            return Err(Error::Plan(format!(
+                "it has version {}, this engine reads version {}",
+                plan.version,
+                schema::VERSION
+            )));
+        }
+        let sources = plan
+            .sources
+            .iter()
+            .map(|(name, source)| Ok((name.clone(), open_source(source)?)))
+            .collect::<Result<BTreeMap<_, _>>>()?;
+        let mut files = HashSet::new();
+        let mut names = HashSet::new();
+        let mut shards = Vec::with_capacity(plan.shards.len());
+        for shard in &plan.shards {
+            check_output_name(&shard.file)?;
+            if !files.insert(&shard.file) {
+                return Err(Error::Plan(format!("it writes {} twice", shard.file)));
+            }
+            if shard.tensors.is_empty() {
+                return Err(Error::Plan(format!("{} has no tensors", shard.file)));
+            }
+            for tensor in &shard.tensors {
+                if tensor.name == "__metadata__" || !names.insert(&tensor.name) {
+                    return Err(Error::Plan(format!(
+                        "tensor `{}` of {} stands twice or has a reserved name",
+                        tensor.name, shard.file
+                    )));
+                }
+            }
+            shards.push(plan_shard(&plan, &sources, shard)?);
+        }
+        Ok(Self { sources, shards })
+    }
+
+    /// The output files, in the order in which they are written.
+    #[must_use]
+    pub fn shards(&self) -> &[PlannedShard] {
+        &self.shards
+    }
+
+    /// The shards with these names, in the plan's order; all of them for `None`.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if a name is not in the plan.
+    pub fn select(&self, files: Option<&[String]>) -> Result<Vec<&PlannedShard>> {
+        let Some(files) = files else { return Ok(self.shards.iter().collect()) };
+        if let Some(unknown) =
+            files.iter().find(|file| !self.shards.iter().any(|shard| shard.file == **file))
+        {
+            return Err(Error::Plan(format!("it has no output file {unknown}")));
+        }
+        Ok(self.shards.iter().filter(|shard| files.contains(&shard.file)).collect())
+    }
+
+    /// Directories of all sources.
+    pub fn source_paths(&self) -> impl Iterator<Item = &Path> {
+        self.sources.values().map(Checkpoint::path)
+    }
+
+    /// Checks that no file that the shard reads has changed in size or time since the plan was validated.
+    ///
+    /// # Errors
+    /// [`Error::InputChanged`].
+    pub fn check_inputs_unchanged(&self, shard: &PlannedShard) -> Result<()> {
+        for (source, file) in &shard.reads {
+            let found = self.sources[source].shards().iter().find(|shard| shard.name == *file);
+            if let Some(input) = found {
+                input.check_unchanged()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes that all shards read and write.
+    #[must_use]
+    pub fn traffic(&self) -> (usize, usize) {
+        let tensors = self.shards.iter().flat_map(|shard| &shard.tensors);
+        let read =
+            tensors.flat_map(|t| t.operation.operands()).map(|operand| operand.range.len()).sum();
+        (read, self.shards.iter().map(|shard| shard.layout.size).sum())
+    }
+}
+
+/// Opens the files that a plan lists and compares each with the identity it states. The modification time may differ
+/// (copies and clones change it); the size and the header may not.
+fn open_source(source: &schema::Source) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open_files(&source.path, source.files.keys())?;
+    for shard in checkpoint.shards() {
+        let expected = &source.files[&shard.name];
+        let found = &shard.header.identity;
+        let what = if expected.size != found.size {
+            "its size differs"
+        } else if expected.header_digest != found.header_digest {
+            "its header differs"
+        } else {
+            continue;
+        };
+        return Err(Error::InputChanged { path: shard.path.clone(), what });
+    }
+    Ok(checkpoint)
+}
+
+fn plan_shard(
+    plan: &schema::Plan,
+    sources: &BTreeMap<String, Checkpoint>,
+    shard: &schema::Shard,
+) -> Result<PlannedShard> {
+    let layout = Layout::of(shard).map_err(Error::Plan)?;
+    let mut reads = BTreeSet::new();
+    let mut tensors = Vec::with_capacity(shard.tensors.len());
+    for (tensor, range) in shard.tensors.iter().zip(&layout.ranges) {
+        let mut open =
+            |operand: &schema::Operand| open_operand(sources, tensor, operand, &mut reads);
+        let operation = match (&tensor.copy, &tensor.merge) {
+            (Some(operand), None) => copy(tensor, open(operand)?)?,
+            (None, Some(merge)) => {
+                let operands = merge
+                    .operands
+                    .iter()
+                    .map(|weighted| open(&weighted.operand))
+                    .collect::<Result<Vec<_>>>()?;
+                self::merge(tensor, merge, operands)?
+            }
+            _ => {
+                return Err(Error::Plan(format!(
+                    "tensor `{}` must have exactly one of `copy` and `merge`",
+                    tensor.name
+                )));
+            }
+        };
+        tensors.push(OutputTensor { name: tensor.name.clone(), range: range.clone(), operation });
+    }
+    let digest = digest(plan, shard, &reads)?;
+    Ok(PlannedShard { file: shard.file.clone(), layout, tensors, digest, reads })
+}
+
+fn open_operand(
+    sources: &BTreeMap<String, Checkpoint>,
+    tensor: &schema::Tensor,
+    operand: &schema::Operand,
+    reads: &mut BTreeSet<(String, String)>,
+) -> Result<Operand> {
+    let checkpoint = sources.get(&operand.source).ok_or_else(|| {
+        Error::Plan(format!(
+            "tensor `{}` takes from source `{}`, which the plan does not define",
+            tensor.name, operand.source
+        ))
+    })?;
+    let (shard, entry) = checkpoint.get(&operand.tensor)?;
+    if entry.shape != tensor.shape {
+        return Err(Error::Plan(format!(
+            "tensor `{}` is to have shape {:?}, but `{}` of {} has {:?}",
+            tensor.name,
+            tensor.shape,
+            operand.tensor,
+            shard.path.display(),
+            entry.shape
+        )));
+    }
+    reads.insert((operand.source.clone(), shard.name.clone()));
+    Ok(Operand {
+        file: Arc::clone(shard.mapped()?),
+        path: shard.path.clone(),
+        tensor: operand.tensor.clone(),
+        range: entry.range.clone(),
+        dtype: entry.dtype,
+    })
+}
+
+fn copy(tensor: &schema::Tensor, operand: Operand) -> Result<Operation> {
+    if operand.dtype == tensor.dtype {
+        return Ok(Operation::Copy(operand));
+    }
+    operand.float()?;
+    Ok(Operation::Convert(operand, output_float(tensor)?))
+}
+
+fn merge(
+    tensor: &schema::Tensor,
+    merge: &schema::Merge,
+    operands: Vec<Operand>,
+) -> Result<Operation> {
+    for operand in &operands {
+        operand.float()?;
+    }
+    let weights: Vec<f64> = merge.operands.iter().map(|weighted| weighted.weight).collect();
+    let method = method(&merge.method, &merge.parameters, &weights)
+        .map_err(|problem| Error::Plan(format!("tensor `{}`: {problem}", tensor.name)))?;
+    Ok(Operation::Merge(method, operands, output_float(tensor)?))
+}
+
+fn output_float(tensor: &schema::Tensor) -> Result<Float> {
+    Float::from_safetensors(tensor.dtype).ok_or_else(|| {
+        Error::Plan(format!(
+            "tensor `{}` cannot be computed in dtype {}; use BF16, F16, F32 or F64",
+            tensor.name, tensor.dtype
+        ))
+    })
+}
+
+fn check_output_name(file: &str) -> Result<()> {
+    let plain = Path::new(file).file_name().is_some_and(|name| name == file);
+    if plain && file.ends_with(".safetensors") && !file.starts_with('.') {
+        Ok(())
+    } else {
+        Err(Error::Plan(format!(
+            "the output file `{file}` must be a plain name that ends in .safetensors"
+        )))
+    }
+}
+
+/// Digest of what decides a shard's bytes. Sources' paths are left out: a moved input is still the same input.
+fn digest(
+    plan: &schema::Plan,
+    shard: &schema::Shard,
+    reads: &BTreeSet<(String, String)>,
+) -> Result<String> {
+    let json = serde_json::to_vec(shard).map_err(|e| Error::Plan(e.to_string()))?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&plan.version.to_le_bytes());
+    hasher.update(&json);
+    for (source, file) in reads {
+        let identity = serde_json::to_vec(&(source, file, &plan.sources[source].files[file]))
+            .map_err(|e| Error::Plan(e.to_string()))?;
+        hasher.update(&identity);
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}

@@ -1,0 +1,218 @@
+//! One output shard, written in aligned tiles: past the page cache where the file system allows it.
+
+use crate::{Error, Result};
+use memmap2::MmapMut;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Direct writes must start and end at multiples of the disk's block size; no disk has a larger one.
+const BLOCK: usize = 4096;
+
+/// How an output file is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteMode {
+    /// Direct where possible.
+    Auto,
+    /// Direct (O_DIRECT), an error where the file system refuses it.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+/// A page-aligned buffer for one tile, reused for all tiles of a worker.
+#[derive(Debug)]
+pub struct TileBuffer {
+    memory: MmapMut,
+    filled: usize,
+}
+
+impl TileBuffer {
+    /// A buffer for tiles of at most `capacity` bytes, a multiple of the block size.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if the system has no memory for it.
+    pub fn new(capacity: usize) -> Result<Self> {
+        let memory = MmapMut::map_anon(capacity)
+            .map_err(|e| Error::Option(format!("no memory for a tile of {capacity} bytes: {e}")))?;
+        Ok(Self { memory, filled: 0 })
+    }
+
+    /// The first `length` bytes, to be filled; they are the tile from now on.
+    pub fn filled(&mut self, length: usize) -> &mut [u8] {
+        self.filled = length;
+        &mut self.memory[..length]
+    }
+
+    /// The tile with zeros up to the next multiple of the block size.
+    fn padded(&mut self) -> &[u8] {
+        let end = self.filled.next_multiple_of(BLOCK).min(self.memory.len());
+        self.memory[self.filled..end].fill(0);
+        &self.memory[..end]
+    }
+}
+
+/// A partial output file. Dropped before [`super::Output::commit_shard`], it is removed.
+#[derive(Debug)]
+pub struct TileFile {
+    file: File,
+    partial: PathBuf,
+    target: PathBuf,
+    size: usize,
+    mode: WriteMode,
+    direct: AtomicBool,
+    committed: AtomicBool,
+}
+
+impl TileFile {
+    pub(super) fn create(
+        partial: PathBuf,
+        target: PathBuf,
+        size: usize,
+        mode: WriteMode,
+    ) -> Result<Self> {
+        let (file, direct) = open(&partial, mode)?;
+        let new = Self {
+            file,
+            partial,
+            target,
+            size,
+            mode,
+            direct: AtomicBool::new(direct),
+            committed: AtomicBool::new(false),
+        };
+        new.allocate()?;
+        Ok(new)
+    }
+
+    /// Reserves the whole file at once: fewer extents, and a full disk shows before any work is done.
+    fn allocate(&self) -> Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{FallocateFlags, fallocate};
+            use rustix::io::Errno;
+            match fallocate(&self.file, FallocateFlags::empty(), 0, self.size as u64) {
+                // A file system without preallocation still takes the writes.
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
+                Err(errno) => Err(self.failure(errno.into())),
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        Ok(())
+    }
+
+    /// Writes a tile at `offset`, a multiple of the block size.
+    ///
+    /// # Errors
+    /// [`Error::DiskFull`], [`Error::Write`].
+    pub fn write(&self, tile: &mut TileBuffer, offset: usize) -> Result<()> {
+        let length = tile.filled;
+        if self.is_direct() {
+            match self.file.write_all_at(tile.padded(), offset as u64) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::InvalidInput
+                        && self.mode == WriteMode::Auto =>
+                {
+                    self.fall_back()?;
+                }
+                result => return result.map_err(|error| self.failure(error)),
+            }
+        }
+        self.file
+            .write_all_at(&tile.memory[..length], offset as u64)
+            .map_err(|error| self.failure(error))
+    }
+
+    /// Goes on through the page cache: some file systems accept the flag at opening and refuse the write.
+    fn fall_back(&self) -> Result<()> {
+        #[cfg(target_os = "linux")]
+        {
+            use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+            fcntl_getfl(&self.file)
+                .and_then(|flags| fcntl_setfl(&self.file, flags - OFlags::DIRECT))
+                .map_err(|errno| self.failure(errno.into()))?;
+        }
+        self.direct.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether writes bypass the page cache.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.direct.load(Ordering::Relaxed)
+    }
+
+    /// File name of the target.
+    #[must_use]
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Cuts the padding off, syncs the data and gives the file its name.
+    pub(super) fn publish(&self) -> Result<usize> {
+        let cut = self.file.set_len(self.size as u64).and_then(|()| self.file.sync_data());
+        cut.and_then(|()| std::fs::rename(&self.partial, &self.target))
+            .map_err(|error| self.failure(error))?;
+        self.committed.store(true, Ordering::Relaxed);
+        Ok(self.size)
+    }
+
+    fn failure(&self, error: io::Error) -> Error {
+        let full = matches!(
+            error.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+        );
+        if full {
+            Error::DiskFull { path: self.target.clone(), needed: self.size as u64 }
+        } else {
+            Error::write(&self.partial, error)
+        }
+    }
+}
+
+impl Drop for TileFile {
+    fn drop(&mut self) {
+        if !self.committed.load(Ordering::Relaxed) {
+            // A failure leaves a hidden partial file, which the next run removes.
+            drop(std::fs::remove_file(&self.partial));
+        }
+    }
+}
+
+/// Opens a new partial file, directly if the mode wants it and the file system can; says which it was.
+fn open(partial: &Path, mode: WriteMode) -> Result<(File, bool)> {
+    let mut options = OpenOptions::new();
+    // Only the owner's umask decides on permissions, unlike temporary files, which are private.
+    options.write(true).create_new(true).mode(0o666);
+    if mode != WriteMode::Buffered
+        && let Some(flag) = direct_flag()
+    {
+        match options.clone().custom_flags(flag).open(partial) {
+            Ok(file) => return Ok((file, true)),
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                // The refused open may have created the file all the same.
+                drop(std::fs::remove_file(partial));
+            }
+            Err(error) => return Err(Error::write(partial, error)),
+        }
+    }
+    if mode == WriteMode::Direct {
+        return Err(Error::Option(format!(
+            "the file system of {} refuses direct writes; choose the write mode auto or buffered",
+            partial.display()
+        )));
+    }
+    options.open(partial).map(|file| (file, false)).map_err(|error| Error::write(partial, error))
+}
+
+#[cfg(target_os = "linux")]
+fn direct_flag() -> Option<i32> {
+    i32::try_from(rustix::fs::OFlags::DIRECT.bits()).ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn direct_flag() -> Option<i32> {
+    None
+}
