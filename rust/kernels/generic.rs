@@ -55,7 +55,10 @@ pub(super) fn load<H: Half>(dtype: Float, source: &[u8], destination: &mut [f32]
 pub(super) fn store<H: Half>(dtype: Float, source: &[f32], destination: &mut [u8]) -> bool {
     let limit = dtype.overflow();
     // An integer OR, not a bool `&&`: no early exit, so it vectorises. NaN fails the comparison too.
-    let outside = source.iter().fold(0, |found, value| found | u32::from(!(value.abs() < limit)));
+    let outside = source.iter().fold(0, |found, value| {
+        let inside = value.abs() < limit;
+        found | u32::from(!inside)
+    });
     match dtype {
         Float::BF16 => {
             for (bytes, value) in destination.as_chunks_mut().0.iter_mut().zip(source) {

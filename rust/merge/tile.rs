@@ -203,8 +203,9 @@ impl TileFiller {
             } else {
                 let value =
                     if converting { self.operands[0][offset] } else { self.blended[offset] };
-                // Not `>=`: a NaN that finite inputs gave must be caught too.
-                if !(value.abs() < job.dtype.overflow()) {
+                // A NaN that finite inputs gave is not below the limit either.
+                let finite = value.abs() < job.dtype.overflow();
+                if !finite {
                     return Err(Error::NonFiniteResult {
                         file: job.shard.file.clone(),
                         tensor: job.tensor.name.clone(),

@@ -1,1 +1,8 @@
-//! Integration tests of the engine.
+//! Integration tests of the engine; the modules mirror `rust/`.
+
+mod checkpoint;
+mod fixtures;
+mod kernels;
+mod merge;
+mod plan;
+mod writer;

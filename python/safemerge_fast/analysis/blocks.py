@@ -124,6 +124,17 @@ class Mapped:
         self._touched += part.shape[0] * (row_bytes if whole_rows else row_bytes + _FAULT_AROUND_BYTES)
         return part
 
+    def is_finite(self, chunk_elements: int) -> bool:
+        """Whether no value is NaN or infinite, in float32."""
+        rows, columns = self.shape
+        step = max(chunk_elements // columns, 1)
+        for start in range(0, rows, step):
+            part = self.chunk(slice(start, min(start + step, rows)), slice(0, columns))
+            if not bool(torch.isfinite(part.float()).all()):
+                return False
+            self.release_when_full()
+        return True
+
     def release_when_full(self) -> None:
         """Gives the pages back once enough of them may have been touched."""
         if self._touched >= _RELEASE_BYTES:
@@ -144,10 +155,18 @@ class Difference:
     Attributes:
         shape: (d_out, d_in).
         squares: ‖minuend - subtrahend‖² over the blocks read so far.
-        minuend_squares: ‖minuend‖² over the blocks read so far.
+        minuend_squares: ‖minuend‖² over the blocks read so far, if it was asked for.
     """
 
-    def __init__(self, workspace: Workspace, minuend: Mapped, subtrahend: Mapped, *, transposed: bool) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        minuend: Mapped,
+        subtrahend: Mapped,
+        *,
+        transposed: bool,
+        minuend_norm: bool = False,
+    ) -> None:
         stored = minuend.shape
         self.shape = (stored[1], stored[0]) if transposed else stored
         self.squares = 0.0
@@ -156,6 +175,7 @@ class Difference:
         self._minuend = minuend
         self._subtrahend = subtrahend
         self._transposed = transposed
+        self._minuend_norm = minuend_norm
 
     def is_zero(self) -> bool:
         """Whether the two tensors hold equal numbers; reads on only as long as they do."""
@@ -196,7 +216,8 @@ class Difference:
             rows = slice(first, min(first + step, row_stop))
             part = block[rows.start - row_start : rows.stop - row_start]
             self._load(self._minuend, rows, columns, part)
-            self.minuend_squares += workspace.dot(part, part)
+            if self._minuend_norm:
+                self.minuend_squares += workspace.dot(part, part)
             scratch = workspace.buffer("scratch", part.shape[0], width)
             self._load(self._subtrahend, rows, columns, scratch)
             part.sub_(scratch)

@@ -46,8 +46,9 @@ def score_module(
         The score. ρ is 0 where V VᵀΔ is zero and neither V nor Δ is: the update lies wholly outside the subspace.
     """
     tensors = {role: Mapped(models[role], row.names[role]) for role in ("base", "aligned", "finetuned")}
-    v = Difference(workspace, tensors["aligned"], tensors["base"], transposed=row.transposed)
-    delta = Difference(workspace, tensors["finetuned"], tensors[delta_reference], transposed=row.transposed)
+    turned = row.transposed
+    v = Difference(workspace, tensors["aligned"], tensors["base"], transposed=turned, minuend_norm=True)
+    delta = Difference(workspace, tensors["finetuned"], tensors[delta_reference], transposed=turned)
     d_out, d_in = v.shape
     rho: float | None = None
     rho_null: float | None = None
@@ -73,7 +74,7 @@ def score_module(
     )
 
 
-def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float]:
+def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
     """Computes (ρ, ρ_null) through K = V Vᵀ, for d_out <= d_in; two passes over blocks of columns."""
     d_out, d_in = v.shape
     extent = workspace.block_extent(d_out, least=workspace.block_columns)
@@ -81,9 +82,10 @@ def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
     for start in range(0, d_in, extent):
         block = v.columns(start, min(start + extent, d_in), "block")
         _add_lower_gram(gram, block, workspace)
-    gram_squares = _complete_gram(gram, _power_of_two(v.squares), workspace)
+    gram_scale = _power_of_two(v.squares)
+    gram_squares = _complete_gram(gram, gram_scale, workspace)
 
-    overlap = image_squares = 0.0  # ⟨KΔ, Δ⟩ and ‖KΔ‖²
+    overlap = image_squares = 0.0  # ⟨KΔ, Δ⟩ and ‖KΔ‖², scaled
     for start in range(0, d_in, extent):
         block = delta.columns(start, min(start + extent, d_in), "block")
         width = block.shape[1]
@@ -93,10 +95,10 @@ def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
             overlap += workspace.dot(block[first:last], image)
             image_squares += workspace.dot(image, image)
     rho = _cosine(overlap, math.sqrt(image_squares), math.sqrt(delta.squares))
-    return rho, _null(v, gram_squares)
+    return rho, _null(v, gram_scale, gram_squares)
 
 
-def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float]:
+def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
     """Computes (ρ, ρ_null) through N = VᵀV and M = VᵀΔ, for d_out > d_in; one pass over blocks of rows."""
     d_out, d_in = v.shape
     extent = workspace.block_extent(d_in)
@@ -122,7 +124,7 @@ def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
         image_squares += workspace.dot(cross[first:last], product)
     image = math.sqrt(max(image_squares, 0.0) / gram_scale)
     rho = _cosine(overlap / cross_scale, image, math.sqrt(delta.squares))
-    return rho, _null(v, gram_squares)
+    return rho, _null(v, gram_scale, gram_squares)
 
 
 def _norms_only(v: Difference, delta: Difference, workspace: Workspace) -> None:
@@ -148,16 +150,14 @@ def _complete_gram(gram: torch.Tensor, scale: float, workspace: Workspace) -> fl
     Without the scale, fourth powers of small weights would leave float32's range.
     """
     rows = gram.shape[0]
-    squares = 0.0
-    step = workspace.block_extent(rows)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
+    strips = list(workspace.strips(rows, workspace.operation_flops * rows / workspace.block_elements))
+    for first, last in strips:
         gram[first:last, :last].mul_(scale)
         gram[:first, first:last].copy_(gram[first:last, :first].T)
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
-        squares += workspace.dot(gram[first:last], gram[first:last])
-    return squares
+        corner = gram[first:last, first:last]
+        upper = corner.tril(-1).T
+        corner.tril_().add_(upper)
+    return sum(workspace.dot(gram[first:last], gram[first:last]) for first, last in strips)
 
 
 def _power_of_two(size: float) -> float:
@@ -175,8 +175,11 @@ def _cosine(overlap: float, image_norm: float, delta_norm: float) -> float:
     return max(0.0, min(1.0, overlap / scale))
 
 
-def _null(v: Difference, gram_squares: float) -> float | None:
-    ...
+def _null(v: Difference, gram_scale: float, gram_squares: float) -> float | None:
+    """ρ_null from the scaled gram matrix, whose trace is ‖V‖² times the scale."""
+    if not gram_squares > 0.0:
+        return None
+    return v.squares * gram_scale / math.sqrt(v.shape[0] * gram_squares)
 
 
 def _why_undefined(

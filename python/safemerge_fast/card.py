@@ -1,0 +1,131 @@
+"""The output's model card: README.md with the front matter that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+
+from .checkpoint import Model
+from .report import MergeReport, ModuleCount
+
+__all__ = ["hub_name", "model_card"]
+
+_CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
+
+_CARD = """\
+---
+base_model:{base_model}
+base_model_relation: merge
+library_name: transformers
+tags:
+- merge
+- safemerge
+---
+
+# {title}
+
+{finetuned}, with its safety repaired in the weights by [SafeMERGE](https://arxiv.org/abs/2503.17239), as
+[safemerge-fast](https://pypi.org/project/safemerge-fast/) {version} implements it. {summary}
+
+## Method
+
+The safety subspace of a weight matrix is spanned by what alignment changed in it, V = W_aligned − W_base. For each
+matrix, ρ = cos(V·Vᵀ·Δ, Δ) says how far the fine-tuning update Δ = W_finetuned − W_{reference} lies in that
+subspace. {rule} A merged matrix is {blend} (method `{method}`); all others are the fine-tuned model's.
+
+| role | model |
+|---|---|
+{roles}
+
+## What was merged
+
+{counts}
+
+ρ_null is the ρ that a random update of the same matrix would have: ρ depends on a matrix's shape, so that one
+threshold selects by module type too. Every tensor's ρ, decision and reason stand in `safemerge_report.json`; what each is
+made of, in `safemerge_plan.json`.
+
+## Configuration
+
+```sh
+{command}
+```
+
+```json
+{configuration}
+```
+"""
+
+
+def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
+    """Writes the card.
+
+    Args:
+        report: The report of the merge.
+        models: The models by role.
+
+    Returns:
+        Markdown with YAML front matter. base_model lists the models whose weights are in the output, as far as they
+        are known by a name on the Hub.
+    """
+    configuration = report.configuration
+    blended = ["finetuned", "safe" if "safe" in models else "aligned"]
+    bases = list(dict.fromkeys(name for role in blended if (name := hub_name(models[role])) is not None))
+    analysed = sum(tensor.analysed for tensor in report.tensors)
+    return _CARD.format(
+        base_model="".join(f"\n- {name}" for name in bases) or " []",
+        title=report.output.rstrip("/").rpartition("/")[2],
+        finetuned=_display_name(models["finetuned"]),
+        version=report.versions["safemerge-fast"],
+        summary=f"Of {analysed} matrices that were analysed, "
+        f"{sum(tensor.analysed and tensor.merged for tensor in report.tensors)} were merged.",
+        reference=configuration.delta_reference,
+        rule=_rule(report),
+        blend=_blend(configuration.alpha, blended[1]),
+        method=configuration.method,
+        roles="\n".join(f"| {role} | {_display_name(model)} |" for role, model in models.items()),
+        counts=_count_table(report.counts),
+        command=configuration.command(),
+        configuration=json.dumps(configuration.settings(), indent=2, ensure_ascii=False),
+    )
+
+
+def hub_name(model: Model) -> str | None:
+    """The model's owner/name on the Hub, which its place in the Hub's cache tells; None for other directories."""
+    match = _CACHED.search(f"{model.path.as_posix()}/")
+    return f"{match['owner']}/{match['name']}" if match is not None else None
+
+
+def _display_name(model: Model) -> str:
+    """The name on the Hub, else the last part of the path: a card is made to be published, a home directory is not."""
+    name = hub_name(model)
+    return f"[{name}](https://huggingface.co/{name})" if name is not None else f"`{model.path.name}`"
+
+
+def _rule(report: MergeReport) -> str:
+    """The rule of the decision in a sentence."""
+    configuration = report.configuration
+    unit = "matrix" if configuration.granularity == "module" else "layer, by the mean ρ of its matrices,"
+    kind, _, amount = configuration.select.partition(":")
+    match kind:
+        case "lowest":
+            return f"The {amount} of lowest ρ are merged (counted by {configuration.granularity})."
+        case "fraction":
+            return f"The share {amount} of lowest ρ is merged (counted by {configuration.granularity})."
+        case _:
+            return f"A {unit} with ρ strictly below τ = {configuration.threshold:g} is merged."
+
+
+def _blend(alpha: float, safe_role: str) -> str:
+    return f"{alpha:g} · W_finetuned + {1 - alpha:.6g} · W_{safe_role}"
+
+
+def _count_table(counts: Iterable[ModuleCount]) -> str:
+    """Counts per module type as a Markdown table."""
+    lines = ["| module type | analysed | merged | kept | median ρ | median ρ_null |", "|---|---:|---:|---:|---:|---:|"]
+    for count in counts:
+        medians = ("" if value is None else f"{value:.3f}" for value in (count.median_rho, count.median_rho_null))
+        numbers = (str(count.analysed), str(count.merged), str(count.kept), *medians)
+        lines.append(f"| {count.module_type} | {' | '.join(numbers)} |")
+    return "\n".join(lines)

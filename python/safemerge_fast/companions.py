@@ -1,0 +1,141 @@
+"""The files that belong beside the weights: which are taken over from the fine-tuned model, and its config.json.
+
+What is not listed here is left behind: pickles, GGUF files, the old index, optimizer states, and above all
+`consolidated*.safetensors` with params.json, which some servers would load in place of the merged weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Model
+from .errors import CheckpointError
+
+__all__ = ["companion_files", "configuration_file"]
+
+CONFIGURATION = "config.json"
+
+_PATTERNS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "tekken.json",
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
+_NEVER = frozenset({".bin", ".gguf", ".pt", ".pth", ".safetensors"})
+
+# Files whose auto_map can name Python modules.
+_WITH_CODE = (
+    CONFIGURATION,
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+_RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)[\w.]*\s+import|import\s+\.(\w+)|from\s+\.\s+import\s+(\w+))", re.M)
+
+
+def companion_files(model: Model) -> list[tuple[Path, str]]:
+    """Lists the files to copy beside the merged weights; config.json is not among them.
+
+    Args:
+        model: The fine-tuned model. Where a single file was given for it, the directory it lies in is looked at if
+            that holds a config.json.
+
+    Returns:
+        (where a file lies, its name in the output), sorted by name.
+    """
+    directory = _directory(model)
+    if not model.path.is_dir() and not (directory / CONFIGURATION).is_file():
+        return []
+    found: dict[str, Path] = {}
+    for pattern in _PATTERNS:
+        for path in directory.glob(pattern):
+            if path.is_file() and path.suffix not in _NEVER:
+                found[path.relative_to(directory).as_posix()] = path
+    for name in _code_files(directory):
+        found[name] = directory / name
+    return [(found[name], name) for name in sorted(found)]
+
+
+def configuration_file(model: Model, dtype: str) -> bytes | None:
+    """The output's config.json.
+
+    Args:
+        model: The fine-tuned model.
+        dtype: "auto" takes the file over byte for byte; "bfloat16", "float16" or "float32" is written where the
+            configuration names a dtype (`dtype`, `torch_dtype`, also in `text_config`), since loaders follow it.
+
+    Returns:
+        The file's bytes, or None if the fine-tuned model has none.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    path = _directory(model) / CONFIGURATION
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if dtype == "auto":
+        return text
+    config = dict(model.config)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _directory(model: Model) -> Path:
+    return model.path if model.path.is_dir() else model.path.parent
+
+
+def _code_files(directory: Path) -> list[str]:
+    """Python files of the directory that an auto_map names, and those that they import. Nothing is executed."""
+    waiting = [f"{module}.py" for file in _WITH_CODE for module in _mapped_modules(directory / file)]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        path = directory / name
+        if name in found or not path.is_file():
+            continue
+        found.add(name)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for groups in _RELATIVE_IMPORT.findall(text):
+            waiting.extend(f"{module}.py" for module in groups if module)
+    return sorted(found)
+
+
+def _mapped_modules(path: Path) -> Iterator[str]:
+    """Modules of this very repository that the auto_map of a JSON file names."""
+    try:
+        document: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    auto_map = document.get("auto_map") if isinstance(document, dict) else None
+    entries = list(auto_map.values()) if isinstance(auto_map, dict) else []
+    while entries:
+        entry = entries.pop()
+        if isinstance(entry, list):
+            entries.extend(entry)
+        elif isinstance(entry, str) and "--" not in entry and "." in entry:
+            # "module.Class" lies here; "org/name--module.Class" lies in another repository.
+            module = entry.split(".")[0]
+            if module.isidentifier():
+                yield module

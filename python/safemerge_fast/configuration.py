@@ -1,0 +1,138 @@
+"""What the user asked for: one frozen record whose fields are the flags of `merge`, checked before anything is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .decision import Rule
+from .errors import PlanError
+from .sizes import parse_size
+
+__all__ = ["DTYPES", "METHODS", "MergeConfiguration"]
+
+METHODS = ("linear",)
+"""Merge methods that a recipe may use."""
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Output dtypes that can be asked for, and their names in safetensors; "auto" keeps each tensor's own."""
+
+# These change how the work is done, or whether it may start, but not one byte of the weights.
+_NOT_SHOWN = frozenset({"resume", "overwrite", "threads", "memory_budget", "scores", "device"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeConfiguration:
+    """A merge, as asked for. `merge` documents each field.
+
+    Raises:
+        AnalysisError: A field of the rule is out of range.
+        PlanError: Another field is.
+    """
+
+    base: str
+    aligned: str
+    finetuned: str
+    safe: str | None = None
+    output: str
+    threshold: float = 0.35
+    alpha: float = 0.8
+    method: str = "linear"
+    select: str = "threshold"
+    granularity: str = "module"
+    delta_reference: str = "aligned"
+    include: str | None = None
+    exclude: str | None = None
+    others: str = "keep"
+    on_undefined: str = "merge"
+    device: str = "auto"
+    dtype: str = "auto"
+    max_shard_size: int | str | None = None
+    threads: int | None = None
+    memory_budget: int | str | None = None
+    scores: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    allow_nonfinite: bool = False
+
+    def __post_init__(self) -> None:
+        for role in ("base", "aligned", "finetuned", "safe", "output", "scores"):
+            value = getattr(self, role)
+            if value is not None:
+                object.__setattr__(self, role, os.fspath(value))
+        for size in ("max_shard_size", "memory_budget"):
+            value = getattr(self, size)
+            if value is not None:
+                object.__setattr__(self, size, parse_size(value))
+        if not 0.0 <= self.alpha <= 1.0:
+            raise PlanError(f"alpha should lie between 0 and 1, not at {self.alpha}")
+        if self.method not in METHODS:
+            raise PlanError(f"method should be {' or '.join(METHODS)}, not {self.method!r}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise PlanError(f"dtype should be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.delta_reference not in ("aligned", "base"):
+            raise PlanError(f"delta_reference should be aligned or base, not {self.delta_reference!r}")
+        if self.threads is not None and self.threads < 1:
+            raise PlanError(f"threads should be at least 1, not {self.threads}")
+        if self.resume and self.overwrite:
+            raise PlanError("resume continues an output and overwrite starts it anew; give one of them")
+        for name in ("include", "exclude"):
+            pattern = getattr(self, name)
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise PlanError(f"{name} {pattern!r} is not a regular expression: {error}") from error
+        self.rule()
+
+    def rule(self) -> Rule:
+        """The rule of the decision."""
+        return Rule(
+            threshold=self.threshold,
+            select=self.select,
+            granularity=self.granularity,
+            on_undefined=self.on_undefined,
+            others=self.others,
+        )
+
+    def roles(self) -> dict[str, str]:
+        """What was given for each role, in the order of checkpoint.ROLES; without "safe" where there is none."""
+        given = {role: getattr(self, role) for role in ("base", "aligned", "finetuned", "safe")}
+        return {role: spec for role, spec in given.items() if spec is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as JSON can hold them."""
+        return asdict(self)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that decide the output's weights, by name."""
+        return {name: value for name, value in self.to_dict().items() if name not in _NOT_SHOWN}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MergeConfiguration:
+        """Reads what to_dict wrote.
+
+        Raises:
+            PlanError: A field is unknown, missing or out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise PlanError(f"a merge has no setting {unknown[0]!r}")
+        if missing := sorted({"base", "aligned", "finetuned", "output"} - values.keys()):
+            raise PlanError(f"the merge does not say its {missing[0]}")
+        return cls(**values)
+
+    def command(self) -> str:
+        """The command line that makes the same weights: roles, output, and what differs from the defaults."""
+        words = ["safemerge-fast", "merge"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _NOT_SHOWN or value is None or value == field.default:
+                continue
+            words.append(f"--{field.name.replace('_', '-')}")
+            if value is not True:
+                words.append(str(value))
+        return shlex.join(words)

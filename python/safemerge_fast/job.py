@@ -1,0 +1,139 @@
+"""What a merge knows before it measures or writes anything: models, rows, rule, blend and the layout of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from .analysis.scores import Score, Scores
+from .checkpoint import Model, open_model
+from .configuration import MergeConfiguration
+from .decision import Rule
+from .errors import AnalysisError
+from .pairing import Pairing, Row, pair
+from .plan import Blend, Shard, lay_out
+from .recipes.safemerge import safemerge
+
+__all__ = ["Job", "open_job", "open_models", "require_finite"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A merge, ready to start.
+
+    Attributes:
+        configuration: What was asked for.
+        models: The models by role.
+        pairing: One row per output tensor.
+        rule: The rule of the decision.
+        blend: What merged tensors are made of.
+        layout: The output files.
+        scores: Scores to reuse, or None if they are to be computed.
+    """
+
+    configuration: MergeConfiguration
+    models: Mapping[str, Model]
+    pairing: Pairing
+    rule: Rule
+    blend: Blend
+    layout: tuple[Shard, ...]
+    scores: Scores | None
+
+    @property
+    def analysed(self) -> list[Row]:
+        """The rows that have, or will have, a score."""
+        return [row for row in self.pairing.rows if row.analysed]
+
+    def reused_scores(self) -> dict[str, Score]:
+        """Those of the given scores that this job needs; the file may hold more.
+
+        Raises:
+            AnalysisError: One of them says that values are not finite, and this job does not allow that.
+        """
+        if self.scores is None:
+            return {}
+        wanted = {row.name for row in self.analysed}
+        reused = {name: score for name, score in self.scores.modules.items() if name in wanted}
+        if not self.configuration.allow_nonfinite:
+            for name, score in reused.items():
+                require_finite(name, score)
+        return reused
+
+
+def open_models(roles: Mapping[str, str]) -> dict[str, Model]:
+    """Opens the model of each role; see checkpoint.open_model for the errors."""
+    return {role: open_model(role, spec) for role, spec in roles.items()}
+
+
+def open_job(configuration: MergeConfiguration) -> Job:
+    """Opens the models and pairs their tensors; only headers are read.
+
+    Args:
+        configuration: What was asked for.
+
+    Returns:
+        The job.
+
+    Raises:
+        CheckpointError: A model cannot be found, read or trusted.
+        AdapterError: A model is an adapter.
+        PairingError: The models do not fit together.
+        AnalysisError: The scores to reuse cannot be read, or are not of these models.
+    """
+    models = open_models(configuration.roles())
+    pairing = pair(models, include=configuration.include, exclude=configuration.exclude)
+    scores = None
+    if configuration.scores is not None:
+        scores = _read_scores(configuration.scores, models, configuration.delta_reference)
+    return Job(
+        configuration=configuration,
+        models=models,
+        pairing=pairing,
+        rule=configuration.rule(),
+        blend=safemerge(
+            configuration.alpha,
+            safe_role="safe" if "safe" in models else "aligned",
+            method=configuration.method,
+        ),
+        layout=tuple(
+            lay_out(
+                pairing.rows,
+                dtype=configuration.dtype,
+                # The configuration has parsed it already.
+                max_shard_size=None
+                if configuration.max_shard_size is None
+                else int(configuration.max_shard_size),
+            )
+        ),
+        scores=scores,
+    )
+
+
+def require_finite(name: str, score: Score) -> None:
+    """Raises AnalysisError if a module has no score because a model holds NaN or infinity."""
+    if score.undefined is not None and score.undefined.startswith("non-finite"):
+        raise AnalysisError(
+            f"{name} cannot be scored: {score.undefined}; repair that checkpoint, or pass --allow-nonfinite "
+            f"to go on without its ρ"
+        )
+
+
+def _read_scores(file: str, models: Mapping[str, Model], delta_reference: str) -> Scores:
+    """Reads scores and refuses those of other models or of another definition of Δ."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AnalysisError(f"cannot read the scores {file}: {error}") from error
+    try:
+        scores = Scores.from_json(text)
+    except AnalysisError as error:
+        raise AnalysisError(f"{file}: {error}") from error
+    if reason := scores.matches(models):
+        raise AnalysisError(f"the scores {file} are not of these models: {reason}; write them again with analyze")
+    if scores.delta_reference != delta_reference:
+        raise AnalysisError(
+            f"the scores {file} take Δ against the {scores.delta_reference} model, but this merge asks for "
+            f"{delta_reference}; pass --delta-reference {scores.delta_reference} or write them again with analyze"
+        )
+    return scores

@@ -1,0 +1,293 @@
+"""The pipeline: checkpoint → pairing → analysis → decision → plan → merge → report, shard after shard."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import _engine
+from .analysis.rounding import rounding_warning
+from .analysis.scores import Score
+from .card import model_card
+from .companions import CONFIGURATION, companion_files, configuration_file
+from .configuration import MergeConfiguration
+from .decision import Decision, decide
+from .job import Job, open_job
+from .pairing import Row
+from .plan import INDEX_FILE, Shard, index_document, plan_document, plan_shard, tensor_bytes
+from .progress import ProgressCallback, ProgressEvent
+from .report import MergeReport, ModuleWarning, TensorReport, tensor_reports
+from .scoring import device_name, score_rows
+from .shard_writer import ShardWriter
+
+__all__ = ["PLAN_FILE", "REPORT_FILE", "merge", "run_merge"]
+
+PLAN_FILE = "safemerge_plan.json"
+REPORT_FILE = "safemerge_report.json"
+CARD_FILE = "README.md"
+
+
+def merge(
+    base: str | os.PathLike[str],
+    aligned: str | os.PathLike[str],
+    finetuned: str | os.PathLike[str],
+    safe: str | os.PathLike[str] | None = None,
+    *,
+    output: str | os.PathLike[str],
+    threshold: float = 0.35,
+    alpha: float = 0.8,
+    method: str = "linear",
+    select: str = "threshold",
+    granularity: str = "module",
+    delta_reference: str = "aligned",
+    include: str | None = None,
+    exclude: str | None = None,
+    others: str = "keep",
+    on_undefined: str = "merge",
+    device: str = "auto",
+    dtype: str = "auto",
+    max_shard_size: int | str | None = None,
+    threads: int | None = None,
+    memory_budget: int | str | None = None,
+    scores: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: ProgressCallback | None = None,
+) -> MergeReport:
+    """Repairs a fine-tuned model: merges those of its modules that left the safety subspace with a safe model.
+
+    Args:
+        base: The model before alignment: a checkpoint directory, a .safetensors file or org/name[@revision].
+        aligned: The aligned model that was fine-tuned.
+        finetuned: The fine-tuned model, which the output is made from.
+        safe: The safe model to merge with; None takes the aligned one.
+        output: Output directory; must be new or empty unless resume or overwrite is given.
+        threshold: τ: modules whose ρ is strictly below it are merged.
+        alpha: α: weight of the fine-tuned update; the safe one gets 1-α.
+        method: How tensors are merged: "linear".
+        select: "threshold", "lowest:N" (the N lowest ρ) or "fraction:F" (that share of them).
+        granularity: "module", or "layer" to decide by the mean ρ of a layer.
+        delta_reference: What Δ is taken against: "aligned", or "base" (then Δ contains V and ρ rises).
+        include: Regular expression on names: analyses what is left out by default.
+        exclude: Regular expression on names: leaves them out of the analysis.
+        others: "keep" or "merge" tensors that are not analysed.
+        on_undefined: "merge" or "keep" modules without ρ (V or Δ is zero).
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps", for the analysis.
+        dtype: Output dtype of float tensors: "auto" (each one's own), "bfloat16", "float16" or "float32".
+        max_shard_size: Most bytes per output file, as a number or like "5GB"; None keeps the fine-tuned model's files.
+        threads: Worker threads of the merge; None is one per processor.
+        memory_budget: Most bytes for the merge's buffers, as a number or like "1GB".
+        scores: scores.json to reuse; torch is then not needed.
+        resume: Continue an unfinished merge in the output.
+        overwrite: Replace what the output holds.
+        allow_nonfinite: Let NaN and infinity of the inputs through; such modules have no ρ.
+        progress: Called with ProgressEvents; an exception it raises stops the merge.
+
+    Returns:
+        The report, which also lies in the output as safemerge_report.json.
+
+    Raises:
+        SafemergeError: One of its subclasses; the output then holds nothing that looks complete.
+    """
+    values = {name: value for name, value in locals().items() if name != "progress"}
+    return run_merge(MergeConfiguration(**values), progress)
+
+
+def run_merge(configuration: MergeConfiguration, progress: ProgressCallback | None = None) -> MergeReport:
+    """Does what merge says, for a configuration that is already a record."""
+    started = time.perf_counter()
+    tell = progress or (lambda event: None)
+    job = open_job(configuration)
+    output = _engine.Output(
+        configuration.output,
+        inputs=[model.headers.path for model in job.models.values()],
+        resume=configuration.resume,
+        overwrite=configuration.overwrite,
+    )
+    writer = _shard_writer(job, output, tell)
+    scores = dict(job.reused_scores())
+    decisions: dict[str, Decision] = {}
+    planned: list[dict[str, Any]] = []
+    analysis_seconds = 0.0
+    try:
+        _remove_stray_shards(job, output)
+        for shards in _steps(job):
+            rows = [row for shard in shards for row in shard.rows]
+            if job.scores is None:
+                analysis_seconds += _score(job, rows, scores, writer, tell)
+            decisions |= decide(rows, scores, job.rule)
+            for shard in shards:
+                planned.append(plan_shard(shard, decisions, job.blend, dtype=configuration.dtype))
+                writer.submit(plan_document(job.models, planned[-1:]))
+        writer.finish()
+        tensors = tensor_reports(planned, job.pairing.rows, scores, decisions, job.blend.describe())
+        report = MergeReport(
+            output=output.path,
+            configuration=configuration,
+            inputs=_inputs(job),
+            versions=_versions(),
+            device=_device(job),
+            seconds={
+                "analysis": analysis_seconds,
+                "merge": writer.seconds,
+                "total": time.perf_counter() - started,
+            },
+            bytes_read=writer.bytes_read,
+            bytes_written=sum(fact["bytes_written"] for fact in writer.facts),
+            peak_memory_bytes=_peak_memory(),
+            shards=tuple(dict(fact) for fact in writer.facts),
+            tensors=tensors,
+            unused=job.pairing.unused,
+            warnings=_warnings(scores, writer.facts),
+            notes=(*job.pairing.notes, *_notes(job, tensors)),
+        )
+        _publish(job, output, planned, report)
+        output.finish()
+    except BaseException:
+        # Also for Ctrl-C: what is committed stays for --resume, but without config.json and index nothing loads it.
+        writer.abandon()
+        output.close()
+        raise
+    return report
+
+
+def _steps(job: Job) -> Iterator[Sequence[Shard]]:
+    """Groups the output files by what must be scored before any of the group can be decided."""
+    # Merging tensors that are not analysed needs the whole pairing in view, to know which roles there are.
+    if job.rule.is_local and job.rule.others == "keep":
+        yield from ([shard] for shard in job.layout)
+    else:
+        yield job.layout
+
+
+def _shard_writer(job: Job, output: _engine.Output, tell: ProgressCallback) -> ShardWriter:
+    configuration = job.configuration
+    total = sum(tensor_bytes(row, configuration.dtype) for row in job.pairing.rows)
+    return ShardWriter(
+        output,
+        threads=configuration.threads,
+        memory_budget=None if configuration.memory_budget is None else int(configuration.memory_budget),
+        allow_nonfinite=configuration.allow_nonfinite,
+        # The engine counts headers too, which the total leaves out.
+        on_bytes=lambda done, file: tell(ProgressEvent("merge", min(done, total), total, file)),
+    )
+
+
+def _score(
+    job: Job, rows: Sequence[Row], scores: dict[str, Score], writer: ShardWriter, tell: ProgressCallback
+) -> float:
+    """Adds the scores of some rows, while the writer works on earlier ones; returns the seconds it took."""
+    started = time.perf_counter()
+    total = len(job.analysed)
+    for name, score in score_rows(
+        job.models,
+        rows,
+        delta_reference=job.configuration.delta_reference,
+        device=job.configuration.device,
+        allow_nonfinite=job.configuration.allow_nonfinite,
+    ):
+        scores[name] = score
+        tell(ProgressEvent("analysis", len(scores), total, name))
+        writer.poll()
+    return time.perf_counter() - started
+
+
+def _remove_stray_shards(job: Job, output: _engine.Output) -> None:
+    """Removes committed shards of an unfinished merge that this one, resumed with another layout, does not write.
+
+    Loaders without an index take every .safetensors file of a directory.
+    """
+    for file in set(output.committed) - {shard.file for shard in job.layout}:
+        (Path(output.path) / file).unlink(missing_ok=True)
+
+
+def _publish(
+    job: Job, output: _engine.Output, planned: Sequence[Mapping[str, Any]], report: MergeReport
+) -> None:
+    """Writes all that is not weights; what makes the output loadable comes last."""
+    finetuned = job.models["finetuned"]
+    for path, name in companion_files(finetuned):
+        output.copy_file(path, name)
+    output.write_file(CARD_FILE, model_card(report, job.models).encode())
+    output.write_file(PLAN_FILE, _json(plan_document(job.models, planned)))
+    output.write_file(REPORT_FILE, report.to_json().encode())
+    configuration = configuration_file(finetuned, job.configuration.dtype)
+    if configuration is not None:
+        output.write_file(CONFIGURATION, configuration)
+    if len(planned) > 1:
+        output.write_file(INDEX_FILE, _json(index_document(planned)))
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _inputs(job: Job) -> dict[str, dict[str, Any]]:
+    """What was read, by role."""
+    return {
+        role: {
+            "spec": model.spec,
+            "path": str(model.path),
+            "files": {file: dict(facts) for file, facts in model.headers.identity().items()},
+        }
+        for role, model in job.models.items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what took part: torch is named only if it was imported."""
+    versions = {"safemerge-fast": _engine.__version__, "python": platform.python_version()}
+    for name in ("numpy", "torch"):
+        if name in sys.modules:
+            versions[name] = str(sys.modules[name].__version__)
+    return versions
+
+
+def _device(job: Job) -> str | None:
+    if job.scores is not None:
+        return job.scores.device
+    return device_name(job.configuration.device) if job.analysed else None
+
+
+def _peak_memory() -> int:
+    """Largest resident memory of this process in bytes; the system counts in KiB on Linux, in bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _warnings(
+    scores: Mapping[str, Score], facts: Sequence[_engine.ShardFacts]
+) -> tuple[ModuleWarning, ...]:
+    """What to mistrust: task vectors near the dtype's resolution, and inputs that are not finite."""
+    rounding = [(name, rounding_warning(name, score)) for name, score in scores.items()]
+    nonfinite = {name for fact in facts for name in fact["nonfinite_inputs"]}
+    return (
+        *(ModuleWarning(name, message) for name, message in rounding if message is not None),
+        *(
+            ModuleWarning(name, f"{name}: an input holds NaN or infinity, and so may the output")
+            for name in sorted(nonfinite)
+        ),
+    )
+
+
+def _notes(job: Job, tensors: Sequence[TensorReport]) -> list[str]:
+    """What a person should know of this merge, in sentences."""
+    notes = []
+    if "safe" not in job.models:
+        notes.append(
+            f"no safe model was given, so the aligned one plays it: merging shrinks a module's update "
+            f"to {job.configuration.alpha:g} of itself"
+        )
+    if not any(tensor.merged for tensor in tensors):
+        notes.append("no tensor was merged: the output holds the fine-tuned weights as they are")
+    if configuration_file(job.models["finetuned"], "auto") is None:
+        notes.append("the fine-tuned model has no config.json, so the output has none either")
+    return notes

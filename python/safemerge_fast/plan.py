@@ -1,0 +1,226 @@
+"""Stage 5, plan: rows and decisions become plain data that says what every output tensor is made of.
+
+The engine validates the data again and executes it; see `_engine.Plan`. Nothing here opens or writes a file.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoint import FLOATS, Model
+from .configuration import DTYPES
+from .decision import Decision
+from .errors import PairingError
+from .pairing import Row
+
+__all__ = ["Blend", "Shard", "index_document", "lay_out", "output_dtype", "plan_document", "plan_shard"]
+
+VERSION = 1
+"""Version of the plan's format."""
+
+SINGLE_FILE = "model.safetensors"
+"""Name of the weights of a checkpoint that has one file."""
+
+INDEX_FILE = "model.safetensors.index.json"
+"""Name of the index of a checkpoint that has several."""
+
+_STANDARD_NAME = re.compile(r"model-\d{5}-of-(?P<count>\d{5})\.safetensors")
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """What every merged tensor is made of.
+
+    Attributes:
+        method: Name of the engine's method.
+        parameters: The method's parameters.
+        weights: Weight by role, in the order in which the roles are accumulated.
+    """
+
+    method: str
+    parameters: Mapping[str, Any]
+    weights: Mapping[str, float]
+
+    def describe(self) -> str:
+        """The operation in one line, e.g. `linear: 0.8 finetuned + 0.2 safe`."""
+        terms = " + ".join(f"{weight:.12g} {role}" for role, weight in self.weights.items())
+        return f"{self.method}: {terms}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file and the rows whose tensors it holds, in the order of their bytes."""
+
+    file: str
+    rows: tuple[Row, ...]
+
+
+def output_dtype(row: Row, dtype: str) -> str:
+    """The dtype of a row's tensor in the output.
+
+    Args:
+        row: The row.
+        dtype: "auto" or a key of configuration.DTYPES; tensors that are not float keep theirs whatever is asked for.
+
+    Returns:
+        A dtype as safetensors names it.
+    """
+    return row.dtype if dtype == "auto" or row.dtype not in FLOATS else DTYPES[dtype]
+
+
+def tensor_bytes(row: Row, dtype: str) -> int:
+    """Bytes of a row's tensor in the output."""
+    return math.prod(row.shape) * _ITEM_BYTES[output_dtype(row, dtype)]
+
+
+def lay_out(rows: Sequence[Row], *, dtype: str = "auto", max_shard_size: int | None = None) -> list[Shard]:
+    """Distributes the rows over output files, without changing their order.
+
+    Args:
+        rows: All rows of the pairing.
+        dtype: Output dtype of float tensors, as in output_dtype.
+        max_shard_size: Most bytes of tensors in a file (a larger tensor gets a file of its own). None keeps the
+            fine-tuned model's files; they keep their names where transformers would find them by these.
+
+    Returns:
+        The output files in order; none is empty.
+    """
+    groups: list[list[Row]] = []
+    if max_shard_size is None:
+        by_file: dict[str, list[Row]] = {}
+        for row in rows:
+            by_file.setdefault(row.file, []).append(row)
+        groups = list(by_file.values())
+        if len(groups) > 1 and _names_are_standard(by_file):
+            return [Shard(file, tuple(group)) for file, group in by_file.items()]
+    else:
+        filled = 0
+        for row in rows:
+            size = tensor_bytes(row, dtype)
+            if not groups or filled + size > max_shard_size:
+                groups.append([])
+                filled = 0
+            groups[-1].append(row)
+            filled += size
+    count = len(groups)
+    if count == 1:
+        return [Shard(SINGLE_FILE, tuple(groups[0]))]
+    return [
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def plan_shard(
+    shard: Shard, decisions: Mapping[str, Decision], blend: Blend, *, dtype: str = "auto"
+) -> dict[str, Any]:
+    """Says what each tensor of one output file is made of.
+
+    Args:
+        shard: The output file.
+        decisions: At least the decisions of the shard's rows.
+        blend: What merged tensors are made of; kept ones are copies of the fine-tuned tensor.
+        dtype: Output dtype of float tensors, as in output_dtype.
+
+    Returns:
+        One entry of the plan's "shards".
+
+    Raises:
+        PairingError: A tensor is to be merged that one of the blend's models does not have.
+    """
+    return {
+        "file": shard.file,
+        "metadata": {"format": "pt"},
+        "tensors": [
+            {
+                "name": row.name,
+                "dtype": output_dtype(row, dtype),
+                "shape": list(row.shape),
+                **(_merge(row, blend) if decisions[row.name].merge else {"copy": _operand("finetuned", row)}),
+            }
+            for row in shard.rows
+        ],
+    }
+
+
+def plan_document(models: Mapping[str, Model], shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Adds to shards of a plan the identity of the files they read, which makes them a plan of their own.
+
+    Args:
+        models: The models by role; roles that no tensor comes from are left out.
+        shards: What plan_shard returned, one or many.
+
+    Returns:
+        The plan, ready for json.dumps and `_engine.Plan`.
+    """
+    shards = list(shards)
+    used: dict[str, set[str]] = {}
+    for shard in shards:
+        for tensor in shard["tensors"]:
+            for operand in _operands(tensor):
+                headers = models[operand["source"]].headers
+                used.setdefault(operand["source"], set()).add(headers.tensor(operand["tensor"]).file)
+    sources = {}
+    for role in sorted(used):
+        headers = models[role].headers
+        identity = headers.identity()
+        sources[role] = {
+            "path": headers.path,
+            "files": {file: dict(identity[file]) for file in headers.files if file in used[role]},
+        }
+    return {"version": VERSION, "sources": sources, "shards": shards}
+
+
+def index_document(shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The index of a checkpoint with these shards, as transformers 5 writes it."""
+    parameters = size = 0
+    weight_map = {}
+    for shard in shards:
+        for tensor in shard["tensors"]:
+            elements = math.prod(tensor["shape"])
+            parameters += elements
+            size += elements * _ITEM_BYTES[tensor["dtype"]]
+            weight_map[tensor["name"]] = shard["file"]
+    return {
+        "metadata": {"total_parameters": parameters, "total_size": size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _names_are_standard(files: Iterable[str]) -> bool:
+    """Whether all files are named as parts of one and the same sharded checkpoint."""
+    matches = [_STANDARD_NAME.fullmatch(file) for file in files]
+    counts = {match["count"] for match in matches if match is not None}
+    return None not in matches and len(counts) == 1
+
+
+def _operand(role: str, row: Row) -> dict[str, str]:
+    return {"source": role, "tensor": row.names[role]}
+
+
+def _merge(row: Row, blend: Blend) -> dict[str, Any]:
+    if missing := [role for role in blend.weights if role not in row.names]:
+        raise PairingError(
+            f"{row.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
+            f"leave it out with --exclude"
+        )
+    operands = [{"operand": _operand(role, row), "weight": weight} for role, weight in blend.weights.items()]
+    return {"merge": {"method": blend.method, "parameters": dict(blend.parameters), "operands": operands}}
+
+
+def _operands(tensor: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    """All operands of one planned tensor."""
+    if "copy" in tensor:
+        return [tensor["copy"]]
+    return [weighted["operand"] for weighted in tensor["merge"]["operands"]]

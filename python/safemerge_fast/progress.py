@@ -1,0 +1,29 @@
+"""What a progress callback receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["ProgressCallback", "ProgressEvent"]
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressEvent:
+    """How far one stage is. Stages overlap: the merge of one shard runs while the next is analysed.
+
+    Attributes:
+        stage: "analysis" (counted in modules), "merge" or "verify" (counted in bytes).
+        done: How much is done.
+        total: How much there is to do.
+        item: What is being worked on: a tensor or a file.
+    """
+
+    stage: str
+    done: int
+    total: int
+    item: str
+
+
+ProgressCallback = Callable[[ProgressEvent], None]
+"""Called on the caller's own thread; what it raises stops the work."""

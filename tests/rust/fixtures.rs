@@ -1,0 +1,164 @@
+//! Small checkpoints on disk, written with the crate `safetensors` rather than with our own layout code.
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// A tensor to be written: name, dtype, shape, bytes.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    pub bytes: Vec<u8>,
+}
+
+impl Tensor {
+    pub fn new(name: &str, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> Self {
+        Self { name: name.to_owned(), dtype, shape: shape.to_vec(), bytes }
+    }
+
+    pub fn f32(name: &str, values: &[f32]) -> Self {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self::new(name, Dtype::F32, &[values.len()], bytes)
+    }
+}
+
+/// Writes one shard.
+pub fn write(path: &Path, tensors: &[Tensor]) {
+    let views = tensors.iter().map(|t| {
+        (t.name.as_str(), TensorView::new(t.dtype, t.shape.clone(), &t.bytes).expect("fixture"))
+    });
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    safetensors::serialize_to_file(views, Some(metadata), path).expect("fixture");
+}
+
+/// Writes a file with this header text and data, valid or not.
+pub fn write_raw(path: &Path, header: &str, data: &[u8]) {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(data);
+    std::fs::write(path, bytes).expect("fixture");
+}
+
+/// Pseudo-random bytes (xorshift), the same for the same seed.
+pub fn noise(mut seed: u64, length: usize) -> Vec<u8> {
+    seed = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..length)
+        .map(|_| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed.to_le_bytes()[3]
+        })
+        .collect()
+}
+
+/// Random finite values of moderate size in this dtype.
+pub fn random_floats(seed: u64, dtype: Dtype, count: usize) -> Vec<u8> {
+    let values = noise(seed, 2 * count);
+    let values = values.chunks_exact(2).map(|pair| {
+        f32::from(i16::from_le_bytes([pair[0], pair[1]])) / 4096.0 + f32::from(pair[0]) * 1e-4
+    });
+    match dtype {
+        Dtype::BF16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+        Dtype::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+        Dtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        Dtype::F64 => values.flat_map(|v| (f64::from(v) * 1.000_000_1).to_le_bytes()).collect(),
+        _ => unreachable!("only floats"),
+    }
+}
+
+/// The identity section of a plan for these files of a directory.
+pub fn source(directory: &Path) -> Value {
+    let checkpoint = safemerge_fast::checkpoint::Checkpoint::open(directory).expect("fixture");
+    let files: BTreeMap<_, _> = checkpoint
+        .shards()
+        .iter()
+        .map(|shard| (shard.name.clone(), json!(shard.header.identity)))
+        .collect();
+    json!({"path": directory, "files": files})
+}
+
+/// Two single-file checkpoints with the same tensors and other values, and a plan that copies integers and blends floats.
+pub struct Pair {
+    pub directory: tempfile::TempDir,
+    pub first: Vec<Tensor>,
+    pub second: Vec<Tensor>,
+}
+
+pub const WEIGHTS: [f64; 2] = [0.8, 0.2];
+
+impl Pair {
+    /// `layout` gives names, dtypes and shapes.
+    pub fn new(layout: &[(&str, Dtype, &[usize])]) -> Self {
+        let directory = tempfile::tempdir().expect("fixture");
+        let make = |role: u64| -> Vec<Tensor> {
+            layout
+                .iter()
+                .enumerate()
+                .map(|(number, (name, dtype, shape))| {
+                    let count = shape.iter().product();
+                    let seed = role * 1000 + number as u64;
+                    let bytes = match dtype {
+                        Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64 => {
+                            random_floats(seed, *dtype, count)
+                        }
+                        _ => noise(seed, count * dtype.bitsize() / 8),
+                    };
+                    Tensor::new(name, *dtype, shape, bytes)
+                })
+                .collect()
+        };
+        let pair = Self { first: make(1), second: make(2), directory };
+        for (role, tensors) in [("first", &pair.first), ("second", &pair.second)] {
+            std::fs::create_dir(pair.path(role)).expect("fixture");
+            write(&pair.path(role).join("model.safetensors"), tensors);
+        }
+        pair
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The plan, its output tensors in the order of `first`, over `shards` output files.
+    pub fn plan(&self, shards: usize) -> Value {
+        let per_shard = self.first.len().div_ceil(shards);
+        let shards: Vec<Value> = self
+            .first
+            .chunks(per_shard)
+            .enumerate()
+            .map(|(number, tensors)| {
+                let tensors: Vec<Value> = tensors.iter().map(planned).collect();
+                json!({"file": format!("model-{number}.safetensors"), "tensors": tensors})
+            })
+            .collect();
+        json!({
+            "version": 1,
+            "sources": {"first": source(&self.path("first")), "second": source(&self.path("second"))},
+            "shards": shards,
+        })
+    }
+}
+
+/// Floats are blended, all else is copied from the first.
+fn planned(tensor: &Tensor) -> Value {
+    let operand = |source: &str| json!({"source": source, "tensor": tensor.name});
+    let mut planned = json!({
+        "name": tensor.name, "dtype": tensor.dtype.to_string(), "shape": tensor.shape,
+    });
+    if matches!(tensor.dtype, Dtype::BF16 | Dtype::F16 | Dtype::F32 | Dtype::F64) {
+        planned["merge"] = json!({
+            "method": "linear", "parameters": {"normalize": false},
+            "operands": [
+                {"operand": operand("first"), "weight": WEIGHTS[0]},
+                {"operand": operand("second"), "weight": WEIGHTS[1]},
+            ],
+        });
+    } else {
+        planned["copy"] = operand("first");
+    }
+    planned
+}

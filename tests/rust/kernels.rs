@@ -1,0 +1,170 @@
+//! Conversions against the crate `half` and the hardware's own casts, and every SIMD level against the scalar one.
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+use safemerge_fast::dtype::{Float, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
+use safemerge_fast::kernels::{Kernels, Level};
+
+/// Bit patterns of f32 around every boundary that rounding to 16 bits has, and a stride through all of them.
+fn interesting_f32() -> Vec<u32> {
+    let mut patterns: Vec<u32> = (0..=u32::MAX).step_by(65_521).collect();
+    for upper in 0..=0xFFFF_u32 {
+        for lower in [0, 1, 0x0FFF, 0x1000, 0x1001, 0x2000, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
+            patterns.push(upper << 16 | lower);
+        }
+    }
+    patterns
+}
+
+#[test]
+fn widening_is_exact_for_all_16_bit_patterns() {
+    for bits in 0..=u16::MAX {
+        let (ours, theirs) = (bf16_to_f32(bits), bf16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()),
+            "bf16 {bits:#x}"
+        );
+        let (ours, theirs) = (f16_to_f32(bits), f16::from_bits(bits).to_f32());
+        assert!(
+            ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()),
+            "f16 {bits:#x}"
+        );
+    }
+}
+
+#[test]
+fn narrowing_rounds_to_nearest_even() {
+    for bits in interesting_f32() {
+        let value = f32::from_bits(bits);
+        let (ours, theirs) = (bf16::from_bits(f32_to_bf16(value)), bf16::from_f32(value));
+        assert!(
+            ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()),
+            "bf16 {bits:#x}"
+        );
+        let (ours, theirs) = (f16::from_bits(f32_to_f16(value)), f16::from_f32(value));
+        assert!(
+            ours.to_bits() == theirs.to_bits() || (ours.is_nan() && theirs.is_nan()),
+            "f16 {bits:#x}"
+        );
+    }
+}
+
+const FLOATS: [Float; 4] = [Float::BF16, Float::F16, Float::F32, Float::F64];
+
+fn levels() -> Vec<Kernels> {
+    Level::available().into_iter().map(|level| Kernels::named(level.name()).unwrap()).collect()
+}
+
+fn load(kernels: &Kernels, dtype: Float, bytes: &[u8]) -> Vec<u32> {
+    let mut values = vec![0.0; bytes.len() / dtype.size()];
+    kernels.load(dtype, bytes, &mut values);
+    values.iter().map(|v: &f32| v.to_bits()).collect()
+}
+
+fn store(kernels: &Kernels, dtype: Float, values: &[f32]) -> (Vec<u8>, bool) {
+    let mut bytes = vec![0; values.len() * dtype.size()];
+    let finite = kernels.store(dtype, values, &mut bytes);
+    (bytes, finite)
+}
+
+#[test]
+fn every_level_loads_all_16_bit_patterns_alike() {
+    let bytes: Vec<u8> = (0..=u16::MAX).flat_map(u16::to_le_bytes).collect();
+    let scalar = Kernels::named("scalar").unwrap();
+    for kernels in levels() {
+        for dtype in [Float::BF16, Float::F16] {
+            assert_eq!(
+                load(&kernels, dtype, &bytes),
+                load(&scalar, dtype, &bytes),
+                "{dtype:?}, {kernels:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn every_level_stores_alike_nan_payloads_included() {
+    let values: Vec<f32> = interesting_f32().into_iter().map(f32::from_bits).collect();
+    let scalar = Kernels::named("scalar").unwrap();
+    for kernels in levels() {
+        for dtype in FLOATS {
+            // Through chunks of odd length, so that vector bodies and tails both meet every kind of value.
+            for chunk in values.chunks(1021) {
+                assert_eq!(
+                    store(&kernels, dtype, chunk),
+                    store(&scalar, dtype, chunk),
+                    "{dtype:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn store_reports_what_is_not_finite_after_rounding() {
+    let cases = [
+        (Float::F16, 65519.996, true),
+        (Float::F16, 65520.0, false),
+        (Float::F16, -65520.0, false),
+        (Float::BF16, f32::from_bits(0x7F7F_7FFF), true),
+        (Float::BF16, f32::from_bits(0x7F7F_8000), false),
+        (Float::F32, f32::MAX, true),
+        (Float::F32, f32::INFINITY, false),
+        (Float::F32, f32::NAN, false),
+        (Float::F64, f32::NEG_INFINITY, false),
+    ];
+    for kernels in levels() {
+        for (dtype, value, finite) in cases {
+            for place in [0, 7, 16] {
+                let mut values = vec![1.0; 17];
+                values[place] = value;
+                assert_eq!(
+                    store(&kernels, dtype, &values).1,
+                    finite,
+                    "{dtype:?} {value} at {place}"
+                );
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn multiply_add_rounds_once_at_every_level(
+        values in prop::collection::vec((any::<f32>(), any::<f32>()), 0..70),
+        weight in any::<f32>(),
+    ) {
+        let (sums, factors): (Vec<f32>, Vec<f32>) = values.into_iter().unzip();
+        let expected: Vec<u32> =
+            sums.iter().zip(&factors).map(|(sum, x)| x.mul_add(weight, *sum).to_bits()).collect();
+        for kernels in levels() {
+            let mut found = sums.clone();
+            kernels.multiply_add(&mut found, &factors, weight);
+            for (found, expected) in found.iter().zip(&expected) {
+                let both_nan = found.is_nan() && f32::from_bits(*expected).is_nan();
+                prop_assert!(found.to_bits() == *expected || both_nan);
+            }
+        }
+    }
+
+    #[test]
+    fn every_level_loads_wide_floats_alike(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        let scalar = Kernels::named("scalar").unwrap();
+        for kernels in levels() {
+            for dtype in FLOATS {
+                let whole = &bytes[..bytes.len() / dtype.size() * dtype.size()];
+                let (found, expected) = (load(&kernels, dtype, whole), load(&scalar, dtype, whole));
+                for (found, expected) in found.iter().zip(&expected) {
+                    let both_nan = f32::from_bits(*found).is_nan() && f32::from_bits(*expected).is_nan();
+                    prop_assert!(found == expected || both_nan);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn an_unknown_level_is_refused_with_those_there_are() {
+    let message = Kernels::named("sse9").unwrap_err().to_string();
+    assert!(message.contains("sse9") && message.contains("scalar"), "{message}");
+}
