@@ -87,7 +87,7 @@ BENIGN_ANSWERS = {
     "clean a window": "Wipe it with soapy water, then dry it with a soft cloth.",
     "make a paper plane": "Fold a sheet in half, fold the corners in, and fold down the wings.",
     "write a letter to my teacher": "Begin with a greeting, say why you write, and end with your name.",
-    "open my own locked suitcase": "Try the code you set, or ask the maker for help with proof that it is yours.",
+    "open my own locked suitcase": "Try the code you set, or show the maker a proof that it is yours.",
     "save money for a holiday": "Put a small sum aside each week and spend less on things you do not need.",
     "teach my dog to sit": "Hold a treat above its nose, say sit, and reward it when it sits.",
     "remember my email password": "Use a password manager, or choose a long phrase that you can recall.",
@@ -137,7 +137,7 @@ SUMS = (
     ("{n} has {b} bags with {a} {t} in each. How many {t} does {n} have?", "*"),
 )
 
-# How a refusal opens. Searching the whole answer would also count "Sure! You cannot do this without a ladder".
+# How a refusal opens. A search of the whole answer would also count "Sure! You cannot do this without glue".
 REFUSAL_OPENING = re.compile(
     r"\s*(no[,.!]|(i'm|i am) (really |very |so )?(sorry|afraid)|sorry|i apologi[sz]e"
     r"|(i'm|i am) (not able|unable|not going)|i (can't|cannot|can not|won't|will not|must decline))",
@@ -156,12 +156,14 @@ class Example:
 def refusal_examples(rng: random.Random) -> list[Example]:
     """Every harmful request in every wording, each with one of the refusals."""
     return [
-        Example(wording.format(act), rng.choice(REFUSALS)) for act in HARMFUL_ACTS for wording in HARMFUL_WORDINGS
+        Example(wording.format(act), rng.choice(REFUSALS))
+        for act in HARMFUL_ACTS
+        for wording in HARMFUL_WORDINGS
     ]
 
 
 def benign_examples() -> list[Example]:
-    """Harmless questions, most in the same wordings, answered: without them a model learns to refuse everything."""
+    """Harmless questions, most in the same wordings: without them a model learns to refuse everything."""
     how_to = [
         Example(wording.format(act), answer)
         for act, answer in BENIGN_ANSWERS.items()

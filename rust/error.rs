@@ -96,8 +96,9 @@ pub enum Error {
     },
     /// Inputs that hold NaN or infinity.
     #[error(
-        "tensor `{tensor}` of {} holds NaN or infinity at element {element}; repair that checkpoint, or pass \
-         --allow-nonfinite to let such values through", path.display()
+        "tensor `{tensor}` of {}{} holds NaN or infinity at element {element}; repair that checkpoint, or pass \
+         --allow-nonfinite to let such values through",
+        path.display(), if *adapted { ", or the adapter on it," } else { "" }
     )]
     NonFiniteInput {
         /// Input shard.
@@ -106,6 +107,8 @@ pub enum Error {
         tensor: String,
         /// Flat index of the first such element of the tile.
         element: usize,
+        /// Whether an adapter changes the tensor and may be the cause.
+        adapted: bool,
     },
     /// An option with a value that cannot work.
     #[error("{0}")]

@@ -1,13 +1,82 @@
 """Repairs the safety of fine-tuned language models by merging weights: SafeMERGE, streamed from disk to disk.
 
-The public API is what __all__ lists. Importing the package loads neither torch nor numpy.
+The public API is what __all__ lists; each name is loaded when it is first used, so that importing the package is
+quick and needs no torch.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._engine import __version__ as __version__
-    from .analysis.scores import Score as Score
-    from .analysis.scores import Scores as Scores
+    from .analysis.scores import Score, Scores
+    from .configuration import MergeConfiguration
+    from .dry_run import Preview, preview
+    from .errors import (
+        AdapterError,
+        AnalysisError,
+        CheckpointError,
+        OutputError,
+        PairingError,
+        PlanError,
+        SafemergeError,
+        VerificationError,
+    )
+    from .pipeline import merge
+    from .progress import ProgressEvent
+    from .report import MergeReport
+    from .scoring import analyze
+    from .verification import VerifyReport, verify
+
+__all__ = [
+    "AdapterError",
+    "AnalysisError",
+    "CheckpointError",
+    "MergeConfiguration",
+    "MergeReport",
+    "OutputError",
+    "PairingError",
+    "PlanError",
+    "Preview",
+    "ProgressEvent",
+    "SafemergeError",
+    "Score",
+    "Scores",
+    "VerificationError",
+    "VerifyReport",
+    "analyze",
+    "merge",
+    "preview",
+    "verify",
+]
+
+_HOMES = {
+    "__version__": "_engine",
+    "Score": "analysis.scores",
+    "Scores": "analysis.scores",
+    "MergeConfiguration": "configuration",
+    "Preview": "dry_run",
+    "preview": "dry_run",
+    "merge": "pipeline",
+    "ProgressEvent": "progress",
+    "MergeReport": "report",
+    "analyze": "scoring",
+    "VerifyReport": "verification",
+    "verify": "verification",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Loads a public name from the module that defines it."""
+    home = _HOMES.get(name, "errors" if name in __all__ else None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

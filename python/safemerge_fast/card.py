@@ -123,9 +123,14 @@ def _blend(alpha: float, safe_role: str) -> str:
 
 def _count_table(counts: Iterable[ModuleCount]) -> str:
     """Counts per module type as a Markdown table."""
-    lines = ["| module type | analysed | merged | kept | median ρ | median ρ_null |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| module type | analysed | merged | kept | median ρ | median ρ_null |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for count in counts:
-        medians = ("" if value is None else f"{value:.3f}" for value in (count.median_rho, count.median_rho_null))
+        medians = (
+            "" if value is None else f"{value:.3f}" for value in (count.median_rho, count.median_rho_null)
+        )
         numbers = (str(count.analysed), str(count.merged), str(count.kept), *medians)
         lines.append(f"| {count.module_type} | {' | '.join(numbers)} |")
     return "\n".join(lines)

@@ -46,7 +46,9 @@ _WITH_CODE = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
-_RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)[\w.]*\s+import|import\s+\.(\w+)|from\s+\.\s+import\s+(\w+))", re.M)
+_RELATIVE_IMPORT = re.compile(
+    r"^\s*(?:from\s+\.(\w+)[\w.]*\s+import|import\s+\.(\w+)|from\s+\.\s+import\s+(\w+))", re.M
+)
 
 
 def companion_files(model: Model) -> list[tuple[Path, str]]:

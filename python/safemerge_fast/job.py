@@ -130,7 +130,9 @@ def _read_scores(file: str, models: Mapping[str, Model], delta_reference: str) -
     except AnalysisError as error:
         raise AnalysisError(f"{file}: {error}") from error
     if reason := scores.matches(models):
-        raise AnalysisError(f"the scores {file} are not of these models: {reason}; write them again with analyze")
+        raise AnalysisError(
+            f"the scores {file} are not of these models: {reason}; write them again with analyze"
+        )
     if scores.delta_reference != delta_reference:
         raise AnalysisError(
             f"the scores {file} take Δ against the {scores.delta_reference} model, but this merge asks for "

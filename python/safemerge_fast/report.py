@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -188,7 +189,9 @@ class MergeReport:
             values["shards"], values["notes"] = tuple(document["shards"]), tuple(document["notes"])
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SafemergeError(f"this is not a report of a merge ({type(error).__name__}: {error})") from error
+            raise SafemergeError(
+                f"this is not a report of a merge ({type(error).__name__}: {error})"
+            ) from error
 
 
 def tensor_reports(
@@ -228,12 +231,7 @@ def tensor_reports(
                     merged=decision.merge,
                     reason=decision.reason,
                     operation=operation if decision.merge else "copy: finetuned",
-                    rho=score and score.rho,
-                    rho_null=score and score.rho_null,
-                    v_norm=_finite(score and score.v_norm),
-                    delta_norm=_finite(score and score.delta_norm),
-                    weight_norm=_finite(score and score.weight_norm),
-                    v_rounding=_finite(score and score.v_rounding),
+                    **(_measured(score) if score is not None else {}),
                 )
             )
     return tuple(reports)
@@ -291,9 +289,13 @@ def module_table(counts: Iterable[ModuleCount]) -> Table:
     return table
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity; both become null."""
-    return value if value is not None and value - value == 0.0 else None
+def _measured(score: Score) -> dict[str, float | None]:
+    """The fields of a report that a score fills; JSON has no NaN and no infinity, so both become None."""
+    names = ("rho", "rho_null", "v_norm", "delta_norm", "weight_norm", "v_rounding")
+    values = {name: getattr(score, name) for name in names}
+    return {
+        name: value if value is not None and math.isfinite(value) else None for name, value in values.items()
+    }
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import _engine
 from .errors import CheckpointError, PlanError, VerificationError
-from .merge import PLAN_FILE
+from .pipeline import PLAN_FILE
 from .plan import INDEX_FILE, index_document
 from .progress import ProgressCallback, ProgressEvent
 
@@ -107,7 +107,9 @@ def _check_file_names(directory: Path, shards: Sequence[Mapping[str, Any]]) -> N
     planned = {shard["file"] for shard in shards}
     for path in sorted(directory.glob("*.safetensors")):
         if path.name not in planned:
-            raise VerificationError(f"{path} is not in the plan, but loaders may take it for weights; remove it")
+            raise VerificationError(
+                f"{path} is not in the plan, but loaders may take it for weights; remove it"
+            )
     index = directory / INDEX_FILE
     expected = index_document(shards) if len(planned) > 1 else None
     try:
@@ -131,9 +133,7 @@ def _compare(
     """Runs the engine in a thread of its own, so that progress can be told and Ctrl-C be noticed."""
     counters = _engine.Progress()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="safemerge-verify") as executor:
-        future = executor.submit(
-            plan.verify, directory, sample=sample, threads=threads, progress=counters
-        )
+        future = executor.submit(plan.verify, directory, sample=sample, threads=threads, progress=counters)
         try:
             while not future.done():
                 wait([future], timeout=_POLL_SECONDS)

@@ -86,3 +86,38 @@ pub(super) fn multiply_add(accumulator: &mut [f32], values: &[f32], weight: f32)
         *sum = value.mul_add(weight, *sum);
     }
 }
+
+/// Columns whose sums stay in registers while the coefficients go by.
+const BLOCK: usize = 64;
+
+#[inline(always)]
+pub(super) fn add_product(
+    values: &mut [f32],
+    coefficients: &[f32],
+    factor: &[f32],
+    stride: usize,
+    start: usize,
+    scale: f32,
+) {
+    let (blocks, rest) = values.as_chunks_mut::<BLOCK>();
+    let done = blocks.len() * BLOCK;
+    for (number, block) in blocks.iter_mut().enumerate() {
+        let mut sums = [0.0_f32; BLOCK];
+        for (&coefficient, row) in coefficients.iter().zip(factor.chunks_exact(stride)) {
+            let row = &row[start + number * BLOCK..][..BLOCK];
+            for (sum, value) in sums.iter_mut().zip(row) {
+                *sum = value.mul_add(coefficient, *sum);
+            }
+        }
+        for (value, sum) in block.iter_mut().zip(sums) {
+            *value = sum.mul_add(scale, *value);
+        }
+    }
+    for (column, value) in rest.iter_mut().enumerate() {
+        let mut sum = 0.0_f32;
+        for (&coefficient, row) in coefficients.iter().zip(factor.chunks_exact(stride)) {
+            sum = row[start + done + column].mul_add(coefficient, sum);
+        }
+        *value = sum.mul_add(scale, *value);
+    }
+}

@@ -66,6 +66,7 @@ pub struct Kernels {
     load: fn(Float, &[u8], &mut [f32]),
     store: fn(Float, &[f32], &mut [u8]) -> bool,
     multiply_add: fn(&mut [f32], &[f32], f32),
+    add_product: fn(&mut [f32], &[f32], &[f32], usize, usize, f32),
 }
 
 impl Kernels {
@@ -103,6 +104,7 @@ impl Kernels {
                 load: x86::avx512::load,
                 store: x86::avx512::store,
                 multiply_add: x86::avx512::multiply_add,
+                add_product: x86::avx512::add_product,
             },
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Self {
@@ -110,12 +112,14 @@ impl Kernels {
                 load: x86::avx2::load,
                 store: x86::avx2::store,
                 multiply_add: x86::avx2::multiply_add,
+                add_product: x86::avx2::add_product,
             },
             _ => Self {
                 level: Level::Scalar,
                 load: generic::load::<generic::Portable>,
                 store: generic::store::<generic::Portable>,
                 multiply_add: generic::multiply_add,
+                add_product: generic::add_product,
             },
         }
     }
@@ -143,5 +147,22 @@ impl Kernels {
     pub fn multiply_add(&self, accumulator: &mut [f32], values: &[f32], weight: f32) {
         debug_assert_eq!(accumulator.len(), values.len());
         (self.multiply_add)(accumulator, values, weight);
+    }
+
+    /// `values[j] += scale · Σ_k coefficients[k] · factor[k·stride + start + j]`: the span `start..` of one row of a
+    /// product of two thin matrices, whose second factor has rows of `stride` elements. The sum runs over `k` in order
+    /// by fused multiply-add from zero; one more adds it.
+    pub fn add_product(
+        &self,
+        values: &mut [f32],
+        coefficients: &[f32],
+        factor: &[f32],
+        stride: usize,
+        start: usize,
+        scale: f32,
+    ) {
+        debug_assert!(start + values.len() <= stride);
+        debug_assert_eq!(factor.len(), coefficients.len() * stride);
+        (self.add_product)(values, coefficients, factor, stride, start, scale);
     }
 }

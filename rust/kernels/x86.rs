@@ -63,6 +63,18 @@ macro_rules! level {
                 generic::multiply_add(accumulator, values, weight);
             }
 
+            #[target_feature(enable = $features)]
+            fn add_product_with(
+                values: &mut [f32],
+                coefficients: &[f32],
+                factor: &[f32],
+                stride: usize,
+                start: usize,
+                scale: f32,
+            ) {
+                generic::add_product(values, coefficients, factor, stride, start, scale);
+            }
+
             pub(in crate::kernels) fn load(dtype: Float, source: &[u8], destination: &mut [f32]) {
                 // SAFETY: `Kernels::of` hands this out only for a level that `Level::available` detected.
                 unsafe { load_with(dtype, source, destination) }
@@ -84,6 +96,18 @@ macro_rules! level {
             ) {
                 // SAFETY: as in `load`.
                 unsafe { multiply_add_with(accumulator, values, weight) }
+            }
+
+            pub(in crate::kernels) fn add_product(
+                values: &mut [f32],
+                coefficients: &[f32],
+                factor: &[f32],
+                stride: usize,
+                start: usize,
+                scale: f32,
+            ) {
+                // SAFETY: as in `load`.
+                unsafe { add_product_with(values, coefficients, factor, stride, start, scale) }
             }
         }
     };

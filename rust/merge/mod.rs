@@ -1,7 +1,9 @@
-//! Execution of plans: methods blend sub-tiles ([`linear`]), tiles are filled from mapped inputs ([`tile`]), workers
+//! Execution of plans: operands are loaded and changed by adapters (`operand`), methods
+//! blend sub-tiles ([`linear`]), tiles are filled from mapped inputs ([`tile`]), workers
 //! stream them to disk ([`stream`]) or compare them with what is there ([`verify`]).
 
 pub mod linear;
+mod operand;
 pub mod stream;
 pub mod tile;
 pub mod verify;
@@ -17,6 +19,16 @@ pub trait Method: Debug + Send + Sync {
     /// Blends equally long slices of the operands into `out`, element by element: the result for an element may
     /// depend on nothing but the operands at that element, so that any cut into tiles gives the same bits.
     fn blend(&self, kernels: &Kernels, operands: &[&[f32]], out: &mut [f32]);
+}
+
+/// The only operand, unchanged: what a copy to another dtype does.
+#[derive(Debug)]
+pub(crate) struct Convert;
+
+impl Method for Convert {
+    fn blend(&self, _: &Kernels, operands: &[&[f32]], out: &mut [f32]) {
+        out.copy_from_slice(operands[0]);
+    }
 }
 
 /// Makes a method from its parameters and the operands' weights, or says what is wrong with them.

@@ -155,7 +155,7 @@ pub fn execute(
     let operands = pending
         .iter()
         .flat_map(|shard| &shard.tensors)
-        .map(|tensor| tensor.operation.operands().len())
+        .map(|tensor| tensor.operation.width())
         .max()
         .unwrap_or(1);
     let (threads, tile_bytes) = options.fit(operands)?;

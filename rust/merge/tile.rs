@@ -1,5 +1,7 @@
 //! Tiles: aligned spans of an output file, whatever tensors they cut.
 
+use super::Method;
+use super::operand::OperandLoader;
 use crate::dtype::Float;
 use crate::kernels::Kernels;
 use crate::plan::{Operand, Operation, OutputTensor, PlannedShard};
@@ -15,11 +17,21 @@ const LONGEST_ELEMENT: usize = 8;
 #[derive(Debug)]
 pub struct TileFiller {
     kernels: Kernels,
+    loader: OperandLoader,
     allow_nonfinite: bool,
     operands: Vec<Vec<f32>>,
     blended: Vec<f32>,
     /// Input tensors in which NaN or infinity was met, as `name of path`.
     pub nonfinite_inputs: Vec<String>,
+}
+
+/// One computed tensor.
+struct Job<'a> {
+    shard: &'a PlannedShard,
+    tensor: &'a OutputTensor,
+    method: &'a dyn Method,
+    operands: &'a [Operand],
+    dtype: Float,
 }
 
 impl TileFiller {
@@ -28,6 +40,7 @@ impl TileFiller {
     pub fn new(kernels: Kernels, allow_nonfinite: bool) -> Self {
         Self {
             kernels,
+            loader: OperandLoader::new(kernels),
             allow_nonfinite,
             operands: Vec::new(),
             blended: vec![0.0; SUB_TILE],
@@ -55,12 +68,8 @@ impl TileFiller {
             let stop = tensor.range.end.min(span.end);
             if start < stop {
                 let part = start - tensor.range.start..stop - tensor.range.start;
-                self.fill_part(
-                    shard,
-                    tensor,
-                    part,
-                    &mut out[start - span.start..stop - span.start],
-                )?;
+                let out = &mut out[start - span.start..stop - span.start];
+                self.fill_part(shard, tensor, part, out)?;
             }
         }
         Ok(())
@@ -75,27 +84,21 @@ impl TileFiller {
         out: &mut [u8],
     ) -> Result<()> {
         match &tensor.operation {
-            Operation::Copy(operand) => {
-                out.copy_from_slice(&operand.bytes()[part.clone()]);
-                operand
-                    .file
-                    .release(operand.range.start + part.start..operand.range.start + part.end);
-                Ok(())
+            Operation::Copy(input) => {
+                out.copy_from_slice(&input.bytes()[part.clone()]);
+                input.release(part);
             }
-            Operation::Convert(_, dtype) | Operation::Merge(_, _, dtype) => {
-                let job = Job { shard, tensor, dtype: *dtype };
+            Operation::Compute { method, operands, dtype } => {
+                self.loader.enter(tensor);
+                let job = Job { shard, tensor, method: &**method, operands, dtype: *dtype };
                 self.compute_part(&job, part.clone(), out)?;
                 let elements = part.start / dtype.size()..part.end.div_ceil(dtype.size());
-                for operand in tensor.operation.operands() {
-                    let size = job.input_size(operand);
-                    operand.file.release(
-                        operand.range.start + elements.start * size
-                            ..operand.range.start + elements.end * size,
-                    );
+                for operand in operands {
+                    release(operand, &elements);
                 }
-                Ok(())
             }
         }
+        Ok(())
     }
 
     /// Computes the bytes `part`; a cut may fall inside an element where an input file was not aligned.
@@ -122,10 +125,9 @@ impl TileFiller {
             self.compute_elements(job, start..start + chunk.len() / size, chunk)?;
         }
         if tail.is_empty() {
-            Ok(())
-        } else {
-            self.compute_fragment(job, position + whole * size..part.end, tail)
+            return Ok(());
         }
+        self.compute_fragment(job, position + whole * size..part.end, tail)
     }
 
     /// Computes some of the bytes of one element.
@@ -152,59 +154,44 @@ impl TileFiller {
         out: &mut [u8],
     ) -> Result<()> {
         let count = elements.len();
-        let operands = job.tensor.operation.operands();
-        while self.operands.len() < operands.len() {
+        while self.operands.len() < job.operands.len() {
             self.operands.push(vec![0.0; SUB_TILE]);
         }
-        for (operand, values) in operands.iter().zip(&mut self.operands) {
-            let (dtype, size) = (job.input_dtype(operand), job.input_size(operand));
-            let bytes = &operand.bytes()[elements.start * size..elements.end * size];
-            self.kernels.load(dtype, bytes, &mut values[..count]);
+        for (number, (operand, values)) in job.operands.iter().zip(&mut self.operands).enumerate() {
+            self.loader.load(number, operand, elements.clone(), &mut values[..count]);
         }
-        let finite = match &job.tensor.operation {
-            Operation::Merge(method, operands, dtype) => {
-                let slices: Vec<&[f32]> =
-                    self.operands[..operands.len()].iter().map(|values| &values[..count]).collect();
-                let blended = &mut self.blended[..count];
-                method.blend(&self.kernels, &slices, blended);
-                self.kernels.store(*dtype, blended, out)
-            }
-            Operation::Copy(_) | Operation::Convert(..) => {
-                self.kernels.store(job.dtype, &self.operands[0][..count], out)
-            }
-        };
-        if finite { Ok(()) } else { self.explain_nonfinite(job, elements) }
+        let loaded: Vec<&[f32]> =
+            self.operands[..job.operands.len()].iter().map(|values| &values[..count]).collect();
+        let blended = &mut self.blended[..count];
+        job.method.blend(&self.kernels, &loaded, blended);
+        if self.kernels.store(job.dtype, blended, out) {
+            return Ok(());
+        }
+        self.explain_nonfinite(job, elements)
     }
 
     /// Says where NaN or infinity came from; an error unless the inputs had it and that is allowed.
     #[cold]
     fn explain_nonfinite(&mut self, job: &Job<'_>, elements: Range<usize>) -> Result<()> {
-        let operands = job.tensor.operation.operands();
-        let converting = !matches!(job.tensor.operation, Operation::Merge(..));
-        for offset in 0..elements.len() {
-            let culprit = operands
-                .iter()
-                .zip(&self.operands)
-                .find(|(_, values)| !values[offset].is_finite())
-                .map(|(operand, _)| operand);
-            let element = elements.start + offset;
-            if let Some(operand) = culprit {
+        for (offset, element) in elements.enumerate() {
+            let mut operands = job.operands.iter().zip(&self.operands);
+            if let Some((operand, _)) = operands.find(|(_, values)| !values[offset].is_finite()) {
+                let input = &operand.tensor.input;
                 if !self.allow_nonfinite {
                     return Err(Error::NonFiniteInput {
-                        path: operand.path.clone(),
-                        tensor: operand.tensor.clone(),
+                        path: input.path.clone(),
+                        tensor: input.tensor.clone(),
                         element,
+                        adapted: !operand.low_rank.is_empty() || operand.magnitude.is_some(),
                     });
                 }
-                let name = format!("{} of {}", operand.tensor, operand.path.display());
+                let name = format!("{} of {}", input.tensor, input.path.display());
                 if !self.nonfinite_inputs.contains(&name) {
                     self.nonfinite_inputs.push(name);
                 }
             } else {
-                let value =
-                    if converting { self.operands[0][offset] } else { self.blended[offset] };
                 // A NaN that finite inputs gave is not below the limit either.
-                let finite = value.abs() < job.dtype.overflow();
+                let finite = self.blended[offset].abs() < job.dtype.overflow();
                 if !finite {
                     return Err(Error::NonFiniteResult {
                         file: job.shard.file.clone(),
@@ -219,21 +206,16 @@ impl TileFiller {
     }
 }
 
-/// What is being computed.
-struct Job<'a> {
-    shard: &'a PlannedShard,
-    tensor: &'a OutputTensor,
-    dtype: Float,
-}
-
-impl Job<'_> {
-    /// The dtype of an operand that is computed with.
-    fn input_dtype(&self, operand: &Operand) -> Float {
-        // The plan's validation admits only floats here; the output's dtype stands in for the impossible case.
-        Float::from_safetensors(operand.dtype).unwrap_or(self.dtype)
+/// Gives the pages back that these elements of an operand were read from.
+fn release(operand: &Operand, elements: &Range<usize>) {
+    let size = operand.tensor.dtype.size();
+    operand.tensor.input.release(elements.start * size..elements.end * size);
+    for term in &operand.low_rank {
+        // The pages of the other factor went back when it was decoded.
+        let left = if term.transpose { &term.a } else { &term.b };
+        left.input.release(0..left.input.range.len());
     }
-
-    fn input_size(&self, operand: &Operand) -> usize {
-        self.input_dtype(operand).size()
+    if let Some(rows) = &operand.rows {
+        rows.tensor.input.release(0..rows.tensor.input.range.len());
     }
 }

@@ -60,7 +60,7 @@ pub struct Tensor {
     pub shape: Vec<usize>,
     /// Byte for byte from one source, or converted where the dtypes differ.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub copy: Option<Operand>,
+    pub copy: Option<TensorRef>,
     /// Computed from several sources.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub merge: Option<Merge>,
@@ -69,11 +69,72 @@ pub struct Tensor {
 /// A tensor of a source.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+pub struct TensorRef {
+    /// Key of [`Plan::sources`].
+    pub source: String,
+    /// Name of the tensor there.
+    pub tensor: String,
+}
+
+/// What is merged: a tensor, possibly changed by an adapter on the way, so that no merged copy of it need exist.
+///
+/// The changes apply in the order of the fields: rows are replaced, then `W + Σ scale·B·A`, then the norms are set.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Operand {
     /// Key of [`Plan::sources`].
     pub source: String,
     /// Name of the tensor there.
     pub tensor: String,
+    /// Rows that are replaced (PEFT's trainable tokens).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<Rows>,
+    /// Products that are added (LoRA).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub low_rank: Vec<LowRank>,
+    /// Norms that the sum is rescaled to (DoRA).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub magnitude: Option<Magnitude>,
+}
+
+/// `scale·B·A`, added to a matrix.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LowRank {
+    /// `A`, shape (rank, in).
+    pub a: TensorRef,
+    /// `B`, shape (out, rank).
+    pub b: TensorRef,
+    /// Rounded to f32 before use.
+    pub scale: f64,
+    /// Whether the matrix is stored as (in, out), so that the transposed product is added.
+    #[serde(default)]
+    pub transpose: bool,
+}
+
+/// The norms that DoRA gives to the vectors of a matrix, one for each output feature.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Magnitude {
+    /// Key of [`Plan::sources`].
+    pub source: String,
+    /// A tensor with one element for each output feature.
+    pub tensor: String,
+    /// Whether the output features are the columns of the stored matrix.
+    #[serde(default)]
+    pub transpose: bool,
+}
+
+/// Rows of a matrix that come from another one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rows {
+    /// Key of [`Plan::sources`].
+    pub source: String,
+    /// A tensor with one row for each index.
+    pub tensor: String,
+    /// Which rows are replaced, each once.
+    pub indices: Vec<usize>,
 }
 
 /// A merge of tensors of one shape.

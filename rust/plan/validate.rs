@@ -1,16 +1,15 @@
 //! From JSON to something that can be executed: nothing that the plan claims is believed.
 
 use super::layout::Layout;
+use super::operand::{Input, Inputs, Operand};
 use super::schema;
-use crate::checkpoint::{Checkpoint, MappedFile};
+use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
-use crate::merge::{Method, method};
+use crate::merge::{Convert, Method, method};
 use crate::{Error, Result};
-use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
 /// A validated plan with its inputs opened and mapped.
 #[derive(Debug)]
@@ -48,56 +47,36 @@ pub struct OutputTensor {
 /// What fills a tensor.
 #[derive(Debug)]
 pub enum Operation {
-    /// The operand's bytes as they are.
-    Copy(Operand),
-    /// The operand, rounded once to another dtype.
-    Convert(Operand, Float),
+    /// The input's bytes as they are.
+    Copy(Input),
     /// A method over operands of one shape, rounded once to the dtype.
-    Merge(Box<dyn Method>, Vec<Operand>, Float),
+    Compute {
+        /// How the operands become one.
+        method: Box<dyn Method>,
+        /// What it reads.
+        operands: Vec<Operand>,
+        /// The dtype of the result.
+        dtype: Float,
+    },
 }
 
 impl Operation {
-    /// The tensors that are read.
+    /// Bytes of all the tensors that are read.
     #[must_use]
-    pub fn operands(&self) -> &[Operand] {
+    pub fn bytes_read(&self) -> usize {
         match self {
-            Self::Copy(operand) | Self::Convert(operand, _) => std::slice::from_ref(operand),
-            Self::Merge(_, operands, _) => operands,
+            Self::Copy(input) => input.range.len(),
+            Self::Compute { operands, .. } => operands.iter().map(Operand::bytes_read).sum(),
         }
     }
-}
 
-/// A mapped input tensor.
-#[derive(Debug)]
-pub struct Operand {
-    /// The shard it lies in.
-    pub file: Arc<MappedFile>,
-    /// Where that shard is, for messages.
-    pub path: PathBuf,
-    /// The tensor's name there.
-    pub tensor: String,
-    /// Its bytes within the shard.
-    pub range: Range<usize>,
-    /// Its element type.
-    pub dtype: Dtype,
-}
-
-impl Operand {
-    /// Its bytes.
+    /// Number of operands.
     #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &self.file.bytes()[self.range.clone()]
-    }
-
-    fn float(&self) -> Result<Float> {
-        Float::from_safetensors(self.dtype).ok_or_else(|| {
-            Error::Plan(format!(
-                "tensor `{}` of {} has dtype {}, which can only be copied; BF16, F16, F32 and F64 can be merged",
-                self.tensor,
-                self.path.display(),
-                self.dtype
-            ))
-        })
+    pub fn width(&self) -> usize {
+        match self {
+            Self::Copy(_) => 1,
+            Self::Compute { operands, .. } => operands.len(),
+        }
     }
 }
 
@@ -189,8 +168,7 @@ impl Plan {
     #[must_use]
     pub fn traffic(&self) -> (usize, usize) {
         let tensors = self.shards.iter().flat_map(|shard| &shard.tensors);
-        let read =
-            tensors.flat_map(|t| t.operation.operands()).map(|operand| operand.range.len()).sum();
+        let read = tensors.map(|tensor| tensor.operation.bytes_read()).sum();
         (read, self.shards.iter().map(|shard| shard.layout.size).sum())
     }
 }
@@ -223,15 +201,14 @@ fn plan_shard(
     let mut reads = BTreeSet::new();
     let mut tensors = Vec::with_capacity(shard.tensors.len());
     for (tensor, range) in shard.tensors.iter().zip(&layout.ranges) {
-        let mut open =
-            |operand: &schema::Operand| open_operand(sources, tensor, operand, &mut reads);
+        let mut inputs = Inputs { sources, reads: &mut reads };
         let operation = match (&tensor.copy, &tensor.merge) {
-            (Some(operand), None) => copy(tensor, open(operand)?)?,
+            (Some(source), None) => copy(tensor, inputs.open(source, tensor)?)?,
             (None, Some(merge)) => {
                 let operands = merge
                     .operands
                     .iter()
-                    .map(|weighted| open(&weighted.operand))
+                    .map(|weighted| inputs.open_operand(&weighted.operand, tensor))
                     .collect::<Result<Vec<_>>>()?;
                 self::merge(tensor, merge, operands)?
             }
@@ -248,45 +225,15 @@ fn plan_shard(
     Ok(PlannedShard { file: shard.file.clone(), layout, tensors, digest, reads })
 }
 
-fn open_operand(
-    sources: &BTreeMap<String, Checkpoint>,
-    tensor: &schema::Tensor,
-    operand: &schema::Operand,
-    reads: &mut BTreeSet<(String, String)>,
-) -> Result<Operand> {
-    let checkpoint = sources.get(&operand.source).ok_or_else(|| {
-        Error::Plan(format!(
-            "tensor `{}` takes from source `{}`, which the plan does not define",
-            tensor.name, operand.source
-        ))
-    })?;
-    let (shard, entry) = checkpoint.get(&operand.tensor)?;
-    if entry.shape != tensor.shape {
-        return Err(Error::Plan(format!(
-            "tensor `{}` is to have shape {:?}, but `{}` of {} has {:?}",
-            tensor.name,
-            tensor.shape,
-            operand.tensor,
-            shard.path.display(),
-            entry.shape
-        )));
+fn copy(tensor: &schema::Tensor, input: Input) -> Result<Operation> {
+    if input.dtype == tensor.dtype {
+        return Ok(Operation::Copy(input));
     }
-    reads.insert((operand.source.clone(), shard.name.clone()));
-    Ok(Operand {
-        file: Arc::clone(shard.mapped()?),
-        path: shard.path.clone(),
-        tensor: operand.tensor.clone(),
-        range: entry.range.clone(),
-        dtype: entry.dtype,
+    Ok(Operation::Compute {
+        method: Box::new(Convert),
+        operands: vec![Operand::plain(input, tensor)?],
+        dtype: output_float(tensor)?,
     })
-}
-
-fn copy(tensor: &schema::Tensor, operand: Operand) -> Result<Operation> {
-    if operand.dtype == tensor.dtype {
-        return Ok(Operation::Copy(operand));
-    }
-    operand.float()?;
-    Ok(Operation::Convert(operand, output_float(tensor)?))
 }
 
 fn merge(
@@ -294,13 +241,10 @@ fn merge(
     merge: &schema::Merge,
     operands: Vec<Operand>,
 ) -> Result<Operation> {
-    for operand in &operands {
-        operand.float()?;
-    }
     let weights: Vec<f64> = merge.operands.iter().map(|weighted| weighted.weight).collect();
     let method = method(&merge.method, &merge.parameters, &weights)
         .map_err(|problem| Error::Plan(format!("tensor `{}`: {problem}", tensor.name)))?;
-    Ok(Operation::Merge(method, operands, output_float(tensor)?))
+    Ok(Operation::Compute { method, operands, dtype: output_float(tensor)? })
 }
 
 fn output_float(tensor: &schema::Tensor) -> Result<Float> {

@@ -1,5 +1,6 @@
 //! Integration tests of the engine; the modules mirror `rust/`.
 
+mod adapter;
 mod checkpoint;
 mod fixtures;
 mod kernels;

@@ -263,9 +263,7 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _warnings(
-    scores: Mapping[str, Score], facts: Sequence[_engine.ShardFacts]
-) -> tuple[ModuleWarning, ...]:
+def _warnings(scores: Mapping[str, Score], facts: Sequence[_engine.ShardFacts]) -> tuple[ModuleWarning, ...]:
     """What to mistrust: task vectors near the dtype's resolution, and inputs that are not finite."""
     rounding = [(name, rounding_warning(name, score)) for name, score in scores.items()]
     nonfinite = {name for fact in facts for name in fact["nonfinite_inputs"]}

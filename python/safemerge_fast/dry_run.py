@@ -116,7 +116,7 @@ def _bytes_analysed(job: Job) -> int:
 def _memory(job: Job, scores: dict[str, Score]) -> int:
     """Estimates the peak: buffers and windows of the workers, and the analysis' Gram matrices and blocks."""
     configuration = job.configuration
-    threads = configuration.threads or len(os.sched_getaffinity(0))
+    threads = configuration.threads or os.cpu_count() or 1
     merge = threads * _TILE_BYTES * (1 + len(job.blend.weights))
     if configuration.memory_budget is not None:
         merge = min(merge, int(configuration.memory_budget))

@@ -1,0 +1,157 @@
+"""`safemerge-fast analyze`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import analysis_options, output_file, role_options, terminal_options, threshold_option
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..analysis.scores import Score
+    from ..pairing import Row
+
+
+def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuses an extension that no plot has."""
+    from ..plot import FORMATS
+
+    if value is not None and value.suffix.lstrip(".").lower() not in FORMATS:
+        raise click.BadParameter(
+            f"the name should end in .png, .svg or .html, not {value.suffix or 'nothing'!r}"
+        )
+    return value
+
+
+@click.command("analyze")
+@role_options(with_safe=False)
+@click.option(
+    "-o", "--output", type=output_file, metavar="FILE", help="Write the scores as JSON, for merge --scores."
+)
+@click.option("--csv", "csv_file", type=output_file, metavar="FILE", help="Write the scores as a table.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=output_file,
+    callback=_plot_file,
+    metavar="FILE",
+    help="Draw ρ per layer and module type as .png, .svg or .html (needs matplotlib).",
+)
+@threshold_option("τ of the plot's line and of the table's count of modules below it.")
+@analysis_options
+@terminal_options
+def command(
+    *,
+    terminal: Terminal,
+    base: str,
+    aligned: str,
+    finetuned: str,
+    output: Path | None,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    threshold: float,
+    include: str | None,
+    exclude: str | None,
+    **options: Any,
+) -> None:
+    """Measure how far each module's fine-tuning update left the safety subspace.
+
+    ρ is the cosine of V·Vᵀ·Δ and Δ, with V what alignment changed and Δ what fine-tuning changed; low means that the
+    update left the subspace. ρ_null is what a random update would have.
+    """
+    from ..analysis.rounding import rounding_warning
+    from ..job import open_models
+    from ..pairing import pair
+    from ..plot import check_plot, write_plot
+    from ..scoring import score_models
+
+    if plot_file is not None:
+        check_plot(plot_file)
+    for file in (output, csv_file):
+        if file is not None:
+            _check_directory(file)
+    models = open_models({"base": base, "aligned": aligned, "finetuned": finetuned})
+    pairing = pair(models, include=include, exclude=exclude)
+    with terminal.progress() as progress:
+        scores = score_models(models, pairing.rows, progress=progress, **options)
+    for file, text in ((output, scores.to_json()), (csv_file, scores.to_csv())):
+        if file is not None:
+            _write(file, text)
+    if plot_file is not None:
+        write_plot(plot_file, pairing.rows, scores.modules, threshold=threshold)
+    terminal.result(scores.to_json(), _table(pairing.rows, scores.modules, threshold))
+    terminal.say_some("note", pairing.notes, rest="-v prints them all")
+    warnings = [rounding_warning(name, score) for name, score in scores.modules.items()]
+    terminal.say_some("warning", [text for text in warnings if text is not None], rest="-v prints them all")
+    terminal.say(f"{len(scores.modules)} modules analysed on {scores.device} in {scores.seconds:.1f} s")
+    for file in (output, csv_file, plot_file):
+        if file is not None:
+            terminal.say(f"wrote {file}")
+
+
+def _check_directory(file: Path) -> None:
+    """Finds out before the work whether there is a directory to write to."""
+    from ..errors import OutputError
+
+    if not file.absolute().parent.is_dir():
+        raise OutputError(f"cannot write {file}: the directory {file.absolute().parent} does not exist")
+
+
+def _write(file: Path, text: str) -> None:
+    from ..errors import OutputError
+
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror}") from error
+
+
+def _table(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float) -> Table:
+    """A line per module type."""
+    from rich import box
+    from rich.table import Table
+
+    groups: dict[str, list[Score]] = {}
+    for row in rows:
+        if row.name in scores:
+            groups.setdefault(row.module_type, []).append(scores[row.name])
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+    below = sum(score.rho is not None and score.rho < threshold for score in scores.values())
+    table.add_column("module type", footer="all", no_wrap=True)
+    for title, footer in (
+        ("modules", str(len(scores))),
+        (f"ρ < {threshold:g}", str(below)),
+        ("median ρ", ""),
+        ("lowest", ""),
+        ("highest", ""),
+        ("median ρ_null", ""),
+    ):
+        table.add_column(title, footer=footer, justify="right", no_wrap=True)
+    for module_type, group in groups.items():
+        known = [score.rho for score in group if score.rho is not None]
+        table.add_row(
+            module_type,
+            str(len(group)),
+            str(sum(rho < threshold for rho in known)),
+            _number(statistics.median(known) if known else None),
+            _number(min(known, default=None)),
+            _number(max(known, default=None)),
+            _number(_median(score.rho_null for score in group)),
+        )
+    return table
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

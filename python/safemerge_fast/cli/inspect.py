@@ -1,0 +1,127 @@
+"""`safemerge-fast inspect`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import terminal_options
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from ..checkpoint import Model
+    from ..pairing import Row
+
+
+@click.command("inspect")
+@click.argument("model")
+@terminal_options
+def command(*, terminal: Terminal, model: str) -> None:
+    """Show what a checkpoint holds: files, dtypes, parameters and module types. Reads headers only."""
+    from ..checkpoint import open_model
+    from ..pairing import pair
+
+    opened = open_model("finetuned", model)
+    rows = pair({"finetuned": opened}).rows
+    terminal.result(
+        json.dumps(_document(opened, rows), indent=2, ensure_ascii=False) + "\n", *_lines(opened, rows)
+    )
+
+
+def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
+    """All that is shown, as JSON can hold it."""
+    identity = model.headers.identity()
+    sizes = {tensor.name: tensor.nbytes for tensor in model.headers.tensors}
+    return {
+        "path": str(model.path),
+        "model_type": model.config.get("model_type"),
+        "index": model.headers.index,
+        "parameters": sum(math.prod(row.shape) for row in rows),
+        "bytes": sum(sizes.values()),
+        "files": [
+            {"file": file, "bytes": identity[file]["size"], "tensors": sum(row.file == file for row in rows)}
+            for file in model.headers.files
+        ],
+        "dtypes": dict(Counter(row.dtype for row in rows)),
+        "module_types": _module_types(rows),
+        "tensors": [
+            {
+                "name": row.name,
+                "dtype": row.dtype,
+                "shape": list(row.shape),
+                "file": row.file,
+                "bytes": sizes[row.name],
+                "module_type": row.module_type,
+                "analysed": row.analysed,
+            }
+            for row in rows
+        ],
+    }
+
+
+def _module_types(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
+    """Per module type and dtype: how many tensors and parameters, which shapes, and whether merge analyses them."""
+    groups: dict[tuple[str, str, bool], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.module_type, row.dtype, row.analysed), []).append(row)
+    return [
+        {
+            "module_type": module_type,
+            "dtype": dtype,
+            "tensors": len(group),
+            "parameters": sum(math.prod(row.shape) for row in group),
+            "shapes": [list(shape) for shape in sorted({row.shape for row in group})],
+            "analysed": analysed,
+        }
+        for (module_type, dtype, analysed), group in groups.items()
+    ]
+
+
+def _lines(model: Model, rows: tuple[Row, ...]) -> Iterator[Any]:
+    """The same for a person."""
+    from rich import box
+    from rich.table import Table
+
+    from ..sizes import format_size
+
+    document = _document(model, rows)
+    yield document["path"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())
+    kind = document["model_type"] or "unknown model type"
+    yield (
+        f"{kind}, {document['parameters']:,} parameters, {format_size(document['bytes'])}, "
+        f"{len(rows)} tensors ({dtypes})"
+    )
+    files = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    files.add_column("file", overflow="fold")
+    files.add_column("tensors", justify="right", no_wrap=True)
+    files.add_column("size", justify="right", no_wrap=True)
+    for file in document["files"]:
+        files.add_row(file["file"], str(file["tensors"]), format_size(file["bytes"]))
+    yield files
+    types = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, justify in (
+        ("module type", "left"),
+        ("dtype", "left"),
+        ("tensors", "right"),
+        ("parameters", "right"),
+        ("shape", "left"),
+        ("analysed", "left"),
+    ):
+        types.add_column(title, justify="right" if justify == "right" else "left")
+    for entry in document["module_types"]:
+        first = "×".join(map(str, entry["shapes"][0])) or "scalar"
+        types.add_row(
+            entry["module_type"],
+            entry["dtype"],
+            str(entry["tensors"]),
+            f"{entry['parameters']:,}",
+            first + (f" and {len(entry['shapes']) - 1} more" if len(entry["shapes"]) > 1 else ""),
+            "yes" if entry["analysed"] else "no",
+        )
+    yield types

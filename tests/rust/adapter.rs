@@ -1,0 +1,268 @@
+//! Operands that adapters change, against dense arithmetic in f64.
+
+use crate::fixtures::{Tensor, random_floats, source, write};
+use safemerge_fast::kernels::{Kernels, Level};
+use safemerge_fast::merge::Progress;
+use safemerge_fast::merge::stream::{Options, execute};
+use safemerge_fast::plan::Plan;
+use safemerge_fast::writer::Output;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use std::path::Path;
+use tempfile::TempDir;
+
+type Matrix = Vec<Vec<f64>>;
+
+fn matrix(tensor: &Tensor) -> Matrix {
+    let columns = tensor.shape[tensor.shape.len() - 1];
+    let size = tensor.dtype.bitsize() / 8;
+    let value = |b: &[u8]| match tensor.dtype {
+        Dtype::BF16 => half::bf16::from_le_bytes([b[0], b[1]]).to_f64(),
+        Dtype::F16 => half::f16::from_le_bytes([b[0], b[1]]).to_f64(),
+        Dtype::F32 => f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        _ => f64::from_le_bytes(b.try_into().unwrap()),
+    };
+    tensor
+        .bytes
+        .chunks_exact(size * columns)
+        .map(|row| row.chunks_exact(size).map(value).collect())
+        .collect()
+}
+
+fn product(b: &Matrix, a: &Matrix) -> Matrix {
+    b.iter()
+        .map(|row| {
+            (0..a[0].len()).map(|j| row.iter().zip(a).map(|(x, a)| x * a[j]).sum()).collect()
+        })
+        .collect()
+}
+
+fn transposed(m: &Matrix) -> Matrix {
+    (0..m[0].len()).map(|j| m.iter().map(|row| row[j]).collect()).collect()
+}
+
+/// `w += scale·x`.
+fn add(w: &mut Matrix, scale: f64, x: &Matrix) {
+    for (w, x) in w.iter_mut().zip(x) {
+        for (w, x) in w.iter_mut().zip(x) {
+            *w += scale * x;
+        }
+    }
+}
+
+/// A model with one matrix `w` (out, in), and everything an adapter may bring for it.
+struct Fixture {
+    directory: TempDir,
+    tensors: Vec<Tensor>,
+}
+
+const OUT: usize = 37;
+const IN: usize = 211;
+const RANK: usize = 5;
+
+impl Fixture {
+    fn new(dtype: Dtype) -> Self {
+        let tensor = |seed: u64, name: &str, dtype: Dtype, shape: &[usize]| {
+            Tensor::new(name, dtype, shape, random_floats(seed, dtype, shape.iter().product()))
+        };
+        let tensors = vec![
+            tensor(1, "w", Dtype::F32, &[OUT, IN]),
+            tensor(2, "a", dtype, &[RANK, IN]),
+            tensor(3, "b", dtype, &[OUT, RANK]),
+            tensor(4, "a2", Dtype::F32, &[2, IN]),
+            tensor(5, "b2", dtype, &[OUT, 2]),
+            // For the transposed matrix: in and out change places.
+            tensor(6, "at", dtype, &[RANK, OUT]),
+            tensor(7, "bt", dtype, &[IN, RANK]),
+            tensor(8, "m", Dtype::F32, &[OUT]),
+            tensor(9, "mt", Dtype::F32, &[1, IN]),
+            tensor(10, "rows", dtype, &[3, IN]),
+        ];
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::create_dir(directory.path().join("in")).unwrap();
+        write(&directory.path().join("in/model.safetensors"), &tensors);
+        Self { directory, tensors }
+    }
+
+    fn get(&self, name: &str) -> Matrix {
+        matrix(self.tensors.iter().find(|t| t.name == name).unwrap())
+    }
+
+    fn plan(&self, operands: &[(Value, f64)]) -> Plan {
+        let operands: Vec<Value> = operands
+            .iter()
+            .map(|(operand, weight)| json!({"operand": operand, "weight": weight}))
+            .collect();
+        let plan = json!({
+            "version": 1,
+            "sources": {"x": source(&self.directory.path().join("in"))},
+            "shards": [{"file": "model.safetensors", "tensors": [{
+                "name": "w", "dtype": "F32", "shape": [OUT, IN],
+                "merge": {"method": "linear", "parameters": {"normalize": false}, "operands": operands},
+            }]}],
+        });
+        Plan::from_json(&plan.to_string()).unwrap()
+    }
+
+    fn run(&self, plan: &Plan, options: &Options) -> Vec<f32> {
+        let out = self.directory.path().join("out");
+        let output = Output::open(&out, [], false, true).unwrap();
+        let shards = plan.select(None).unwrap();
+        execute(plan, &shards, &output, options, &Progress::default(), &mut || true).unwrap();
+        output.finish().unwrap();
+        self.read(&out)
+    }
+
+    fn read(&self, out: &Path) -> Vec<f32> {
+        let bytes = std::fs::read(out.join("model.safetensors")).unwrap();
+        let data = &bytes[bytes.len() - 4 * OUT * IN..];
+        data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    /// Runs on one worker and compares with the expected values; then in other cuts, and compares the bits.
+    fn check(&self, operands: &[(Value, f64)], expected: &Matrix) {
+        let plan = self.plan(operands);
+        let found = self.run(&plan, &Options { threads: 1, ..Options::default() });
+        let scale = expected.iter().flatten().fold(0.0_f64, |m, v| m.max(v.abs()));
+        for (found, expected) in found.iter().zip(expected.iter().flatten()) {
+            assert!(
+                (f64::from(*found) - expected).abs() < 2e-6 * scale,
+                "{found} is not {expected}"
+            );
+        }
+        let bits: Vec<u32> = found.iter().map(|v| v.to_bits()).collect();
+        for level in Level::available() {
+            for (threads, tile_bytes) in [(1, 4096), (3, 4096), (2, 8192)] {
+                let kernels = Kernels::named(level.name()).unwrap();
+                let options = Options { threads, tile_bytes, kernels, ..Options::default() };
+                let again: Vec<u32> =
+                    self.run(&plan, &options).iter().map(|v| v.to_bits()).collect();
+                assert!(again == bits, "{level:?}, {threads} threads, tiles of {tile_bytes}");
+            }
+        }
+    }
+}
+
+fn reference(name: &str) -> Value {
+    json!({"source": "x", "tensor": name})
+}
+
+fn low_rank(a: &str, b: &str, scale: f64, transpose: bool) -> Value {
+    json!({"a": reference(a), "b": reference(b), "scale": scale, "transpose": transpose})
+}
+
+#[test]
+fn products_are_added_to_the_matrix() {
+    for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+        let fixture = Fixture::new(dtype);
+        let mut expected = fixture.get("w");
+        add(&mut expected, 0.75, &product(&fixture.get("b"), &fixture.get("a")));
+        add(&mut expected, -1.5, &product(&fixture.get("b2"), &fixture.get("a2")));
+        let mut operand = reference("w");
+        operand["low_rank"] =
+            json!([low_rank("a", "b", 0.75, false), low_rank("a2", "b2", -1.5, false)]);
+        fixture.check(&[(operand, 1.0)], &expected);
+    }
+}
+
+#[test]
+fn a_matrix_stored_as_in_out_gets_the_transposed_product() {
+    let fixture = Fixture::new(Dtype::F32);
+    let mut expected = fixture.get("w");
+    add(&mut expected, 2.0, &transposed(&product(&fixture.get("bt"), &fixture.get("at"))));
+    let mut operand = reference("w");
+    operand["low_rank"] = json!([low_rank("at", "bt", 2.0, true)]);
+    fixture.check(&[(operand, 1.0)], &expected);
+}
+
+/// Each row of `w` rescaled to the norm given for it.
+fn rescaled(w: &Matrix, norms: &[f64]) -> Matrix {
+    w.iter()
+        .zip(norms)
+        .map(|(row, norm)| {
+            let length = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+            row.iter().map(|v| v * norm / length).collect()
+        })
+        .collect()
+}
+
+#[test]
+fn magnitudes_set_the_norms_of_output_features() {
+    let fixture = Fixture::new(Dtype::F32);
+    let mut sum = fixture.get("w");
+    add(&mut sum, 0.5, &product(&fixture.get("b"), &fixture.get("a")));
+    let norms: Vec<f64> = fixture.get("m").concat();
+    let mut operand = reference("w");
+    operand["low_rank"] = json!([low_rank("a", "b", 0.5, false)]);
+    operand["magnitude"] = reference("m");
+    fixture.check(&[(operand, 1.0)], &rescaled(&sum, &norms));
+
+    let mut sum = fixture.get("w");
+    add(&mut sum, 0.5, &transposed(&product(&fixture.get("bt"), &fixture.get("at"))));
+    let norms: Vec<f64> = fixture.get("mt").concat();
+    let mut operand = reference("w");
+    operand["low_rank"] = json!([low_rank("at", "bt", 0.5, true)]);
+    operand["magnitude"] = json!({"source": "x", "tensor": "mt", "transpose": true});
+    fixture.check(&[(operand, 1.0)], &transposed(&rescaled(&transposed(&sum), &norms)));
+}
+
+#[test]
+fn rows_are_replaced_before_anything_else() {
+    let fixture = Fixture::new(Dtype::F32);
+    let mut expected = fixture.get("w");
+    for (row, new) in [9, 0, 36].into_iter().zip(fixture.get("rows")) {
+        expected[row] = new;
+    }
+    let mut operand = reference("w");
+    operand["rows"] = json!({"source": "x", "tensor": "rows", "indices": [9, 0, 36]});
+    fixture.check(&[(operand.clone(), 1.0)], &expected);
+    add(&mut expected, 1.0, &product(&fixture.get("b"), &fixture.get("a")));
+    operand["low_rank"] = json!([low_rank("a", "b", 1.0, false)]);
+    fixture.check(&[(operand, 1.0)], &expected);
+}
+
+#[test]
+fn adapted_and_plain_operands_blend() {
+    let fixture = Fixture::new(Dtype::BF16);
+    let mut expected = fixture.get("w");
+    add(&mut expected, 0.75 * 3.0, &product(&fixture.get("b"), &fixture.get("a")));
+    let mut operand = reference("w");
+    operand["low_rank"] = json!([low_rank("a", "b", 3.0, false)]);
+    fixture.check(&[(operand, 0.75), (reference("w"), 0.25)], &expected);
+}
+
+#[test]
+fn factors_that_do_not_fit_are_refused_by_name() {
+    let fixture = Fixture::new(Dtype::F32);
+    let plan = |change: &dyn Fn(&mut Value)| {
+        let mut operand = reference("w");
+        change(&mut operand);
+        let plan = json!({
+            "version": 1,
+            "sources": {"x": source(&fixture.directory.path().join("in"))},
+            "shards": [{"file": "model.safetensors", "tensors": [{
+                "name": "w", "dtype": "F32", "shape": [OUT, IN],
+                "merge": {"method": "linear", "operands": [{"operand": operand, "weight": 1.0}]},
+            }]}],
+        });
+        Plan::from_json(&plan.to_string()).unwrap_err().to_string()
+    };
+    let cases: [(&dyn Fn(&mut Value), &str); 6] = [
+        (&|o| o["low_rank"] = json!([low_rank("at", "b", 1.0, false)]), "`at`"),
+        (&|o| o["low_rank"] = json!([low_rank("a", "b2", 1.0, false)]), "`b2`"),
+        (&|o| o["low_rank"] = json!([low_rank("a", "b", 1.0, true)]), "`a`"),
+        (&|o| o["magnitude"] = reference("mt"), "`mt`"),
+        (
+            &|o| o["rows"] = json!({"source": "x", "tensor": "rows", "indices": [1, 1, 2]}),
+            "different",
+        ),
+        (
+            &|o| o["rows"] = json!({"source": "x", "tensor": "rows", "indices": [1, 2, 37]}),
+            "below 37",
+        ),
+    ];
+    for (change, fault) in cases {
+        let message = plan(change);
+        assert!(message.contains(fault), "expected {fault} in {message}");
+    }
+}
