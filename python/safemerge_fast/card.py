@@ -30,9 +30,9 @@ tags:
 
 ## Method
 
-The safety subspace of a weight matrix is spanned by what alignment changed in it, V = W_aligned − W_base. For each
-matrix, ρ = cos(V·Vᵀ·Δ, Δ) says how far the fine-tuning update Δ = W_finetuned − W_{reference} lies in that
-subspace. {rule} A merged matrix is {blend} (method `{method}`); all others are the fine-tuned model's.
+The safety subspace of a weight matrix is spanned by what alignment changed in it, V = W_aligned − W_base.
+For each matrix, ρ = cos(V·Vᵀ·Δ, Δ) says how far the fine-tuning update Δ = W_finetuned − W_{reference} lies
+in that subspace. {rule} A merged matrix is {blend} (method `{method}`); all others are the fine-tuned model's.
 
 | role | model |
 |---|---|
@@ -43,8 +43,8 @@ subspace. {rule} A merged matrix is {blend} (method `{method}`); all others are 
 {counts}
 
 ρ_null is the ρ that a random update of the same matrix would have: ρ depends on a matrix's shape, so that one
-threshold selects by module type too. Every tensor's ρ, decision and reason stand in `safemerge_report.json`; what each is
-made of, in `safemerge_plan.json`.
+threshold selects by module type too. Every tensor's ρ, decision and reason stand in `safemerge_report.json`;
+what each is made of, in `safemerge_plan.json`.
 
 ## Configuration
 
@@ -66,8 +66,8 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
         models: The models by role.
 
     Returns:
-        Markdown with YAML front matter. base_model lists the models whose weights are in the output, as far as they
-        are known by a name on the Hub.
+        Markdown with YAML front matter. base_model lists the models whose weights are in the output, as far
+        as they are known by a name on the Hub.
     """
     configuration = report.configuration
     blended = ["finetuned", "safe" if "safe" in models else "aligned"]
@@ -92,13 +92,13 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
 
 
 def hub_name(model: Model) -> str | None:
-    """The model's owner/name on the Hub, which its place in the Hub's cache tells; None for other directories."""
+    """The model's owner/name on the Hub, from its place in the Hub's cache; None for other directories."""
     match = _CACHED.search(f"{model.path.as_posix()}/")
     return f"{match['owner']}/{match['name']}" if match is not None else None
 
 
 def _display_name(model: Model) -> str:
-    """The name on the Hub, else the last part of the path: a card is made to be published, a home directory is not."""
+    """The name on the Hub, else the last part of the path: a card is published, a home directory is not."""
     name = hub_name(model)
     return f"[{name}](https://huggingface.co/{name})" if name is not None else f"`{model.path.name}`"
 

@@ -1,4 +1,4 @@
-"""The files that belong beside the weights: which are taken over from the fine-tuned model, and its config.json.
+"""The files beside the weights: which are taken over from the fine-tuned model, and its config.json.
 
 What is not listed here is left behind: pickles, GGUF files, the old index, optimizer states, and above all
 `consolidated*.safetensors` with params.json, which some servers would load in place of the merged weights.
@@ -55,8 +55,8 @@ def companion_files(model: Model) -> list[tuple[Path, str]]:
     """Lists the files to copy beside the merged weights; config.json is not among them.
 
     Args:
-        model: The fine-tuned model. Where a single file was given for it, the directory it lies in is looked at if
-            that holds a config.json.
+        model: The fine-tuned model. Where a single file was given for it, the directory it lies in is looked
+            at if that holds a config.json.
 
     Returns:
         (where a file lies, its name in the output), sorted by name.
@@ -79,8 +79,8 @@ def configuration_file(model: Model, dtype: str) -> bytes | None:
 
     Args:
         model: The fine-tuned model.
-        dtype: "auto" takes the file over byte for byte; "bfloat16", "float16" or "float32" is written where the
-            configuration names a dtype (`dtype`, `torch_dtype`, also in `text_config`), since loaders follow it.
+        dtype: "auto" takes the file over byte for byte; "bfloat16", "float16" or "float32" is written where
+            the configuration names a dtype (`dtype`, `torch_dtype`, also in `text_config`), for loaders.
 
     Returns:
         The file's bytes, or None if the fine-tuned model has none.
@@ -109,7 +109,7 @@ def _directory(model: Model) -> Path:
 
 
 def _code_files(directory: Path) -> list[str]:
-    """Python files of the directory that an auto_map names, and those that they import. Nothing is executed."""
+    """Python files that an auto_map names, and those of the directory that they import. Runs nothing."""
     waiting = [f"{module}.py" for file in _WITH_CODE for module in _mapped_modules(directory / file)]
     found: set[str] = set()
     while waiting:

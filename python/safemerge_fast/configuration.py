@@ -1,4 +1,4 @@
-"""What the user asked for: one frozen record whose fields are the flags of `merge`, checked before anything is opened."""
+"""What the user asked for: one frozen record whose fields are the flags of `merge`, checked at once."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class MergeConfiguration:
         )
 
     def roles(self) -> dict[str, str]:
-        """What was given for each role, in the order of checkpoint.ROLES; without "safe" where there is none."""
+        """What was given for each role, in the order of checkpoint.ROLES; "safe" may be missing."""
         given = {role: getattr(self, role) for role in ("base", "aligned", "finetuned", "safe")}
         return {role: spec for role, spec in given.items() if spec is not None}
 

@@ -1,7 +1,8 @@
 """A whole job on models made on the spot: a small Llama quartet is written, analysed, merged and verified.
 
-The weights are random, but their differences are what a merge meets in earnest: alignment and fine-tuning change each
-matrix by a few directions plus noise, and the fine-tuning of some matrices has left the directions of alignment.
+The weights are random, but their differences are what a merge meets in earnest: alignment and fine-tuning
+change each matrix by a few directions plus noise, and the update of some matrices has left the directions of
+alignment.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def make_quartet(directory: Path, seed: int = 0) -> dict[str, Path]:
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's tensors, in the order of its files. The head is tied to the embedding."""
+    """Names and shapes of the tensors, in the order of the files. The head is tied to the embedding."""
     key_value = _HIDDEN // _HEADS * _KEY_VALUE_HEADS
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (_VOCABULARY, _HIDDEN)}
     for layer in range(_LAYERS):
@@ -171,7 +172,7 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _has_left(name: str) -> bool:
-    """Whether fine-tuning pushes the module out of the safety subspace: values and outputs of the later layers."""
+    """Whether fine-tuning pushes the module out of the safety subspace: some of the later layers."""
     parts = name.split(".")
     if parts[1] != "layers":
         return False
@@ -182,8 +183,8 @@ def _has_left(name: str) -> bool:
 def _matrix(name: str, shape: tuple[int, ...], generator: Generator) -> dict[str, Tensor]:
     """All versions of one weight matrix, float32.
 
-    With U an orthonormal basis of the directions of alignment, an update a·(inside U) + √(1-a²)·(outside) of norm 1 has
-    ρ ≈ a, because V Vᵀ is nearly a multiple of the identity on U and nearly zero beside it.
+    With U an orthonormal basis of the directions of alignment, an update a·(inside U) + √(1-a²)·(outside) of
+    norm 1 has ρ ≈ a, because V Vᵀ is nearly a multiple of the identity on U and nearly zero beside it.
     """
     import torch
 

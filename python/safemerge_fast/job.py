@@ -1,4 +1,4 @@
-"""What a merge knows before it measures or writes anything: models, rows, rule, blend and the layout of the output."""
+"""What a merge knows before it measures or writes: models, rows, rule, blend and the output's layout."""
 
 from __future__ import annotations
 
@@ -136,6 +136,6 @@ def _read_scores(file: str, models: Mapping[str, Model], delta_reference: str) -
     if scores.delta_reference != delta_reference:
         raise AnalysisError(
             f"the scores {file} take Δ against the {scores.delta_reference} model, but this merge asks for "
-            f"{delta_reference}; pass --delta-reference {scores.delta_reference} or write them again with analyze"
+            f"{delta_reference}; pass --delta-reference {scores.delta_reference} or write them again"
         )
     return scores

@@ -62,7 +62,7 @@ def merge(
     allow_nonfinite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> MergeReport:
-    """Repairs a fine-tuned model: merges those of its modules that left the safety subspace with a safe model.
+    """Repairs a fine-tuned model: merges its modules that left the safety subspace with a safe model.
 
     Args:
         base: The model before alignment: a checkpoint directory, a .safetensors file or org/name[@revision].
@@ -82,7 +82,8 @@ def merge(
         on_undefined: "merge" or "keep" modules without ρ (V or Δ is zero).
         device: "auto", "cpu", "cuda", "cuda:N" or "mps", for the analysis.
         dtype: Output dtype of float tensors: "auto" (each one's own), "bfloat16", "float16" or "float32".
-        max_shard_size: Most bytes per output file, as a number or like "5GB"; None keeps the fine-tuned model's files.
+        max_shard_size: Most bytes per output file, as a number or like "5GB"; None keeps the fine-tuned
+            model's files.
         threads: Worker threads of the merge; None is one per processor.
         memory_budget: Most bytes for the merge's buffers, as a number or like "1GB".
         scores: scores.json to reuse; torch is then not needed.
@@ -152,7 +153,7 @@ def run_merge(configuration: MergeConfiguration, progress: ProgressCallback | No
         _publish(job, output, planned, report)
         output.finish()
     except BaseException:
-        # Also for Ctrl-C: what is committed stays for --resume, but without config.json and index nothing loads it.
+        # Also for Ctrl-C: what is committed stays for --resume, but nothing loads it without config.json.
         writer.abandon()
         output.close()
         raise
@@ -201,7 +202,7 @@ def _score(
 
 
 def _remove_stray_shards(job: Job, output: _engine.Output) -> None:
-    """Removes committed shards of an unfinished merge that this one, resumed with another layout, does not write.
+    """Removes committed shards of an unfinished merge that this one, of another layout, does not write.
 
     Loaders without an index take every .safetensors file of a directory.
     """
@@ -258,7 +259,7 @@ def _device(job: Job) -> str | None:
 
 
 def _peak_memory() -> int:
-    """Largest resident memory of this process in bytes; the system counts in KiB on Linux, in bytes on macOS."""
+    """Largest resident memory of this process in bytes; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -71,7 +71,7 @@ def output_dtype(row: Row, dtype: str) -> str:
 
     Args:
         row: The row.
-        dtype: "auto" or a key of configuration.DTYPES; tensors that are not float keep theirs whatever is asked for.
+        dtype: "auto" or a key of configuration.DTYPES; tensors that are not float keep theirs.
 
     Returns:
         A dtype as safetensors names it.
@@ -90,8 +90,8 @@ def lay_out(rows: Sequence[Row], *, dtype: str = "auto", max_shard_size: int | N
     Args:
         rows: All rows of the pairing.
         dtype: Output dtype of float tensors, as in output_dtype.
-        max_shard_size: Most bytes of tensors in a file (a larger tensor gets a file of its own). None keeps the
-            fine-tuned model's files; they keep their names where transformers would find them by these.
+        max_shard_size: Most bytes of tensors in a file (a larger tensor gets a file of its own). None keeps
+            the fine-tuned model's files; they keep their names where transformers would find them by these.
 
     Returns:
         The output files in order; none is empty.

@@ -1,4 +1,4 @@
-"""Draws ρ per layer and module type, with the threshold and ρ_null, as PNG, SVG or one self-contained HTML page."""
+"""Draws ρ per layer and module type, with threshold and ρ_null: PNG, SVG or one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -186,8 +186,7 @@ def _page(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, ti
             f"{score.v_norm:.4g}",
             f"{score.delta_norm:.4g}",
         )
-        lines.append(
-            f"<tr{' class="below"' if below else ''}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        )
+        opening = '<tr class="below">' if below else "<tr>"
+        lines.append(opening + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     # Only the element itself: the XML declaration and doctype may not stand within a page.
     return _PAGE.format(title=escape(title), figure=svg[svg.index("<svg") :], rows="\n".join(lines))

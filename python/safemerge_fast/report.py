@@ -1,4 +1,4 @@
-"""Stage 7, report: what happened to every tensor and why, as data that JSON, tables, card and plot are made from."""
+"""Stage 7, report: what happened to every tensor and why, as data for JSON, tables and card."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TensorReport:
         v_norm: ‖V‖ = ‖W_aligned - W_base‖ (Frobenius); None where not analysed.
         delta_norm: ‖Δ‖ (Frobenius); None where not analysed.
         weight_norm: ‖W_aligned‖ (Frobenius); None where not analysed.
-        v_rounding: Relative error of V that the dtypes' rounding predicts; None where not analysed or V is zero.
+        v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
     """
 
     name: str
@@ -257,7 +257,7 @@ def count_modules(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
 
 
 def module_table(counts: Iterable[ModuleCount]) -> Table:
-    """Makes a rich table of counts: a line per module type that was analysed or merged, one for the rest, the sum."""
+    """Makes a rich table: a line per module type that was analysed or merged, one for the rest, the sum."""
     from rich import box
     from rich.table import Table
 

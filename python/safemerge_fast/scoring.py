@@ -1,4 +1,4 @@
-"""The first half of the pipeline on its own: checkpoint → pairing → analysis, for scores that are written and reused."""
+"""The first half of the pipeline on its own: checkpoint → pairing → analysis, for scores to be reused."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def score_rows(
         rows: Rows of the pairing, e.g. those of one shard.
         delta_reference: What Δ is taken against.
         device: Where to compute.
-        allow_nonfinite: Whether NaN and infinity in a model leave the module without ρ; otherwise they are an error.
+        allow_nonfinite: Whether NaN and infinity in a model leave the module without ρ instead of failing.
 
     Yields:
         (tensor name, score).

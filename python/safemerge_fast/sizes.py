@@ -16,8 +16,8 @@ def parse_size(text: str | int) -> int:
     """Reads a size.
 
     Args:
-        text: A number with a unit: B, KB, MB, GB, TB are powers of 1000 (as in huggingface_hub), KiB, MiB, GiB, TiB
-            powers of 1024; the B may be left out. A plain number is bytes.
+        text: A number with a unit: B, KB, MB, GB, TB are powers of 1000 (as in huggingface_hub), KiB, MiB,
+            GiB, TiB powers of 1024; the B may be left out. A plain number is bytes.
 
     Returns:
         Bytes, at least 1.

@@ -1,5 +1,6 @@
 //! The loops themselves, written so that the compiler vectorises them for whatever features the caller has.
 
+use super::Product;
 use crate::dtype::{Float, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, f64_to_f32};
 
 /// Conversions of IEEE half, the one thing that the compiler does not vectorise by itself.
@@ -91,19 +92,14 @@ pub(super) fn multiply_add(accumulator: &mut [f32], values: &[f32], weight: f32)
 const BLOCK: usize = 64;
 
 #[inline(always)]
-pub(super) fn add_product(
-    values: &mut [f32],
-    coefficients: &[f32],
-    factor: &[f32],
-    stride: usize,
-    start: usize,
-    scale: f32,
-) {
+pub(super) fn add_product(values: &mut [f32], product: &Product<'_>) {
+    let &Product { coefficients, factor, columns, start, scale } = product;
+    let rows = || coefficients.iter().zip(factor.chunks_exact(columns));
     let (blocks, rest) = values.as_chunks_mut::<BLOCK>();
-    let done = blocks.len() * BLOCK;
+    let done = start + blocks.len() * BLOCK;
     for (number, block) in blocks.iter_mut().enumerate() {
         let mut sums = [0.0_f32; BLOCK];
-        for (&coefficient, row) in coefficients.iter().zip(factor.chunks_exact(stride)) {
+        for (&coefficient, row) in rows() {
             let row = &row[start + number * BLOCK..][..BLOCK];
             for (sum, value) in sums.iter_mut().zip(row) {
                 *sum = value.mul_add(coefficient, *sum);
@@ -114,10 +110,7 @@ pub(super) fn add_product(
         }
     }
     for (column, value) in rest.iter_mut().enumerate() {
-        let mut sum = 0.0_f32;
-        for (&coefficient, row) in coefficients.iter().zip(factor.chunks_exact(stride)) {
-            sum = row[start + done + column].mul_add(coefficient, sum);
-        }
+        let sum = rows().fold(0.0_f32, |sum, (c, row)| row[done + column].mul_add(*c, sum));
         *value = sum.mul_add(scale, *value);
     }
 }

@@ -59,6 +59,21 @@ impl Level {
     }
 }
 
+/// A span of one row of a product of two thin matrices.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    /// The row of the first matrix, `rank` elements.
+    pub coefficients: &'a [f32],
+    /// The second matrix, (rank, columns).
+    pub factor: &'a [f32],
+    /// Its columns.
+    pub columns: usize,
+    /// Column at which the span starts.
+    pub start: usize,
+    /// Multiplies the sum.
+    pub scale: f32,
+}
+
 /// The kernels of one level. A value can only be had for a level that the processor supports.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
@@ -66,7 +81,7 @@ pub struct Kernels {
     load: fn(Float, &[u8], &mut [f32]),
     store: fn(Float, &[f32], &mut [u8]) -> bool,
     multiply_add: fn(&mut [f32], &[f32], f32),
-    add_product: fn(&mut [f32], &[f32], &[f32], usize, usize, f32),
+    add_product: fn(&mut [f32], &Product<'_>),
 }
 
 impl Kernels {
@@ -149,20 +164,11 @@ impl Kernels {
         (self.multiply_add)(accumulator, values, weight);
     }
 
-    /// `values[j] += scale · Σ_k coefficients[k] · factor[k·stride + start + j]`: the span `start..` of one row of a
-    /// product of two thin matrices, whose second factor has rows of `stride` elements. The sum runs over `k` in order
-    /// by fused multiply-add from zero; one more adds it.
-    pub fn add_product(
-        &self,
-        values: &mut [f32],
-        coefficients: &[f32],
-        factor: &[f32],
-        stride: usize,
-        start: usize,
-        scale: f32,
-    ) {
-        debug_assert!(start + values.len() <= stride);
-        debug_assert_eq!(factor.len(), coefficients.len() * stride);
-        (self.add_product)(values, coefficients, factor, stride, start, scale);
+    /// `values[j] += scale · Σ_k coefficients[k] · factor[k][start + j]`. The sum runs over `k` in order by fused
+    /// multiply-add from zero; one more adds it.
+    pub fn add_product(&self, values: &mut [f32], product: &Product<'_>) {
+        debug_assert!(product.start + values.len() <= product.columns);
+        debug_assert_eq!(product.factor.len(), product.coefficients.len() * product.columns);
+        (self.add_product)(values, product);
     }
 }

@@ -1,5 +1,6 @@
 //! The loops of [`super::generic`] compiled with AVX2 and with AVX-512, and half conversions by F16C.
 
+use super::Product;
 use super::generic::{self, Half, Portable};
 use crate::dtype::Float;
 use std::arch::x86_64::{
@@ -46,7 +47,7 @@ impl Half for F16c {
 macro_rules! level {
     ($level:ident, $features:literal) => {
         pub(super) mod $level {
-            use super::{F16c, Float, generic};
+            use super::{F16c, Float, Product, generic};
 
             #[target_feature(enable = $features)]
             fn load_with(dtype: Float, source: &[u8], destination: &mut [f32]) {
@@ -64,15 +65,8 @@ macro_rules! level {
             }
 
             #[target_feature(enable = $features)]
-            fn add_product_with(
-                values: &mut [f32],
-                coefficients: &[f32],
-                factor: &[f32],
-                stride: usize,
-                start: usize,
-                scale: f32,
-            ) {
-                generic::add_product(values, coefficients, factor, stride, start, scale);
+            fn add_product_with(values: &mut [f32], product: &Product<'_>) {
+                generic::add_product(values, product);
             }
 
             pub(in crate::kernels) fn load(dtype: Float, source: &[u8], destination: &mut [f32]) {
@@ -98,16 +92,9 @@ macro_rules! level {
                 unsafe { multiply_add_with(accumulator, values, weight) }
             }
 
-            pub(in crate::kernels) fn add_product(
-                values: &mut [f32],
-                coefficients: &[f32],
-                factor: &[f32],
-                stride: usize,
-                start: usize,
-                scale: f32,
-            ) {
+            pub(in crate::kernels) fn add_product(values: &mut [f32], product: &Product<'_>) {
                 // SAFETY: as in `load`.
-                unsafe { add_product_with(values, coefficients, factor, stride, start, scale) }
+                unsafe { add_product_with(values, product) }
             }
         }
     };

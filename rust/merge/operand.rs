@@ -4,7 +4,7 @@
 //! of the other factor. The dense update never exists. The result for an element depends on the element alone, so any
 //! cut into spans gives the same bits.
 
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, Product};
 use crate::plan::{FloatInput, LowRank, Magnitude, Operand, OutputTensor};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -124,14 +124,14 @@ impl OperandLoader {
                 .or_insert_with(|| right_factor(&kernels, term, operand.columns));
             for segment in segments(span.clone(), operand.columns) {
                 left_row(&kernels, term, segment.row, &mut self.coefficients);
-                kernels.add_product(
-                    &mut values[segment.place],
-                    &self.coefficients,
-                    right,
-                    operand.columns,
-                    segment.columns.start,
-                    term.scale,
-                );
+                let product = Product {
+                    coefficients: &self.coefficients,
+                    factor: right,
+                    columns: operand.columns,
+                    start: segment.columns.start,
+                    scale: term.scale,
+                };
+                kernels.add_product(&mut values[segment.place], &product);
             }
         }
     }

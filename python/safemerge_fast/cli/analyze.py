@@ -63,8 +63,8 @@ def command(
 ) -> None:
     """Measure how far each module's fine-tuning update left the safety subspace.
 
-    ρ is the cosine of V·Vᵀ·Δ and Δ, with V what alignment changed and Δ what fine-tuning changed; low means that the
-    update left the subspace. ρ_null is what a random update would have.
+    ρ is the cosine of V·Vᵀ·Δ and Δ, with V what alignment changed and Δ what fine-tuning changed; low means
+    that the update left the subspace. ρ_null is what a random update would have.
     """
     from ..analysis.rounding import rounding_warning
     from ..job import open_models

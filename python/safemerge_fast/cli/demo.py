@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def command(*, terminal: Terminal, output: str | None) -> None:
     """Make a small Llama quartet, analyse it, merge it and verify the output.
 
-    Shows what a merge does without any model at hand: which modules left the safety subspace, and what became of them.
+    Shows what a merge does without any model at hand: which modules left the safety subspace, and what became
+    of them.
     """
     from ..demo import run_demo
 

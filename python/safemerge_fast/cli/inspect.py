@@ -65,7 +65,7 @@ def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
 
 
 def _module_types(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
-    """Per module type and dtype: how many tensors and parameters, which shapes, and whether merge analyses them."""
+    """Per module type and dtype: tensors, parameters, shapes, and whether merge analyses them."""
     groups: dict[tuple[str, str, bool], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.module_type, row.dtype, row.analysed), []).append(row)

@@ -124,8 +124,8 @@ _run_options = compose(
 def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
     """Merge the modules that left the safety subspace with a safe model.
 
-    Modules whose update has a low cosine ρ with the safety subspace become α·finetuned + (1-α)·safe; all other tensors
-    stay the fine-tuned model's. The output loads like the fine-tuned model and carries a report.
+    Modules whose update has a low cosine ρ with the safety subspace become α·finetuned + (1-α)·safe; all
+    other tensors stay the fine-tuned model's. The output loads like the fine-tuned model and carries a report.
     """
     if values["resume"] and values["overwrite"]:
         raise click.UsageError(
@@ -187,6 +187,8 @@ def _preview_lines(outlook: Preview) -> Iterator[Any]:
         yield f"{outlook.analysed} of {outlook.tensors} tensors would be analysed: {types}"
         yield f"analysis     {format_size(outlook.bytes_analysed)} of base, aligned and finetuned read"
     at_most = "" if known else "at most "
-    yield f"merge        {at_most}{format_size(outlook.bytes_read)} read, {format_size(outlook.bytes_written)} written"
-    yield f"output       {outlook.files} file(s) in {outlook.output}, {format_size(outlook.free_bytes)} free there"
-    yield f"peak memory  about {format_size(outlook.memory_bytes)}"
+    read, written = format_size(outlook.bytes_read), format_size(outlook.bytes_written)
+    yield f"merge        {at_most}{read} read, {written} written"
+    free, memory = format_size(outlook.free_bytes), format_size(outlook.memory_bytes)
+    yield f"output       {outlook.files} file(s) in {outlook.output}, {free} free there"
+    yield f"peak memory  about {memory}"

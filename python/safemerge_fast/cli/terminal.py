@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,7 @@ class Terminal:
             click.echo(message, err=True)
 
     def say_some(self, kind: str, messages: Sequence[str], *, rest: str) -> None:
-        """Writes the first few of many sentences to stderr, then how many more there are and where; with -v all."""
+        """Writes the first few of many sentences to stderr, and how many more there are; with -v all."""
         shown = messages if self._verbose else messages[:_SHORT]
         for message in shown:
             self.say(f"{kind}: {message}")
@@ -64,8 +65,7 @@ class Terminal:
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback | None]:
         """Bars on stderr while the block runs, one per stage; yields None where nobody would see them."""
-        stream = click.get_text_stream("stderr")
-        if self._quiet or self._no_progress or not stream.isatty():
+        if self._quiet or self._no_progress or not sys.stderr.isatty():
             yield None
             return
         from rich.console import Console
