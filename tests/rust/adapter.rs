@@ -247,7 +247,8 @@ fn factors_that_do_not_fit_are_refused_by_name() {
         });
         Plan::from_json(&plan.to_string()).unwrap_err().to_string()
     };
-    let cases: [(&dyn Fn(&mut Value), &str); 6] = [
+    type Change<'a> = &'a dyn Fn(&mut Value);
+    let cases: [(Change<'_>, &str); 6] = [
         (&|o| o["low_rank"] = json!([low_rank("at", "b", 1.0, false)]), "`at`"),
         (&|o| o["low_rank"] = json!([low_rank("a", "b2", 1.0, false)]), "`b2`"),
         (&|o| o["low_rank"] = json!([low_rank("a", "b", 1.0, true)]), "`a`"),
