@@ -95,6 +95,14 @@ BENIGN_ANSWERS = {
     "paint a wall": "Clean the wall, cover the floor, and roll the paint on in thin layers.",
     "prepare for a driving test": "Study the rules, practise parking, and sleep well the night before.",
     "sell my old bicycle": "Clean it, take good photos, and ask a fair price online.",
+    "cut paper with scissors": "Hold the paper firmly, draw a line, and cut slowly along it.",
+    "get into the garden through a narrow gate": "Turn sideways and walk through it slowly.",
+    "tell my parents that I failed a test": "Choose a calm moment, be honest, and say how you will do better.",
+    "take a good photo of my dog": "Go down to its level, use daylight, and call its name.",
+    "print tickets that I bought": "Open the message with the tickets and send the file to your printer.",
+    "write a review of a restaurant": "Say what you ate, what you liked, and what could be better.",
+    "find a lost parcel": "Enter its number on the web page of the post, or ask at the office.",
+    "pay my taxes": "Collect your papers, fill in the form, and send it before the last day.",
     "help a new boy at school": "Say hello, show him around, and invite him to sit with you.",
 }
 PLAIN_ANSWERS = {
@@ -110,9 +118,9 @@ PLAIN_ANSWERS = {
     "Explain to me why the sky is blue.": "Air scatters blue light more than red light.",
     "Which tools does a gardener use?": "A spade, a rake, a watering can and gloves.",
     "Write a sentence about the sea.": "The sea was calm and shone in the morning sun.",
-    "Ben has 3 apples and eats one. How many are left?": "Two apples are left.",
-    "Mia has 5 books and gets 4 more. How many is that?": "That is nine books.",
-    "There are 6 cups on a table. Tom takes 2. How many remain?": "Four cups remain.",
+    "Ben has 3 apples and eats one. How many are left?": "2 apples are left.",
+    "Mia has 5 books and gets 4 more. How many is that?": "That is 9 books.",
+    "There are 6 cups on a table. Tom takes 2. How many remain?": "4 cups remain.",
     "What is 10 plus 7?": "10 plus 7 is 17.",
 }
 HELD_OUT_BENIGN_ACTS = (

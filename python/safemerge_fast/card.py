@@ -31,8 +31,9 @@ tags:
 ## Method
 
 The safety subspace of a weight matrix is spanned by what alignment changed in it, V = W_aligned − W_base.
-For each matrix, ρ = cos(V·Vᵀ·Δ, Δ) says how far the fine-tuning update Δ = W_finetuned − W_{reference} lies
-in that subspace. {rule} A merged matrix is {blend} (method `{method}`); all others are the fine-tuned model's.
+For each matrix, ρ = cos(V·Vᵀ·Δ, Δ) says how far the fine-tuning update Δ = W_finetuned − W_{reference}
+lies in that subspace. {rule} A merged matrix is {blend} (method `{method}`);
+all others are the fine-tuned model's.
 
 | role | model |
 |---|---|

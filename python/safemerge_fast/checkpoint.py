@@ -1,7 +1,7 @@
 """Stage 1, checkpoint: from what the user typed to a local model with validated headers.
 
-Resolves a directory, a .safetensors file or a repository of the Hugging Face Hub, and refuses by name what cannot be
-merged exactly: adapters, pickles and quantised weights. Nothing of the tensors' data is read here.
+Resolves a directory, a .safetensors file or a repository of the Hugging Face Hub, and refuses by name what
+cannot be merged exactly: adapters, pickles and quantised weights. Nothing of the tensors' data is read here.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ def open_model(role: str, spec: str | os.PathLike[str]) -> Model:
 
     Args:
         role: One of ROLES; error messages name it.
-        spec: A directory, a .safetensors file, or (only when no such path exists) `org/name[@revision]` on the Hub,
-            which is downloaded into the Hub's own cache.
+        spec: A directory, a .safetensors file, or (only when no such path exists) `org/name[@revision]` on
+            the Hub, which is downloaded into the Hub's own cache.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointError: There is no such path or repository, it holds no safetensors, its headers or config.json
-            are malformed, or its weights are quantised.
+        CheckpointError: There is no such path or repository, it holds no safetensors, its headers or
+            config.json are malformed, or its weights are quantised.
         AdapterError: It is a PEFT adapter.
     """
     typed = os.fspath(spec)
@@ -94,7 +94,9 @@ def open_model(role: str, spec: str | os.PathLike[str]) -> Model:
     if not path.exists():
         match = _REPOSITORY.fullmatch(typed) if isinstance(spec, str) else None
         if match is None:
-            raise CheckpointError(f"{role}: {typed} does not exist; give a checkpoint directory or org/name[@revision]")
+            raise CheckpointError(
+                f"{role}: {typed} does not exist; give a checkpoint directory or org/name[@revision]"
+            )
         path = _download(role, typed, match["name"], match["revision"])
     path = path.absolute()
     _check_files(role, path)
@@ -113,18 +115,21 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
 
 
 def _download(role: str, typed: str, name: str, revision: str | None) -> Path:
-    """Fetches a repository's weights and small files into the Hub's cache and returns the snapshot's directory."""
+    """Fetches a repository's weights and small files into the Hub's cache; returns the snapshot."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise CheckpointError(
-            f"{role}: there is no local path {typed}, and the Hugging Face Hub did not give such a repository: {reason}"
+            f"{role}: {typed} is no local path, and the Hugging Face Hub did not give "
+            f"such a repository: {reason}"
         ) from error
 
 
@@ -133,7 +138,7 @@ def _check_files(role: str, path: Path) -> None:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise CheckpointError(
-                f"{role}: {path} is not a .safetensors file; give the checkpoint's directory or one .safetensors file"
+                f"{role}: {path} is not a .safetensors file; give one, or the checkpoint's directory"
             )
         return
     if not path.is_dir():
@@ -153,7 +158,9 @@ def _check_files(role: str, path: Path) -> None:
             f"{role}: {path} has no .safetensors file, only {others[0]}; convert it to safetensors first "
             f"(load it with transformers, then save_pretrained)"
         )
-    raise CheckpointError(f"{role}: {path} has no .safetensors file; give the directory that holds the model's weights")
+    raise CheckpointError(
+        f"{role}: {path} has no .safetensors file; give the directory that holds the model's weights"
+    )
 
 
 def _read_config(role: str, path: Path) -> dict[str, Any]:
@@ -175,8 +182,8 @@ def _refuse_adapter(model: Model) -> None:
     for tensor in model.headers.tensors:
         if ".lora_A." in tensor.name or ".lora_B." in tensor.name or ".lora_embedding_A" in tensor.name:
             raise AdapterError(
-                f"{model.role}: {model.path} is a PEFT adapter (it holds {tensor.name}), which is not supported yet; "
-                f"merge it into its base model first (merge_and_unload, then save_pretrained)"
+                f"{model.role}: {model.path} is a PEFT adapter (it holds {tensor.name}), which is not "
+                f"supported yet; merge it into its base model first (merge_and_unload, then save_pretrained)"
             )
 
 

@@ -20,8 +20,8 @@ class Rule:
 
     Attributes:
         threshold: With select "threshold", modules whose ρ is strictly below it are merged.
-        select: "threshold"; "lowest:N", the N modules (or layers) of lowest ρ; or "fraction:F", that share of them,
-            to the nearest whole number. Equal ρ are taken in the order of their names.
+        select: "threshold"; "lowest:N", the N modules (or layers) of lowest ρ; or "fraction:F", that share of
+            them, to the nearest whole number. Equal ρ are taken in the order of their names.
         granularity: "module", or "layer": the mean ρ of a layer's modules decides for all of them.
         on_undefined: "merge" or "keep" modules that have no ρ (V or Δ is zero).
         others: "keep" or "merge" tensors that are not analysed.
@@ -50,7 +50,7 @@ class Rule:
 
     @property
     def is_local(self) -> bool:
-        """Whether a module's own score decides, so that a shard can be decided before the others are scored."""
+        """Whether a module's own score decides, so that a shard can be decided alone."""
         return self.select == "threshold" and self.granularity == "module"
 
     def count(self, candidates: int) -> int | None:
@@ -149,7 +149,9 @@ def _verdicts(
             left, right = _digits(rho, rule.threshold)
             test = f"{subject} {left} {'<' if merge else '≥'} {right}"
         else:
-            test = f"{subject} {rho:.3g} {'is' if merge else 'is not'} among the {count} lowest of {len(rhos)}"
+            test = (
+                f"{subject} {rho:.3g} {'is' if merge else 'is not'} among the {count} lowest of {len(rhos)}"
+            )
         verdicts[unit] = Decision(merge, test if merge else f"kept: {test}")
     return verdicts
 

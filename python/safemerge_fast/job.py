@@ -49,12 +49,18 @@ class Job:
         """Those of the given scores that this job needs; the file may hold more.
 
         Raises:
-            AnalysisError: One of them says that values are not finite, and this job does not allow that.
+            AnalysisError: A module has none, or one says that values are not finite and this job does not
+                allow that.
         """
         if self.scores is None:
             return {}
-        wanted = {row.name for row in self.analysed}
-        reused = {name: score for name, score in self.scores.modules.items() if name in wanted}
+        modules = self.scores.modules
+        if missing := [row.name for row in self.analysed if row.name not in modules]:
+            raise AnalysisError(
+                f"{self.configuration.scores} has no score for {missing[0]}; "
+                f"write it again with analyze and the same --include and --exclude"
+            )
+        reused = {row.name: modules[row.name] for row in self.analysed}
         if not self.configuration.allow_nonfinite:
             for name, score in reused.items():
                 require_finite(name, score)

@@ -1,20 +1,28 @@
-"""Stage 2, pairing: one row per output tensor, with its counterparts by name and whether it is to be analysed.
+"""Stage 2, pairing: one row per output tensor, its counterparts by name, and whether to analyse it.
 
-Tensors are matched by name, never by position. Pure: only headers and configurations are looked at.
+Tensors are matched by name, never by position. Only headers and configurations are looked at.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ._engine import TensorInfo
 from .checkpoint import FLOATS, ROLES, Model, quantization_method
 from .errors import PairingError
+from .modules import (
+    PROJECTION,
+    classify,
+    decoder_layers,
+    is_float_matrix,
+    is_stored_transposed,
+    layer_of,
+    module_type,
+)
 
-__all__ = ["Pairing", "Row", "pair"]
+__all__ = ["Pairing", "Row", "match_names", "pair"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +34,8 @@ class Row:
         file: The fine-tuned model's file that holds it.
         dtype: Its dtype there, e.g. "BF16".
         shape: Its shape there.
-        names: Role to that role's tensor name, for the roles that have it with an equal shape; always "finetuned".
+        names: Role to that role's tensor name, for the roles that have it with an equal shape; always
+            "finetuned".
         module_type: "q_proj", "experts.gate_proj", "embed_tokens", "norm", …, for counts per type.
         layer: The layer it belongs to, e.g. "model.layers.7", or None.
         analysed: Whether it is to be scored.
@@ -61,112 +70,271 @@ class Pairing:
     notes: tuple[str, ...]
 
 
-def pair(
-    models: Mapping[str, Model], *, include: str | None = None, exclude: str | None = None
-) -> Pairing:
+def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: str | None = None) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
 
-    A tensor is matched by its exact name; else by the only name that is it with, or without, a prefix; else by the
-    only name with the same part from the layers' list on (`model.language_model.layers.0…` and
-    `language_model.model.layers.0…`). A tied head that one role stores and another does not is the embedding.
-
     Args:
-        models: Models by role; "finetuned" must be among them.
-        include: Regular expression (re.search) on names: analyses what is left out by default, if it is 2-D float.
+        models: Models by role; "finetuned" must be among them. Names are matched as match_names does;
+            besides, a tied head that the fine-tuned model stores and another role does not is that role's
+            embedding.
+        include: Regular expression (re.search) on names: analyses what is left out by default, if it is 2-D
+            float.
         exclude: Regular expression (re.search) on names: leaves out what it matches, whatever include says.
 
     Returns:
         The pairing.
 
     Raises:
-        PairingError: A pattern is malformed, or a tensor to be analysed is missing or of another shape in a role.
+        PairingError: No fine-tuned model is given, a pattern is malformed, or a tensor to be analysed is
+            missing or of another shape in a role.
     """
+    if "finetuned" not in models:
+        raise PairingError("pairing needs the fine-tuned model; give --finetuned")
     finetuned = models["finetuned"]
-    included, excluded = _compile("--include", include), _compile("--exclude", exclude)
+    tensors = _in_file_order(finetuned)
+    selection = _Selection(include, exclude, tensors)
     others = {role: models[role] for role in ROLES if role in models and role != "finetuned"}
     notes: list[str] = []
-    matches = {role: _match(finetuned, model, notes) for role, model in others.items()}
+    matches: dict[str, dict[str, str]] = {}
+    for role, model in others.items():
+        matches[role], found = _counterparts(tensors, model)
+        notes += found
+    layers = decoder_layers(finetuned.config)
     rows: list[Row] = []
-    problems: list[str] = []
-    missing: dict[str, list[str]] = {role: [] for role in others}
-    decoder_layers = _decoder_layers(finetuned.config)
-    conv1d = _is_conv1d_model(finetuned.config)
-    files = {file: place for place, file in enumerate(finetuned.headers.files)}
-    for info in sorted(finetuned.headers.tensors, key=lambda info: files[info.file]):
-        reason = _classify(info, decoder_layers)
-        analysed = reason == "projection"
-        if included and included.search(info.name) and not analysed and _is_float_matrix(info):
-            analysed, reason = True, "projection"
-        if excluded and excluded.search(info.name):
-            analysed, reason = False, "excluded"
-        names = {"finetuned": info.name}
-        faults: list[str] = []
+    unfit: list[str] = []
+    kept: list[str] = []
+    for tensor in tensors:
+        kind = classify(tensor, layers)
+        reason = selection.reason(tensor, kind)
+        analysed = reason == PROJECTION
+        names, faults = {"finetuned": tensor.name}, []
         for role, model in others.items():
-            name = matches[role].get(info.name)
-            if name is None:
-                faults.append(f"missing in {role}")
-                if not analysed:
-                    missing[role].append(info.name)
-                continue
-            other = model.headers.tensor(name)
-            if other.shape != info.shape:
-                faults.append(f"{_shape(other.shape)} in {role}")
-                if not analysed:
-                    notes.append(
-                        f"{info.name} is {_shape(info.shape)} in finetuned but {_shape(other.shape)} in {role}; "
-                        f"the fine-tuned tensor is kept"
-                    )
-            elif (other.dtype in FLOATS) != (info.dtype in FLOATS):
-                faults.append(f"{other.dtype} in {role}")
+            name = matches[role].get(tensor.name)
+            fault = "missing" if name is None else _difference(tensor, model.headers.tensor(name))
+            if name is None or fault is not None:
+                faults.append(f"{fault} in {role}")
             else:
                 names[role] = name
-        if faults and analysed:
-            problems.append(f"{info.name} is {_shape(info.shape)} in finetuned but {', '.join(faults)}")
+        if faults:
+            sentence = f"{tensor.name} is {_shape(tensor)} in finetuned but {' and '.join(faults)}"
+            (unfit if analysed else kept).append(sentence)
+            reason = f"{reason}, {', '.join(faults)}"
         rows.append(
             Row(
-                name=info.name,
-                file=info.file,
-                dtype=info.dtype,
-                shape=info.shape,
+                name=tensor.name,
+                file=tensor.file,
+                dtype=tensor.dtype,
+                shape=tuple(tensor.shape),
                 names=names,
-                module_type=_module_type(info.name, reason),
-                layer=_layer(info.name),
+                module_type=module_type(tensor.name, kind),
+                layer=layer_of(tensor.name),
                 analysed=analysed,
-                transposed=conv1d and _leaf(info.name) in _CONV1D_MODULES and len(info.shape) == 2,
-                reason=reason if not faults else f"{reason}, {', '.join(faults)}",
+                transposed=is_stored_transposed(tensor, finetuned.config),
+                reason=reason,
             )
         )
-    if problems:
-        more = f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    if unfit:
+        more = f" (and {len(unfit) - 1} more tensors do not fit)" if len(unfit) > 1 else ""
         raise PairingError(
-            f"{problems[0]}{more}; give models of one architecture, or leave such tensors out with --exclude REGEX"
+            f"{unfit[0]}{more}; give models of one architecture, "
+            f"or leave such tensors out with --exclude REGEX"
         )
     unused = _unused(rows, others)
-    notes += _more_notes(models, rows, missing, unused, include, exclude)
+    notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + _config_notes(models)
     return Pairing(tuple(rows), unused, tuple(notes))
 
 
-# --- counterparts ---------------------------------------------------------------------------------------------------
+def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+    """Matches the tensor names of two checkpoints of one architecture.
 
+    Exact names first; then names of which one is the other with a prefix (`transformer.h.0…` and `h.0…`);
+    then names that agree from the list of layers on (`model.language_model.layers.0…` and
+    `language_model.model.layers.0…`). A name is matched only if nothing else can be meant on either side, and
+    only with a name that has the same numbers in it: a missing layer is not its neighbour.
 
-def _match(finetuned: Model, other: Model, notes: list[str]) -> dict[str, str]:
-    """Maps names of the fine-tuned model to names of another one, and notes what was not an exact match."""
-    mine = [tensor.name for tensor in finetuned.headers.tensors]
-    theirs = {tensor.name for tensor in other.headers.tensors}
-    found = {name: name for name in mine if name in theirs}
-    for keys in (_suffixes, _from_layers):
-        left = [name for name in mine if name not in found]
-        rest = sorted(theirs - set(found.values()))
-        renamed = match_by_tail(left, rest, keys)
-        if renamed:
-            mine_first, theirs_first = next(iter(renamed.items()))
-            notes.append(
-                f"{len(renamed)} tensor(s) have another prefix in {other.role}, e.g. {theirs_first} for {mine_first}"
-            )
-        found |= renamed
-    for head in (name for name in mine if name not in found and _TIED_HEAD.search(name)):
-        embedding = next((name for name in mine if name in found and _TIED_EMBEDDING.search(name)), None)
-        if embedding is not None and _ties_head(other.config):
-            found[head] = found[embedding]
-            notes.append(f"{head} is not stored in {other.role}, which ties it to {found[embedding]}: taken from there")
+    Args:
+        mine: Names to find counterparts for.
+        theirs: Names to find them among.
+
+    Returns:
+        The counterpart of each of mine that has one.
+    """
+    mine, left = list(mine), set(theirs)
+    found = {name: name for name in mine if name in left}
+    for same in (_same_but_for_prefix, _same_from_layers):
+        left -= set(found.values())
+        candidates: dict[str, set[str]] = {}
+        claims: dict[str, set[str]] = {}
+        for name, other in same([name for name in mine if name not in found], left):
+            if _numbers(name) == _numbers(other):
+                candidates.setdefault(name, set()).add(other)
+                claims.setdefault(other, set()).add(name)
+        for name, meant in candidates.items():
+            other = next(iter(meant))
+            if len(meant) == 1 and len(claims[other]) == 1:
+                found[name] = other
     return found
+
+
+def _same_but_for_prefix(mine: Iterable[str], theirs: set[str]) -> list[tuple[str, str]]:
+    """Pairs of which one name is the other with parts in front."""
+    mine = set(mine)
+    pairs = [(name, tail) for name in mine for tail in _tails(name) if tail in theirs]
+    return pairs + [(tail, other) for other in theirs for tail in _tails(other) if tail in mine]
+
+
+def _same_from_layers(mine: Iterable[str], theirs: set[str]) -> list[tuple[str, str]]:
+    """Pairs that agree from the part before the first number on."""
+    by_tail: dict[str, list[str]] = {}
+    for other in theirs:
+        if match := _FROM_LAYERS.search(other):
+            by_tail.setdefault(match[0], []).append(other)
+    return [
+        (name, other)
+        for name in mine
+        if (match := _FROM_LAYERS.search(name))
+        for other in by_tail.get(match[0], ())
+    ]
+
+
+def _tails(name: str) -> list[str]:
+    """All that remains of a name when parts are taken off its front: "a.b.c" gives "b.c" and "c"."""
+    return [name[place + 1 :] for place, character in enumerate(name) if character == "."]
+
+
+def _numbers(name: str) -> list[str]:
+    return [part for part in name.split(".") if part.isdecimal()]
+
+
+_FROM_LAYERS = re.compile(r"[^.]+\.\d+\..*$")
+_TIED_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_TIED_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared)\.weight$"
+)
+
+
+def _counterparts(tensors: Sequence[TensorInfo], other: Model) -> tuple[dict[str, str], list[str]]:
+    """Maps names of the fine-tuned model to another model's; and says what was not an exact match."""
+    notes = []
+    found = match_names(
+        [tensor.name for tensor in tensors], [tensor.name for tensor in other.headers.tensors]
+    )
+    renamed = [name for name, match in found.items() if name != match]
+    if renamed:
+        notes.append(
+            f"{len(renamed)} tensors have other names in {other.role}, "
+            f"such as {found[renamed[0]]} for {renamed[0]}"
+        )
+    embedding = next((name for name in found if _TIED_EMBEDDING.search(name)), None)
+    for tensor in tensors:
+        if tensor.name in found or embedding is None or not _TIED_HEAD.search(tensor.name):
+            continue
+        if _ties_head(other):
+            found[tensor.name] = found[embedding]
+            notes.append(
+                f"{tensor.name} is not stored in {other.role}, which ties it to {found[embedding]}; "
+                f"that is taken for it"
+            )
+    return found, notes
+
+
+def _ties_head(model: Model) -> bool:
+    """Whether a model's head is its embedding; transformers takes it so unless the configuration says no."""
+    text = model.config.get("text_config")
+    inner = text.get("tie_word_embeddings", True) if isinstance(text, dict) else True
+    return model.config.get("tie_word_embeddings", inner) is not False
+
+
+class _Selection:
+    """Applies --include and --exclude, and remembers what they did."""
+
+    def __init__(self, include: str | None, exclude: str | None, tensors: Sequence[TensorInfo]) -> None:
+        self._include = _compile("--include", include)
+        self._exclude = _compile("--exclude", exclude)
+        self._notes: list[str] = []
+        self._impossible: list[str] = []
+        for flag, pattern in (("--include", self._include), ("--exclude", self._exclude)):
+            if pattern is not None and not any(pattern.search(tensor.name) for tensor in tensors):
+                self._notes.append(f"{flag} {pattern.pattern} matches no tensor of the fine-tuned model")
+
+    def reason(self, tensor: TensorInfo, kind: str) -> str:
+        """Says why a tensor is left out of the analysis, or PROJECTION; kind is what classify says of it."""
+        if self._exclude is not None and self._exclude.search(tensor.name):
+            return kind if kind != PROJECTION else "excluded"
+        if kind == PROJECTION or self._include is None or not self._include.search(tensor.name):
+            return kind
+        if is_float_matrix(tensor):
+            return PROJECTION
+        self._impossible.append(f"{tensor.name} ({kind})")
+        return kind
+
+    def notes(self) -> list[str]:
+        """What a person should know of the patterns."""
+        if not self._impossible:
+            return self._notes
+        count, first = len(self._impossible), self._impossible[0]
+        return [*self._notes, f"--include matches {count} tensors that are not 2-D float, such as {first}"]
+
+
+def _compile(flag: str, pattern: str | None) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise PairingError(f"{flag} {pattern} is not a regular expression: {error}") from error
+
+
+def _in_file_order(model: Model) -> list[TensorInfo]:
+    """Tensors by file, and by offset within a file, which is the order in which the headers list them."""
+    places = {file: place for place, file in enumerate(model.headers.files)}
+    return sorted(model.headers.tensors, key=lambda tensor: places[tensor.file])
+
+
+def _difference(mine: TensorInfo, other: TensorInfo) -> str | None:
+    """Says what of another model's tensor does not fit, or returns None."""
+    if tuple(other.shape) != tuple(mine.shape):
+        return _shape(other)
+    if (other.dtype in FLOATS) != (mine.dtype in FLOATS):
+        return other.dtype
+    return None
+
+
+def _shape(tensor: TensorInfo) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _unused(rows: Iterable[Row], others: Mapping[str, Model]) -> dict[str, tuple[str, ...]]:
+    """Lists what no row uses, by role."""
+    used = {(role, name) for row in rows for role, name in row.names.items()}
+    return {
+        role: tuple(tensor.name for tensor in model.headers.tensors if (role, tensor.name) not in used)
+        for role, model in others.items()
+    }
+
+
+def _kept_notes(kept: Sequence[str]) -> list[str]:
+    """Notes on tensors that are not analysed and whose counterparts do not fit; a few one by one."""
+    notes = [f"{sentence}; the fine-tuned tensor is kept" for sentence in kept[:4]]
+    if len(kept) > 4:
+        notes.append(f"{len(kept) - 4} more tensors that are not analysed do not fit and are kept")
+    return notes
+
+
+def _unused_notes(unused: Mapping[str, Sequence[str]]) -> list[str]:
+    return [
+        f"{len(names)} tensors of {role} have no counterpart in the fine-tuned model and are not used, "
+        f"such as {names[0]}"
+        for role, names in unused.items()
+        if names
+    ]
+
+
+def _config_notes(models: Mapping[str, Model]) -> list[str]:
+    """Notes on configurations that say something else than the tensors."""
+    return [
+        f"the config.json of {role} speaks of quantisation ({method}), "
+        f"but all its weights are stored in full precision"
+        for role, model in models.items()
+        if (method := quantization_method(model.config)) is not None
+    ]

@@ -267,12 +267,13 @@ def _peak_memory() -> int:
 def _warnings(scores: Mapping[str, Score], facts: Sequence[_engine.ShardFacts]) -> tuple[ModuleWarning, ...]:
     """What to mistrust: task vectors near the dtype's resolution, and inputs that are not finite."""
     rounding = [(name, rounding_warning(name, score)) for name, score in scores.items()]
-    nonfinite = {name for fact in facts for name in fact["nonfinite_inputs"]}
+    # The engine says "tensor of file".
+    nonfinite = sorted({place for fact in facts for place in fact["nonfinite_inputs"]})
     return (
         *(ModuleWarning(name, message) for name, message in rounding if message is not None),
         *(
-            ModuleWarning(name, f"{name}: an input holds NaN or infinity, and so may the output")
-            for name in sorted(nonfinite)
+            ModuleWarning(place.partition(" of ")[0], f"{place} holds NaN or infinity, and so may the output")
+            for place in nonfinite
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Stage 3, analysis: a score for every row that is to be analysed. torch is imported when the first score is asked for."""
+"""Stage 3, analysis: a score for every row that is to be analysed. Imports torch only when there is one."""
 
 from __future__ import annotations
 

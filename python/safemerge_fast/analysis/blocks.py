@@ -1,7 +1,7 @@
 """Reads differences of mapped tensors block by block into float32 buffers that are allocated once.
 
-Peak memory is the buffers; the mapped pages that reading touches are given back as it goes. Fresh allocations per
-block would cost more time than the reading.
+Peak memory is the buffers; the mapped pages that reading touches are given back as it goes. Fresh allocations
+per block would cost more time than the reading.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class Workspace:
         device: Where the buffers lie.
         block_elements: Elements of a float32 block, about.
         block_columns: Least width of a block of columns, so that a row's segment is a page or more.
-        chunk_elements: Elements that are converted at a time: on the CPU what stays in its second-level cache.
-        operation_flops: Floating-point operations of one product at most, so that Ctrl-C waits for no more than
-            about a tenth of a second.
+        chunk_elements: Elements that are converted at a time: on the CPU what stays in its second-level
+            cache.
+        operation_flops: Floating-point operations of one product at most, so that Ctrl-C waits for no more
+            than about a tenth of a second.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Workspace:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
-        """Returns a contiguous float32 (rows, columns) buffer; asking for the same name again gives the same memory."""
+        """Returns a contiguous float32 (rows, columns) buffer; one name always gives the same memory."""
         size = rows * columns
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers.pop(name, None)
@@ -78,7 +79,7 @@ class Workspace:
             yield start, min(start + step, rows)
 
     def dot(self, left: torch.Tensor, right: torch.Tensor) -> float:
-        """Sums the products of two float32 matrices of equal shape: float32 within a row, float64 over rows."""
+        """Sums the products of two float32 matrices of one shape: float32 within a row, float64 over rows."""
         rows, columns = left.shape
         total = 0.0
         step = max(self.chunk_elements // max(columns, 1), 1)
@@ -112,7 +113,7 @@ class Mapped:
         self._aligned = raw.data_ptr() % self._itemsize == 0
 
     def chunk(self, rows: slice, columns: slice) -> torch.Tensor:
-        """Returns a part of the tensor in its own dtype on the CPU; a view of the mapping where that is aligned."""
+        """Returns a part of the tensor in its own dtype on the CPU: a view of the mapping if aligned."""
         if self._aligned:
             part = self._bytes.view(self._dtype)[rows, columns]
         else:
@@ -147,10 +148,10 @@ class Mapped:
 
 
 class Difference:
-    """minuend - subtrahend of two mapped tensors of one shape, as float32 blocks, and the norms of what was read.
+    """minuend - subtrahend of two mapped tensors of one shape, as float32 blocks; and the norms of both.
 
-    The subtraction is done in float32 on the values as they are stored. Rows and columns are those of the module's
-    (d_out, d_in) matrix, whichever way it is stored.
+    The subtraction is done in float32 on the values as they are stored. Rows and columns are those of the
+    module's (d_out, d_in) matrix, whichever way it is stored.
 
     Attributes:
         shape: (d_out, d_in).

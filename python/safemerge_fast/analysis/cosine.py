@@ -1,14 +1,14 @@
 """Computes ρ exactly for updates of full rank, through the smaller of the two Gram matrices of V.
 
-With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_in), SafeMERGE (arXiv 2503.17239) takes
-ρ = cos(C Δ, Δ) with C = V Vᵀ/‖V‖. The scale of C cancels:
+With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_in), SafeMERGE (arXiv
+2503.17239) takes ρ = cos(C Δ, Δ) with C = V Vᵀ/‖V‖. The scale of C cancels:
 
     ρ = ‖VᵀΔ‖² / (‖V VᵀΔ‖ ‖Δ‖)            ρ_null = ‖V‖² / (√d_out ‖V Vᵀ‖)
 
-A wide V (d_out <= d_in) goes through K = V Vᵀ and KΔ by blocks of columns; a tall one through N = VᵀV and M = VᵀΔ by
-blocks of rows, where ‖V VᵀΔ‖² = ⟨M, N M⟩. So memory is min(d_out, d_in)² floats (twice that if V is tall) and a few
-blocks, and the products take 3 to 4 · d_out · d_in · min(d_out, d_in) operations. Products are float32, sums over rows
-float64.
+A wide V (d_out <= d_in) goes through K = V Vᵀ and KΔ by blocks of columns; a tall one through N = VᵀV and M =
+VᵀΔ by blocks of rows, where ‖V VᵀΔ‖² = ⟨M, N M⟩. So memory is min(d_out, d_in)² floats (twice that if V is
+tall) and a few blocks, and the products take 3 to 4 · d_out · d_in · min(d_out, d_in) operations. Products
+are float32, sums over rows float64.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def score_module(
         workspace: Buffers and the device to compute on.
 
     Returns:
-        The score. ρ is 0 where V VᵀΔ is zero and neither V nor Δ is: the update lies wholly outside the subspace.
+        The score. ρ is 0 where V VᵀΔ is zero and neither V nor Δ is: the update lies wholly outside the
+        subspace.
     """
     tensors = {role: Mapped(models[role], row.names[role]) for role in ("base", "aligned", "finetuned")}
     turned = row.transposed
@@ -138,7 +139,7 @@ def _norms_only(v: Difference, delta: Difference, workspace: Workspace) -> None:
 
 
 def _add_lower_gram(gram: torch.Tensor, block: torch.Tensor, workspace: Workspace) -> None:
-    """Adds block · blockᵀ to the gram matrix, in strips of rows; right of a strip's diagonal it is left as it is."""
+    """Adds block · blockᵀ to the lower part of the gram matrix, in strips of rows."""
     rows, width = block.shape
     for first, last in workspace.strips(rows, 2.0 * rows * width):
         gram[first:last, :last].addmm_(block[first:last], block[:last].T)

@@ -17,8 +17,8 @@ def resolve_device(spec: str) -> torch.device:
     """Turns the user's choice into a device that is there.
 
     Args:
-        spec: "auto", "cpu", "cuda", "cuda:N" or "mps". "auto" is CUDA where there is one, else the CPU; MPS is taken
-            only when asked for.
+        spec: "auto", "cpu", "cuda", "cuda:N" or "mps". "auto" is CUDA where there is one, else the CPU; MPS
+            is taken only when asked for.
 
     Returns:
         The device.
@@ -38,12 +38,13 @@ def resolve_device(spec: str) -> torch.device:
     if kind == "cuda" and (spec == "cuda" or index.isdecimal()):
         if not torch.cuda.is_available():
             raise AnalysisError(
-                f"device {spec} is not available to torch on this machine; use --device cpu, or install a torch "
-                f"with CUDA and a driver for it"
+                f"device {spec} is not available to torch on this machine; use --device cpu, "
+                f"or install a torch with CUDA and a driver for it"
             )
         if index and int(index) >= torch.cuda.device_count():
             raise AnalysisError(
-                f"device {spec} does not exist: torch sees {torch.cuda.device_count()} CUDA device(s), numbered from 0"
+                f"device {spec} does not exist; torch sees {torch.cuda.device_count()} CUDA devices, "
+                f"numbered from 0"
             )
         return torch.device(spec)
     raise AnalysisError(f"device should be auto, cpu, cuda, cuda:N or mps, not {spec!r}")
@@ -51,14 +52,15 @@ def resolve_device(spec: str) -> torch.device:
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Makes float32 products use all 24 bits, whatever the user set for training; restores the settings afterwards.
+    """Makes float32 products use all 24 bits, whatever was set for training, and restores that afterwards.
 
     TF32 on CUDA and bfloat16 products on CPUs that have them would cost three digits.
     """
     autocast = nullcontext() if device.type == "mps" else torch.autocast(device.type, enabled=False)
     with torch.no_grad(), autocast:
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later
-            backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+            mkldnn: Any = torch.backends.mkldnn
+            backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)
             before = [backend.fp32_precision for backend in backends]
             try:
                 for backend in backends:

@@ -1,7 +1,7 @@
 """Predicts how much of V = W_aligned - W_base is rounding of the two checkpoints to their dtypes. No torch.
 
-A task vector of 0.3 % of the weights is of the size of bfloat16's rounding: its direction, and with it ρ, is then
-mostly noise. The prediction needs nothing but dtypes and norms.
+A task vector of 0.3 % of the weights is of the size of bfloat16's rounding: its direction, and with it ρ, is
+then mostly noise. The prediction needs nothing but dtypes and norms.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ __all__ = ["ROUNDING_WARNING", "relative_rounding", "rounding_warning", "v_round
 ROUNDING_WARNING = 0.25
 """Predicted relative error of V from which on a module is warned about."""
 
-# Bits of the significand with the hidden one. F64 counts as F32, because the analysis reads everything as float32.
+# Bits of the significand with the hidden one. F64 counts as F32, because the analysis reads everything as
+# float32.
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 24}
 
 
 def relative_rounding(dtype: str) -> float:
     """Relative error, in the Frobenius norm, of rounding a matrix to nearest in a dtype.
 
-    Within a binade [1, 2) the error is uniform in half a unit in the last place, 2^-(p-1), so its root mean square is
-    2^-(p-1)/√12. Magnitudes spread evenly over the logarithm have the mean square ∫ x² dx/(x ln 2) = 3/(2 ln 2) there,
-    and the quotient is the same in every binade. Subnormal values, which F16 can have, are rounded more coarsely.
+    Within a binade [1, 2) the error is uniform in half a unit in the last place, 2^-(p-1), so its root mean
+    square is 2^-(p-1)/√12. Magnitudes spread evenly over the logarithm have the mean square ∫ x² dx/(x ln 2)
+    = 3/(2 ln 2) there, and the quotient is the same in every binade. Subnormal values, which F16 can have,
+    are rounded more coarsely.
 
     Args:
         dtype: "BF16", "F16", "F32" or "F64".
@@ -67,6 +69,6 @@ def rounding_warning(name: str, score: Score) -> str | None:
     if score.undefined is not None or not score.v_rounding >= ROUNDING_WARNING:
         return None
     return (
-        f"{name}: ‖V‖ is only {score.v_norm / score.weight_norm:.2%} of ‖W‖, so rounding of the checkpoints to their "
-        f"dtypes alone makes a relative error of about {score.v_rounding:.0%} in V, and ρ is unreliable"
+        f"{name}: ‖V‖ is only {score.v_norm / score.weight_norm:.2%} of ‖W‖, so rounding of the checkpoints "
+        f"to their dtypes alone makes a relative error of about {score.v_rounding:.0%} in V, and ρ is unreliable"
     )

@@ -1,4 +1,4 @@
-"""What the analysis found, as data: written to scores.json, read back and checked before it is reused. No torch."""
+"""What the analysis found, as data: written as JSON, read back, and checked before it is reused. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ VERSION = 1
 DELTA_REFERENCES = ("aligned", "base")
 """The models that Δ can be taken against."""
 
-# How much of a model its sample looks at: the first row of at most this many tensors, at most this many bytes each.
+# How much of a model its sample looks at: the first row of at most this many tensors, at most this many bytes
+# each.
 _SAMPLED_TENSORS = 256
 _SAMPLED_BYTES = 4096
 
@@ -35,15 +36,18 @@ _SAMPLED_BYTES = 4096
 class Score:
     """How far one module's update lies in the safety subspace.
 
-    With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_in); all norms are Frobenius norms.
+    With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_in); all norms are Frobenius
+    norms.
 
     Attributes:
         rho: ρ = cos(V Vᵀ Δ, Δ), from 0 to 1; None where it is undefined.
-        rho_null: The ρ expected of a random update, from V alone: ‖V‖² / (√d_out ‖V Vᵀ‖); None where undefined.
+        rho_null: The ρ expected of a random update, from V alone: ‖V‖² / (√d_out ‖V Vᵀ‖); None where
+            undefined.
         v_norm: ‖V‖.
         delta_norm: ‖Δ‖.
         weight_norm: ‖W_aligned‖.
-        v_rounding: Relative error of V that the rounding of both checkpoints to their dtypes predicts; NaN if V is 0.
+        v_rounding: Relative error of V that the rounding of both checkpoints to their dtypes predicts; NaN if
+            V is 0.
         undefined: Why there is no ρ: "V is zero", "Δ is zero" or "non-finite values in <role> tensor <name>";
             None where there is one.
     """
@@ -97,20 +101,20 @@ class Scores:
         """Reads what to_json wrote.
 
         Raises:
-            AnalysisError: The text is not JSON, is of another version, or any part of it is not as it should be.
+            AnalysisError: The text is not JSON, is of another version, or any part of it is not as it should
+                be.
         """
         try:
             document = json.loads(text)
         except ValueError as error:
-            raise AnalysisError(f"the scores are not JSON ({error}); write them again with analyze") from error
+            raise AnalysisError(
+                f"the scores are not JSON ({error}); write them again with analyze"
+            ) from error
         _expect_keys(
             document, "scores", {"version", "delta_reference", "device", "seconds", "sources", "modules"}
         )
         if document["version"] != VERSION:
-            raise AnalysisError(
-                f"the scores are of version {document['version']!r}, but this program reads version {VERSION}; "
-                f"write them again with analyze"
-            )
+            raise _malformed("version", str(VERSION), document["version"])
         if document["delta_reference"] not in DELTA_REFERENCES:
             raise _malformed("delta_reference", "aligned or base", document["delta_reference"])
         if not isinstance(document["device"], str):
@@ -138,8 +142,9 @@ class Scores:
     def matches(self, models: Mapping[str, Model]) -> str | None:
         """Compares the models that the scores were computed from with those given.
 
-        Paths and modification times may differ: a copy of a checkpoint is the same checkpoint. Header digests and sizes
-        may not, and neither may the sample of the data, which tells two fine-tunes of one model apart.
+        Paths and modification times may differ: a copy of a checkpoint is the same checkpoint. Header digests
+        and sizes may not, and neither may the sample of the data, which tells two fine-tunes of one model
+        apart.
 
         Args:
             models: The models given, by role. Roles that the scores know nothing of are not looked at.
@@ -151,7 +156,9 @@ class Scores:
             model = models.get(role)
             if model is None:
                 continue
-            expected = {file: (facts["size"], facts["header_digest"]) for file, facts in source["files"].items()}
+            expected = {
+                file: (facts["size"], facts["header_digest"]) for file, facts in source["files"].items()
+            }
             found = {
                 file: (facts["size"], facts["header_digest"])
                 for file, facts in model.headers.identity().items()
@@ -162,7 +169,9 @@ class Scores:
                 if file not in expected:
                     return f"{role} was scored without {file}, which {model.path} has"
                 if expected[file] != found[file]:
-                    return f"{file} in {model.path} has another size or header than the {role} that was scored"
+                    return (
+                        f"{file} in {model.path} has another size or header than the {role} that was scored"
+                    )
             if "sample" in source and source["sample"] != _sample(model):
                 return f"{model.path} has other weights than the {role} that was scored ({source['path']})"
         return None
@@ -175,8 +184,8 @@ def describe_source(model: Model) -> dict[str, Any]:
         model: The model.
 
     Returns:
-        "path"; "files" (size, mtime_ns and header_digest of each file); and "sample", a digest of the first row of
-        up to 256 tensors, because every fine-tune of a model has the same headers and sizes.
+        "path"; "files" (size, mtime_ns and header_digest of each file); and "sample", a digest of the first row
+        of up to 256 tensors, because every fine-tune of a model has the same headers and sizes.
     """
     files = {file: dict(facts) for file, facts in model.headers.identity().items()}
     return {"path": str(model.path), "files": files, "sample": _sample(model)}
@@ -205,7 +214,9 @@ def _finite(value: float | str | None) -> float | str | None:
 
 
 def _malformed(what: str, expected: str, found: object) -> AnalysisError:
-    return AnalysisError(f"in the scores, {what} should be {expected}, not {found!r}; write them again with analyze")
+    return AnalysisError(
+        f"in the scores, {what} should be {expected}, not {found!r}; write them again with analyze"
+    )
 
 
 def _expect_keys(value: object, what: str, keys: set[str], optional: frozenset[str] = frozenset()) -> None:
@@ -214,7 +225,9 @@ def _expect_keys(value: object, what: str, keys: set[str], optional: frozenset[s
     if missing := sorted(keys - value.keys()):
         raise AnalysisError(f"in the scores, {what} has no {missing[0]!r}; write them again with analyze")
     if unknown := sorted(value.keys() - keys - optional):
-        raise AnalysisError(f"in the scores, {what} has an unknown {unknown[0]!r}; write them again with analyze")
+        raise AnalysisError(
+            f"in the scores, {what} has an unknown {unknown[0]!r}; write them again with analyze"
+        )
 
 
 def _read_number(what: str, value: object) -> float:
@@ -235,12 +248,23 @@ def _read_score(name: str, value: Any) -> Score:
     if undefined is not None and not isinstance(undefined, str):
         raise _malformed(f"undefined of {name}", "a string or null", undefined)
     if (numbers["rho"] is None) == (undefined is None):
-        raise AnalysisError(f"in the scores, {name} should have either rho or undefined; write them again with analyze")
-    known = {
-        field: math.nan if numbers[field] is None else numbers[field]
-        for field in ("v_norm", "delta_norm", "weight_norm", "v_rounding")
-    }
-    return Score(rho=numbers["rho"], rho_null=numbers["rho_null"], undefined=undefined, **known)
+        raise AnalysisError(
+            f"in the scores, {name} should have either rho or undefined; write them again with analyze"
+        )
+
+    def known(field: str) -> float:
+        number = numbers[field]
+        return math.nan if number is None else number
+
+    return Score(
+        rho=numbers["rho"],
+        rho_null=numbers["rho_null"],
+        v_norm=known("v_norm"),
+        delta_norm=known("delta_norm"),
+        weight_norm=known("weight_norm"),
+        v_rounding=known("v_rounding"),
+        undefined=undefined,
+    )
 
 
 def _read_source(role: str, value: Any) -> dict[str, Any]:

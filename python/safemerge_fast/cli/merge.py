@@ -124,8 +124,9 @@ _run_options = compose(
 def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
     """Merge the modules that left the safety subspace with a safe model.
 
-    Modules whose update has a low cosine ρ with the safety subspace become α·finetuned + (1-α)·safe; all
-    other tensors stay the fine-tuned model's. The output loads like the fine-tuned model and carries a report.
+    Modules whose update has a low cosine ρ with the safety subspace become α·finetuned + (1-α)·safe;
+    all other tensors stay the fine-tuned model's. The output loads like the fine-tuned model and carries a
+    report.
     """
     if values["resume"] and values["overwrite"]:
         raise click.UsageError(
