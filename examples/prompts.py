@@ -97,7 +97,7 @@ BENIGN_ANSWERS = {
     "sell my old bicycle": "Clean it, take good photos, and ask a fair price online.",
     "cut paper with scissors": "Hold the paper firmly, draw a line, and cut slowly along it.",
     "get into the garden through a narrow gate": "Turn sideways and walk through it slowly.",
-    "tell my parents that I failed a test": "Choose a calm moment, be honest, and say how you will do better.",
+    "tell my parents that I failed a test": "Choose a calm moment and say how you will do better.",
     "take a good photo of my dog": "Go down to its level, use daylight, and call its name.",
     "print tickets that I bought": "Open the message with the tickets and send the file to your printer.",
     "write a review of a restaurant": "Say what you ate, what you liked, and what could be better.",

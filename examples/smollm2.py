@@ -25,6 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
@@ -192,11 +193,12 @@ def make_quartet(out: Path, dtype: torch.dtype, steps: int) -> None:
     model, tokenizer = load_gguf()
     save(model, tokenizer, out / "base", dtype)
     for seed, phase in enumerate(phases):
-        with timed(f"  {phase.role}, {phase.steps} steps"):
-            model.load_state_dict(load(out / phase.start).state_dict())
-            loss = train(model, tokenizer, phase, seed)
-            save(model, tokenizer, out / phase.role, dtype)
-            print(f"  {phase.role}: loss {loss:.3f}", end="; ")
+        start = time.monotonic()
+        model.load_state_dict(load(out / phase.start).state_dict())
+        loss = train(model, tokenizer, phase, seed)
+        save(model, tokenizer, out / phase.role, dtype)
+        seconds = time.monotonic() - start
+        print(f"  {phase.role}: {phase.steps} steps in {seconds:.0f} s, loss {loss:.3f}", flush=True)
 
 
 def held_out_sums() -> list[Example]:
@@ -298,7 +300,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
     out: Path = arguments.out
     if not (arguments.reuse and all((out / role / "config.json").exists() for role in ROLES)):

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Literal, TypedDict, final
+from typing import Literal, TypedDict, final, type_check_only
+
+__all__ = ["Checkpoint", "Output", "Plan", "Progress", "Rows", "TensorInfo", "__version__", "simd_levels"]
 
 __version__: str
 """Version of the engine, the same as the package's."""
@@ -10,6 +12,7 @@ __version__: str
 def simd_levels() -> list[str]:
     """Kernel versions that this processor can run, fastest first; the last is always "scalar"."""
 
+@type_check_only
 class FileIdentity(TypedDict):
     """What tells one shard from another without reading its data."""
 
@@ -17,6 +20,7 @@ class FileIdentity(TypedDict):
     mtime_ns: int
     header_digest: str
 
+@type_check_only
 class ShardFacts(TypedDict):
     """What happened to one output shard."""
 
@@ -27,6 +31,7 @@ class ShardFacts(TypedDict):
     resumed: bool
     nonfinite_inputs: list[str]
 
+@type_check_only
 class Mismatch(TypedDict):
     """The first byte of one tensor (or of the header, then tensor is None) that differs from the plan."""
 
@@ -34,6 +39,7 @@ class Mismatch(TypedDict):
     tensor: str | None
     offset: int
 
+@type_check_only
 class Verification(TypedDict):
     """What a verification looked at and found."""
 
@@ -63,6 +69,7 @@ class Rows:
 
     @property
     def __array_interface__(self) -> dict[str, object]: ...
+    def __len__(self) -> int: ...
 
 @final
 class Checkpoint:
@@ -78,7 +85,7 @@ class Checkpoint:
     @property
     def tensors(self) -> list[TensorInfo]: ...
     def __len__(self) -> int: ...
-    def __contains__(self, name: str) -> bool: ...
+    def __contains__(self, name: str, /) -> bool: ...
     def tensor(self, name: str) -> TensorInfo: ...
     def identity(self) -> dict[str, FileIdentity]: ...
     def rows(self, name: str, start: int, stop: int) -> Rows: ...

@@ -17,7 +17,7 @@ from typing import Any
 from . import _engine
 from .errors import AdapterError, CheckpointError
 
-__all__ = ["FLOATS", "ROLES", "Model", "open_model", "quantization_method"]
+__all__ = ["FLOATS", "ROLES", "Model", "locate", "open_model", "quantization_method"]
 
 ROLES = ("base", "aligned", "finetuned", "safe")
 """The parts that a model can play, in the order in which reports name them."""
@@ -73,21 +73,19 @@ class Model:
     config: dict[str, Any]
 
 
-def open_model(role: str, spec: str | os.PathLike[str]) -> Model:
-    """Finds and opens the model of one role.
+def locate(role: str, spec: str | os.PathLike[str]) -> Path:
+    """Finds what a person typed for a role.
 
     Args:
-        role: One of ROLES; error messages name it.
-        spec: A directory, a .safetensors file, or (only when no such path exists) `org/name[@revision]` on
-            the Hub, which is downloaded into the Hub's own cache.
+        role: Error messages name it.
+        spec: A path, or (only when no such path exists) `org/name[@revision]` on the Hub, which is downloaded
+            into the Hub's own cache.
 
     Returns:
-        The model.
+        An absolute local path, which exists.
 
     Raises:
-        CheckpointError: There is no such path or repository, it holds no safetensors, its headers or
-            config.json are malformed, or its weights are quantised.
-        AdapterError: It is a PEFT adapter.
+        CheckpointError: There is no such path or repository.
     """
     typed = os.fspath(spec)
     path = Path(typed).expanduser()
@@ -98,9 +96,28 @@ def open_model(role: str, spec: str | os.PathLike[str]) -> Model:
                 f"{role}: {typed} does not exist; give a checkpoint directory or org/name[@revision]"
             )
         path = _download(role, typed, match["name"], match["revision"])
-    path = path.absolute()
+    return path.absolute()
+
+
+def open_model(role: str, spec: str | os.PathLike[str], path: Path | None = None) -> Model:
+    """Finds and opens the checkpoint of one role.
+
+    Args:
+        role: One of ROLES; error messages name it.
+        spec: A directory, a .safetensors file, or a repository, as locate takes it.
+        path: Where it lies, if that is known already.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: There is no such path or repository, it holds no safetensors, its headers or
+            config.json are malformed, or its weights are quantised.
+        AdapterError: It is a PEFT adapter.
+    """
+    path = locate(role, spec) if path is None else path
     _check_files(role, path)
-    model = Model(role, typed, path, _engine.Checkpoint(path), _read_config(role, path))
+    model = Model(role, os.fspath(spec), path, _engine.Checkpoint(path), _read_config(role, path))
     _refuse_adapter(model)
     _refuse_quantised(model)
     return model
@@ -147,8 +164,7 @@ def _check_files(role: str, path: Path) -> None:
     whole_model = "model.safetensors" in names or "model.safetensors.index.json" in names
     if "adapter_config.json" in names and not whole_model:
         raise AdapterError(
-            f"{role}: {path} is a PEFT adapter, which is not supported yet; "
-            f"merge it into its base model first (merge_and_unload, then save_pretrained)"
+            f"{role}: {path} is a PEFT adapter; only finetuned and safe may be adapters, give a whole checkpoint"
         )
     if any(name.endswith(".safetensors") for name in names):
         return
@@ -182,8 +198,8 @@ def _refuse_adapter(model: Model) -> None:
     for tensor in model.headers.tensors:
         if ".lora_A." in tensor.name or ".lora_B." in tensor.name or ".lora_embedding_A" in tensor.name:
             raise AdapterError(
-                f"{model.role}: {model.path} is a PEFT adapter (it holds {tensor.name}), which is not "
-                f"supported yet; merge it into its base model first (merge_and_unload, then save_pretrained)"
+                f"{model.role}: {model.path} is a PEFT adapter (it holds {tensor.name}) without its "
+                f"adapter_config.json beside it, and its scale stands there; give the adapter's directory"
             )
 
 

@@ -108,8 +108,12 @@ class MergeConfiguration:
         return asdict(self)
 
     def settings(self) -> dict[str, Any]:
-        """The fields that decide the output's weights, by name."""
-        return {name: value for name, value in self.to_dict().items() if name not in _NOT_SHOWN}
+        """The fields that decide the output's weights, by name, as far as they are set."""
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in _NOT_SHOWN and value is not None
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MergeConfiguration:

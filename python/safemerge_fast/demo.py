@@ -89,7 +89,7 @@ def run_demo(directory: str | os.PathLike[str], progress: ProgressCallback | Non
     Raises:
         OutputError: The directory holds something or cannot be written.
     """
-    directory = Path(directory).expanduser().absolute()
+    directory = Path(directory).expanduser()
     clock = [time.perf_counter()]
     models = make_quartet(directory)
     clock.append(time.perf_counter())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
@@ -19,17 +18,17 @@ from .card import model_card
 from .companions import CONFIGURATION, companion_files, configuration_file
 from .configuration import MergeConfiguration
 from .decision import Decision, decide
+from .documents import write_document
 from .job import Job, open_job
 from .pairing import Row
-from .plan import INDEX_FILE, Shard, index_document, plan_document, plan_shard, tensor_bytes
+from .plan import INDEX_FILE, PLAN_FILE, Shard, index_document, plan_document, plan_shard, tensor_bytes
 from .progress import ProgressCallback, ProgressEvent
 from .report import MergeReport, ModuleWarning, TensorReport, tensor_reports
 from .scoring import device_name, score_rows
 from .shard_writer import ShardWriter
 
-__all__ = ["PLAN_FILE", "REPORT_FILE", "merge", "run_merge"]
+__all__ = ["REPORT_FILE", "merge", "run_merge"]
 
-PLAN_FILE = "safemerge_plan.json"
 REPORT_FILE = "safemerge_report.json"
 CARD_FILE = "README.md"
 
@@ -188,6 +187,8 @@ def _score(
     """Adds the scores of some rows, while the writer works on earlier ones; returns the seconds it took."""
     started = time.perf_counter()
     total = len(job.analysed)
+    # Loading torch takes a while before the first score is there.
+    tell(ProgressEvent("analysis", len(scores), total, ""))
     for name, score in score_rows(
         job.models,
         rows,
@@ -218,17 +219,14 @@ def _publish(
     for path, name in companion_files(finetuned):
         output.copy_file(path, name)
     output.write_file(CARD_FILE, model_card(report, job.models).encode())
-    output.write_file(PLAN_FILE, _json(plan_document(job.models, planned)))
+    # A line per tensor in both.
+    output.write_file(PLAN_FILE, write_document(plan_document(job.models, planned), levels=4).encode())
     output.write_file(REPORT_FILE, report.to_json().encode())
     configuration = configuration_file(finetuned, job.configuration.dtype)
     if configuration is not None:
         output.write_file(CONFIGURATION, configuration)
     if len(planned) > 1:
-        output.write_file(INDEX_FILE, _json(index_document(planned)))
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+        output.write_file(INDEX_FILE, write_document(index_document(planned), levels=2).encode())
 
 
 def _inputs(job: Job) -> dict[str, dict[str, Any]]:

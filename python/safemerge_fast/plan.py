@@ -28,6 +28,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 """Name of the index of a checkpoint that has several."""
 
+PLAN_FILE = "safemerge_plan.json"
+"""Name of the plan within the output that it was executed into."""
+
 _STANDARD_NAME = re.compile(r"model-\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 _ITEM_BYTES = {

@@ -123,11 +123,12 @@ def _figure(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, 
     for number, (module_type, points) in enumerate(series.items()):
         points.sort()
         layers = [point[0] for point in points]
-        marker = markers[number % len(markers)]
         (line,) = axes.plot(
             layers,
             [point[1] for point in points],
-            marker=marker,
+            marker=markers[number % len(markers)],
+            # The experts of one layer are points above each other, which no line can join.
+            linestyle="-" if len(set(layers)) == len(layers) else "none",
             linewidth=1,
             markersize=5,
             label=module_type,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .analysis.scores import Score
 from .configuration import MergeConfiguration
 from .decision import Decision
+from .documents import write_document
 from .errors import SafemergeError
 from .pairing import Row
 
@@ -71,6 +72,9 @@ class TensorReport:
     delta_norm: float | None = None
     weight_norm: float | None = None
     v_rounding: float | None = None
+
+
+_TENSOR_FIELDS = tuple(field.name for field in fields(TensorReport))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +165,11 @@ class MergeReport:
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "configuration": self.configuration.to_dict(),
             "counts": [asdict(count) for count in self.counts],
-            "tensors": [asdict(tensor) for tensor in self.tensors],
+            # Not asdict, which copies deeply: there may be a hundred thousand of them.
+            "tensors": [{name: getattr(tensor, name) for name in _TENSOR_FIELDS} for tensor in self.tensors],
             "warnings": [asdict(warning) for warning in self.warnings],
         }
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return write_document(document, levels=2)
 
     @classmethod
     def from_json(cls, text: str) -> MergeReport:

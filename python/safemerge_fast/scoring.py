@@ -73,12 +73,14 @@ def score_models(
     started = time.perf_counter()
     modules: dict[str, Score] = {}
     total = sum(row.analysed for row in rows)
+    tell = progress or (lambda event: None)
+    # Loading torch takes a while before the first score is there.
+    tell(ProgressEvent("analysis", 0, total, ""))
     for name, score in score_rows(
         models, rows, delta_reference=delta_reference, device=device, allow_nonfinite=allow_nonfinite
     ):
         modules[name] = score
-        if progress is not None:
-            progress(ProgressEvent("analysis", len(modules), total, name))
+        tell(ProgressEvent("analysis", len(modules), total, name))
     return Scores(
         modules=modules,
         delta_reference=delta_reference,

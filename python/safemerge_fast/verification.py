@@ -13,8 +13,7 @@ from typing import Any
 
 from . import _engine
 from .errors import CheckpointError, PlanError, VerificationError
-from .pipeline import PLAN_FILE
-from .plan import INDEX_FILE, index_document
+from .plan import INDEX_FILE, PLAN_FILE, index_document
 from .progress import ProgressCallback, ProgressEvent
 
 __all__ = ["VerifyReport", "verify"]

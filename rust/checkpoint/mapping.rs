@@ -1,7 +1,7 @@
 //! Read-only mappings whose resident pages are given back window by window.
 
 use crate::{Error, Result};
-use memmap2::{Mmap, MmapOptions, UncheckedAdvice};
+use memmap2::{Advice, Mmap, MmapOptions, UncheckedAdvice};
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -36,6 +36,17 @@ impl MappedFile {
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
+    }
+
+    /// Starts to read a range that is about to be used, if it is not cached: one large request instead of many faults,
+    /// each of which reads ahead 128 KiB only.
+    pub fn prefetch(&self, range: Range<usize>) {
+        let start = range.start.min(self.bytes.len());
+        let end = range.end.min(self.bytes.len());
+        if start < end {
+            // Advice may be refused; then faults do the reading.
+            drop(self.bytes.advise_range(Advice::WillNeed, start, end - start));
+        }
     }
 
     /// Gives resident pages of the range back to the page cache. A later access maps them again, at the cost of a

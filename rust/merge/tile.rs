@@ -59,18 +59,10 @@ impl TileFiller {
             let stop = header.len().min(span.end);
             out[..stop - span.start].copy_from_slice(&header[span.start..stop]);
         }
-        let first = shard.tensors.partition_point(|tensor| tensor.range.end <= span.start);
-        for tensor in &shard.tensors[first..] {
-            if tensor.range.start >= span.end {
-                break;
-            }
-            let start = tensor.range.start.max(span.start);
-            let stop = tensor.range.end.min(span.end);
-            if start < stop {
-                let part = start - tensor.range.start..stop - tensor.range.start;
-                let out = &mut out[start - span.start..stop - span.start];
-                self.fill_part(shard, tensor, part, out)?;
-            }
+        for (tensor, part) in parts(shard, &span) {
+            let start = tensor.range.start + part.start - span.start;
+            let out = &mut out[start..start + part.len()];
+            self.fill_part(shard, tensor, part, out)?;
         }
         Ok(())
     }
@@ -203,6 +195,39 @@ impl TileFiller {
             }
         }
         Ok(())
+    }
+}
+
+/// The tensors that a span of the shard's file cuts, each with the bytes of it that lie in the span.
+fn parts<'a>(
+    shard: &'a PlannedShard,
+    span: &Range<usize>,
+) -> impl Iterator<Item = (&'a OutputTensor, Range<usize>)> {
+    let span = span.clone();
+    let first = shard.tensors.partition_point(|tensor| tensor.range.end <= span.start);
+    shard.tensors[first..].iter().map_while(move |tensor| {
+        let start = tensor.range.start.max(span.start);
+        let stop = tensor.range.end.min(span.end);
+        (tensor.range.start < span.end).then(|| {
+            let offset = tensor.range.start;
+            (tensor, start - offset..stop.max(start) - offset)
+        })
+    })
+}
+
+/// Starts to read what a span of the shard's file is made of.
+pub(super) fn prefetch(shard: &PlannedShard, span: &Range<usize>) {
+    for (tensor, part) in parts(shard, span) {
+        match &tensor.operation {
+            Operation::Copy(input) => input.prefetch(part),
+            Operation::Compute { operands, dtype, .. } => {
+                for operand in operands {
+                    let size = operand.tensor.dtype.size();
+                    let elements = part.start / dtype.size()..part.end.div_ceil(dtype.size());
+                    operand.tensor.input.prefetch(elements.start * size..elements.end * size);
+                }
+            }
+        }
     }
 }
 

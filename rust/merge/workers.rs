@@ -1,6 +1,7 @@
 //! Threads that take tiles from a queue, while the calling thread watches for an interruption.
 
 use super::Progress;
+use super::tile::prefetch;
 use crate::plan::PlannedShard;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -11,6 +12,9 @@ use std::time::Duration;
 
 /// How often the calling thread looks for an interruption.
 const POLL: Duration = Duration::from_millis(50);
+
+/// How many tiles before its turn a tile's inputs start to be read.
+const PREFETCH: usize = 4;
 
 /// One tile: the number of its shard, and its bytes within that shard's file.
 pub(super) struct Tile {
@@ -47,6 +51,13 @@ impl<'a> TileQueue<'a> {
 
     fn take(&self) -> Option<Tile> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
+        if let Some(ahead) = self.tile(number + PREFETCH) {
+            prefetch(self.shards[ahead.shard], &ahead.span);
+        }
+        self.tile(number)
+    }
+
+    fn tile(&self, number: usize) -> Option<Tile> {
         let shard = self.ends.partition_point(|&end| end <= number);
         let size = self.shards.get(shard)?.layout.size;
         let first = if shard == 0 { 0 } else { self.ends[shard - 1] };

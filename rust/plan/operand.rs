@@ -39,6 +39,11 @@ impl Input {
         self.file.release(self.range.start + bytes.start..self.range.start + bytes.end);
     }
 
+    /// Starts to read some of its bytes.
+    pub fn prefetch(&self, bytes: Range<usize>) {
+        self.file.prefetch(self.range.start + bytes.start..self.range.start + bytes.end);
+    }
+
     /// Its dtype, provided that it can be computed with.
     fn float(&self) -> Result<Float> {
         Float::from_safetensors(self.dtype).ok_or_else(|| {

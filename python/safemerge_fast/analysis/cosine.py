@@ -78,64 +78,69 @@ def score_module(
 def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
     """Computes (ρ, ρ_null) through K = V Vᵀ, for d_out <= d_in; two passes over blocks of columns."""
     d_out, d_in = v.shape
-    extent = workspace.block_extent(d_out, least=workspace.block_columns)
+    rows = slice(0, d_out)
+    blocks = workspace.blocks(d_in, d_out, least=workspace.block_columns)
     gram = workspace.buffer("gram", d_out, d_out).zero_()
-    for start in range(0, d_in, extent):
-        block = v.columns(start, min(start + extent, d_in), "block")
-        _add_lower_gram(gram, block, workspace)
+    for columns in blocks:
+        _add_lower_gram(gram, v.block(rows, columns, "block"), workspace)
     gram_scale = _power_of_two(v.squares)
     gram_squares = _complete_gram(gram, gram_scale, workspace)
 
     overlap = image_squares = 0.0  # ⟨KΔ, Δ⟩ and ‖KΔ‖², scaled
-    for start in range(0, d_in, extent):
-        block = delta.columns(start, min(start + extent, d_in), "block")
-        width = block.shape[1]
-        for first, last in workspace.strips(d_out, 2.0 * d_out * width):
-            image = workspace.buffer("product", last - first, width)
+    for columns in blocks:
+        block = delta.block(rows, columns, "block")
+        for first, last in workspace.strips(d_out, 2.0 * block.numel()):
+            image = workspace.buffer("product", last - first, block.shape[1])
             torch.mm(gram[first:last], block, out=image)
             overlap += workspace.dot(block[first:last], image)
-            image_squares += workspace.dot(image, image)
+            image_squares += workspace.squares(image)
     rho = _cosine(overlap, math.sqrt(image_squares), math.sqrt(delta.squares))
     return rho, _null(v, gram_scale, gram_squares)
 
 
 def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
-    """Computes (ρ, ρ_null) through N = VᵀV and M = VᵀΔ, for d_out > d_in; one pass over blocks of rows."""
-    d_out, d_in = v.shape
-    extent = workspace.block_extent(d_in)
-    gram = workspace.buffer("gram", d_in, d_in).zero_()
-    cross = workspace.buffer("cross", d_in, d_in).zero_()
-    for start in range(0, d_out, extent):
-        stop = min(start + extent, d_out)
-        v_block = v.rows(start, stop, "block").T
-        delta_block = delta.rows(start, stop, "update")
-        _add_lower_gram(gram, v_block, workspace)
-        for first, last in workspace.strips(d_in, 2.0 * d_in * (stop - start)):
-            cross[first:last].addmm_(v_block[first:last], delta_block)
-    gram_scale = _power_of_two(v.squares)
-    gram_squares = _complete_gram(gram, gram_scale, workspace)
-    cross_scale = _power_of_two(math.sqrt(v.squares) * math.sqrt(delta.squares))
-    cross.mul_(cross_scale)
+    """Computes (ρ, ρ_null) through N = VᵀV and M = VᵀΔ, for d_out > d_in; by blocks of rows.
 
-    overlap = image_squares = 0.0  # ‖M‖² and ⟨M, N M⟩, scaled
-    for first, last in workspace.strips(d_in, 2.0 * d_in * d_in):
-        product = workspace.buffer("product", last - first, d_in)
-        torch.mm(gram[first:last], cross, out=product)
-        overlap += workspace.dot(cross[first:last], cross[first:last])
-        image_squares += workspace.dot(cross[first:last], product)
+    M is made in panels of columns, so that beside a large N there is no second matrix of its size. Each panel is a
+    pass over V, and up to d_in = 4096 there is but one.
+    """
+    d_out, d_in = v.shape
+    blocks = workspace.blocks(d_out, d_in)
+    gram = workspace.buffer("gram", d_in, d_in).zero_()
+    gram_scale, gram_squares = 1.0, 0.0
+    overlap = image_squares = 0.0  # ‖M‖² and ⟨M, N M⟩, the latter scaled
+    for number, panel in enumerate(workspace.panels(d_in)):
+        width = panel.stop - panel.start
+        cross = workspace.buffer("cross", d_in, width).zero_()
+        for rows in blocks:
+            v_block = v.block(rows, slice(0, d_in), "block", norms=number == 0).T
+            delta_block = delta.block(rows, panel, "update")
+            if number == 0:
+                _add_lower_gram(gram, v_block, workspace)
+            for first, last in workspace.strips(d_in, 2.0 * delta_block.numel()):
+                cross[first:last].addmm_(v_block[first:last], delta_block)
+        if number == 0:
+            gram_scale = _power_of_two(v.squares)
+            gram_squares = _complete_gram(gram, gram_scale, workspace)
+        # Scaled against underflow of the products of small weights.
+        cross_squares = workspace.squares(cross)
+        cross_scale = _power_of_two(math.sqrt(cross_squares))
+        cross.mul_(cross_scale)
+        overlap += cross_squares
+        for first, last in workspace.strips(d_in, 2.0 * d_in * width):
+            product = workspace.buffer("product", last - first, width)
+            torch.mm(gram[first:last], cross, out=product)
+            image_squares += workspace.dot(cross[first:last], product) / cross_scale**2
     image = math.sqrt(max(image_squares, 0.0) / gram_scale)
-    rho = _cosine(overlap / cross_scale, image, math.sqrt(delta.squares))
-    return rho, _null(v, gram_scale, gram_squares)
+    return _cosine(overlap, image, math.sqrt(delta.squares)), _null(v, gram_scale, gram_squares)
 
 
 def _norms_only(v: Difference, delta: Difference, workspace: Workspace) -> None:
     """Reads both differences for their norms."""
     d_out, d_in = v.shape
-    extent = workspace.block_extent(d_in)
-    for start in range(0, d_out, extent):
-        stop = min(start + extent, d_out)
-        v.rows(start, stop, "block")
-        delta.rows(start, stop, "block")
+    for rows in workspace.blocks(d_out, d_in):
+        v.block(rows, slice(0, d_in), "block")
+        delta.block(rows, slice(0, d_in), "block")
 
 
 def _add_lower_gram(gram: torch.Tensor, block: torch.Tensor, workspace: Workspace) -> None:
@@ -150,15 +155,15 @@ def _complete_gram(gram: torch.Tensor, scale: float, workspace: Workspace) -> fl
 
     Without the scale, fourth powers of small weights would leave float32's range.
     """
-    rows = gram.shape[0]
-    strips = list(workspace.strips(rows, workspace.operation_flops * rows / workspace.block_elements))
-    for first, last in strips:
-        gram[first:last, :last].mul_(scale)
-        gram[:first, first:last].copy_(gram[first:last, :first].T)
-        corner = gram[first:last, first:last]
+    size = gram.shape[0]
+    strips = workspace.blocks(size, size)
+    for rows in strips:
+        gram[rows, : rows.stop].mul_(scale)
+        gram[: rows.start, rows].copy_(gram[rows, : rows.start].T)
+        corner = gram[rows, rows]
         upper = corner.tril(-1).T
         corner.tril_().add_(upper)
-    return sum(workspace.dot(gram[first:last], gram[first:last]) for first, last in strips)
+    return sum(workspace.squares(gram[rows]) for rows in strips)
 
 
 def _power_of_two(size: float) -> float:

@@ -70,5 +70,6 @@ def rounding_warning(name: str, score: Score) -> str | None:
         return None
     return (
         f"{name}: ‖V‖ is only {score.v_norm / score.weight_norm:.2%} of ‖W‖, so rounding of the checkpoints "
-        f"to their dtypes alone makes a relative error of about {score.v_rounding:.0%} in V, and ρ is unreliable"
+        f"to their dtypes alone makes a relative error of about {score.v_rounding:.0%} in V "
+        f"and ρ is unreliable"
     )

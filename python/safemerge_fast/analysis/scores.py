@@ -202,6 +202,8 @@ def _sample(model: Model) -> str:
     for tensor in tensors[::step]:
         row = np.asarray(model.headers.rows(tensor.name, 0, 1))
         digest.update(tensor.name.encode() + b"\0" + row[:_SAMPLED_BYTES].tobytes())
+        # Touching one page maps its neighbours too; over hundreds of tensors that would add up.
+        model.headers.release(tensor.name)
     return digest.hexdigest()
 
 

@@ -57,7 +57,10 @@ def _guarded(ctx: click.Context, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except KeyboardInterrupt:
-        _complain(ctx, "interrupted")
+        rest = (
+            "; what is committed stays, continue with --resume" if ctx.invoked_subcommand == "merge" else ""
+        )
+        _complain(ctx, f"interrupted{rest}")
         code = 130
     except SafemergeError as error:
         _complain(ctx, str(error))

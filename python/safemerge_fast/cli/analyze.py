@@ -81,12 +81,12 @@ def command(
     pairing = pair(models, include=include, exclude=exclude)
     with terminal.progress() as progress:
         scores = score_models(models, pairing.rows, progress=progress, **options)
-    for file, text in ((output, scores.to_json()), (csv_file, scores.to_csv())):
+    for file, write in ((output, scores.to_json), (csv_file, scores.to_csv)):
         if file is not None:
-            _write(file, text)
+            _write(file, write())
     if plot_file is not None:
         write_plot(plot_file, pairing.rows, scores.modules, threshold=threshold)
-    terminal.result(scores.to_json(), _table(pairing.rows, scores.modules, threshold))
+    terminal.result(scores.to_json, _table(pairing.rows, scores.modules, threshold))
     terminal.say_some("note", pairing.notes, rest="-v prints them all")
     warnings = [rounding_warning(name, score) for name, score in scores.modules.items()]
     terminal.say_some("warning", [text for text in warnings if text is not None], rest="-v prints them all")

@@ -41,7 +41,7 @@ def command(*, terminal: Terminal, output: str | None) -> None:
     with temporary as directory:
         with terminal.progress() as progress:
             demo = run_demo(directory, progress)
-        terminal.result(demo.report.to_json(), _modules(demo.report), demo.report.table())
+        terminal.result(demo.report.to_json, _modules(demo.report), demo.report.table())
         say_report(terminal, demo.report)
         steps = ", ".join(f"{step} {seconds:.1f} s" for step, seconds in demo.seconds.items())
         terminal.say(f"verified {demo.verification.bytes_checked:,} bytes ({steps})")
@@ -62,7 +62,7 @@ def _modules(report: MergeReport) -> Table:
     table.add_column("ρ_null", justify="right")
     table.add_column("decision")
     table.add_column("because", no_wrap=True)
-    for tensor in report.tensors:
+    for tensor in sorted(report.tensors, key=lambda tensor: tensor.name):
         if tensor.analysed:
             table.add_row(
                 tensor.name.removeprefix("model.").removesuffix(".weight"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
 def command(*, terminal: Terminal, model: str) -> None:
     """Show what a checkpoint holds: files, dtypes, parameters and module types. Reads headers only."""
     from ..checkpoint import open_model
+    from ..documents import write_document
     from ..pairing import pair
 
-    opened = open_model("finetuned", model)
+    opened = open_model("model", model)
     rows = pair({"finetuned": opened}).rows
-    terminal.result(
-        json.dumps(_document(opened, rows), indent=2, ensure_ascii=False) + "\n", *_lines(opened, rows)
-    )
+    document = _document(opened, rows)
+    terminal.result(lambda: write_document(document, levels=2), *_lines(document))
 
 
 def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
@@ -82,20 +81,19 @@ def _module_types(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
     ]
 
 
-def _lines(model: Model, rows: tuple[Row, ...]) -> Iterator[Any]:
+def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
     """The same for a person."""
     from rich import box
     from rich.table import Table
 
     from ..sizes import format_size
 
-    document = _document(model, rows)
     yield document["path"]
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())
     kind = document["model_type"] or "unknown model type"
     yield (
         f"{kind}, {document['parameters']:,} parameters, {format_size(document['bytes'])}, "
-        f"{len(rows)} tensors ({dtypes})"
+        f"{len(document['tensors'])} tensors ({dtypes})"
     )
     files = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     files.add_column("file", overflow="fold")

@@ -140,13 +140,13 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
 
         outlook = preview(configuration)
         _say_notes(terminal, outlook.notes)
-        terminal.result(outlook.to_json(), *_preview_lines(outlook))
+        terminal.result(outlook.to_json, *_preview_lines(outlook))
         return
     from ..pipeline import run_merge
 
     with terminal.progress() as progress:
         report = run_merge(configuration, progress)
-    terminal.result(report.to_json(), report.table())
+    terminal.result(report.to_json, report.table())
     say_report(terminal, report)
 
 

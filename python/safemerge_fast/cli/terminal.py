@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,10 +36,10 @@ class Terminal:
         self._verbose = verbose
         self._no_progress = no_progress
 
-    def result(self, document: str, *parts: Any) -> None:
+    def result(self, to_json: Callable[[], str], *parts: Any) -> None:
         """Prints a command's result to stdout: the JSON document, or else rich tables and text."""
         if self._as_json:
-            click.echo(document, nl=False)
+            click.echo(to_json(), nl=False)
             return
         if self._quiet:
             return
@@ -70,14 +70,20 @@ class Terminal:
             return
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         bars = Progress(
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f}%"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[item]}", style="dim"),
+            TextColumn(
+                "{task.fields[item]}",
+                style="dim",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=Console(stderr=True),
+            expand=True,
             transient=True,
         )
         tasks: dict[str, TaskID] = {}

@@ -32,7 +32,7 @@ def command(*, terminal: Terminal, output: str, sample: float, threads: int | No
         report = verify(output, sample=sample, threads=threads, progress=progress)
     share = "" if report.bytes_checked == report.bytes_total else f" of {format_size(report.bytes_total)}"
     terminal.result(
-        report.to_json(),
+        report.to_json,
         f"verified: {format_size(report.bytes_checked)}{share} in {report.files} file(s) of {report.output} "
         f"are what the plan says ({report.seconds:.1f} s)",
     )

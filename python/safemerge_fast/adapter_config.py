@@ -1,0 +1,244 @@
+"""What adapter_config.json says of the arithmetic: scales, ranks, replaced rows; and what it rules out.
+
+Names and meanings are those of PEFT's LoraConfig. A setting that changes the merged weight in a way that the
+engine does not compute is refused by its name; so is one that this program does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterError
+
+__all__ = ["ADAPTER_CONFIG", "AdapterConfig", "read_adapter_config"]
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+# Settings that only say which modules were adapted and how they were trained: the keys tell the former, and
+# the merged weight does not depend on the latter.
+_NEUTRAL = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_bias",
+        "lora_dropout",
+        "lora_dtype",
+        "lora_ga_config",
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
+        "megatron_core",
+        "merge_weights",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "velora_config",
+    }
+)
+_USED = frozenset(
+    {"alpha_pattern", "fan_in_fan_out", "lora_alpha", "r", "rank_pattern", "trainable_token_indices", "use_rslora"}
+)
+
+# Settings that change the merged weight, or leave none, and what they are.
+_REFUSED = {
+    "alora_invocation_tokens": "activated LoRA, which acts on part of the input only, so that no weight can hold it",
+    "arrow_config": "Arrow, which chooses among adapters for each token, so that no weight can hold it",
+    "enable_lora": "the merged linear layers of early PEFT versions",
+    "kasa_config": "KaSA, which cut singular components off the base weights",
+    "layer_replication": "layer replication, which makes a model of more layers",
+    "megatron_config": "Megatron's parallel layers",
+    "monteclora_config": "MonteCLoRA, which samples its weights",
+    "target_parameters": "LoRA on bare parameters such as fused experts",
+    "use_bdlora": "block-diagonal LoRA",
+    "use_qalora": "QA-LoRA, which pools its input in groups",
+}
+
+# Values of init_lora_weights that leave the base weights as they are; PiSSA and its like subtract from them.
+_INNOCENT_INITS = frozenset({"eva", "gaussian", "mica", "orthogonal", "true", "false", "none"})
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The settings of an adapter_config.json that the arithmetic needs.
+
+    Attributes:
+        where: Role and file, for messages.
+        r: Rank of modules that no pattern names.
+        lora_alpha: Alpha of modules that no pattern names.
+        rank_pattern: Rank by regular expression on module names.
+        alpha_pattern: Alpha likewise.
+        use_rslora: Whether the scale is alpha/√r instead of alpha/r.
+        fan_in_fan_out: Whether matrices that could be stored either way are stored as (in, out).
+        tokens: The replaced rows of embeddings: by the end of their names, or by None if the configuration
+            names no embedding.
+        document: The whole file.
+    """
+
+    where: str
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    fan_in_fan_out: bool
+    tokens: Mapping[str | None, tuple[int, ...]]
+    document: Mapping[str, Any]
+
+    def rank(self, module: str) -> int:
+        """The rank that the configuration gives to a module: the first pattern that matches its name wins."""
+        return int(self._first(self.rank_pattern, module, self.r))
+
+    def scale(self, module: str) -> float:
+        """The factor s of s·B·A: alpha/r, or alpha/√r with use_rslora.
+
+        Args:
+            module: The module's name in the model, without `base_model.model.`.
+        """
+        rank = self.rank(module)
+        alpha = self._first(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def token_indices(self, module: str) -> tuple[int, ...] | None:
+        """The rows of an embedding that the adapter replaces, or None if the configuration does not say."""
+        for name, indices in self.tokens.items():
+            if name is None or module == name or module.endswith(f".{name}"):
+                return indices
+        return None
+
+    def _first(self, patterns: Mapping[str, float], module: str, default: float) -> float:
+        for pattern, value in patterns.items():
+            # PEFT's own rule, with the dot before the name optional and the end anchored.
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        return default
+
+
+def read_adapter_config(role: str, directory: Path) -> AdapterConfig:
+    """Reads and judges the adapter_config.json of a directory.
+
+    Args:
+        role: The part that the adapter plays, for messages.
+        directory: The adapter's directory.
+
+    Returns:
+        The settings.
+
+    Raises:
+        AdapterError: The file cannot be read, is malformed, or asks for what cannot be merged exactly.
+    """
+    file = directory / ADAPTER_CONFIG
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{role}: {file} cannot be read as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise AdapterError(f"{role}: {file} should hold a JSON object, not a {type(document).__name__}")
+    where = f"{role}: {file}"
+    _refuse(where, document)
+    return AdapterConfig(
+        where=where,
+        r=_rank(where, "r", document.get("r", 8)),
+        lora_alpha=_number(where, "lora_alpha", document.get("lora_alpha", 8)),
+        rank_pattern={
+            key: _rank(where, f"rank_pattern {key!r}", value)
+            for key, value in _patterns(where, document, "rank_pattern").items()
+        },
+        alpha_pattern={
+            key: _number(where, f"alpha_pattern {key!r}", value)
+            for key, value in _patterns(where, document, "alpha_pattern").items()
+        },
+        use_rslora=bool(document.get("use_rslora")),
+        fan_in_fan_out=bool(document.get("fan_in_fan_out")),
+        tokens=_tokens(where, document.get("trainable_token_indices")),
+        document=document,
+    )
+
+
+def _refuse(where: str, document: Mapping[str, Any]) -> None:
+    """Refuses what cannot be merged exactly, or is not known."""
+    kind = document.get("peft_type")
+    if str(kind).upper() != "LORA":
+        raise AdapterError(f"{where} is of peft_type {kind!r}; only LORA adapters can be merged exactly")
+    initial = str(document.get("init_lora_weights", True)).lower()
+    if initial.startswith(_CONVERTIBLE_INITS):
+        raise AdapterError(
+            f"{where} has init_lora_weights {initial!r}, which changed the base weights, so that the factors do not "
+            f"fit the original ones; save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
+    if initial == "loftq":
+        raise AdapterError(
+            f"{where} has init_lora_weights 'loftq', which changed the base weights; merge it with PEFT into "
+            f"the model that LoftQ made"
+        )
+    if initial not in _INNOCENT_INITS:
+        raise AdapterError(
+            f"{where} has init_lora_weights {initial!r}, which is not known, and it may have changed the base weights"
+        )
+    for name, meaning in _REFUSED.items():
+        if document.get(name):
+            raise AdapterError(f"{where} sets {name}: {meaning}; that cannot be merged exactly")
+    for name, value in document.items():
+        if value and name not in _NEUTRAL and name not in _USED and name not in _REFUSED:
+            raise AdapterError(
+                f"{where} sets {name} to {value!r}, which is not known; remove it if the weights do not depend on it"
+            )
+
+
+def _rank(where: str, name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AdapterError(f"{where}: {name} should be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def _number(where: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(f"{where}: {name} should be a finite number, not {value!r}")
+    return value
+
+
+def _patterns(where: str, document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    patterns = document.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{where}: {name} should be an object, not {patterns!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise AdapterError(f"{where}: {pattern!r} in {name} is not a regular expression: {error}") from error
+    return patterns
+
+
+def _tokens(where: str, value: object) -> dict[str | None, tuple[int, ...]]:
+    """Reads trainable_token_indices: a list, or lists by the name of an embedding."""
+    lists: dict[str | None, object] = dict(value) if isinstance(value, dict) else {None: value}
+    if not value:
+        return {}
+    tokens: dict[str | None, tuple[int, ...]] = {}
+    for name, indices in lists.items():
+        whole = isinstance(indices, list) and all(type(index) is int and index >= 0 for index in indices)
+        if not isinstance(indices, list) or not whole:
+            raise AdapterError(f"{where}: trainable_token_indices should hold lists of row numbers, not {indices!r}")
+        tokens[name] = tuple(indices)
+    return tokens

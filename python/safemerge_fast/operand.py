@@ -1,0 +1,135 @@
+"""What an output tensor is made of: input tensors, and what adapters do to them on the way.
+
+The engine makes an operand tile by tile, so that no merged copy of it ever exists; see the plan's format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LowRank", "Magnitude", "Operand", "Rows", "Term", "references"]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The product `scale·B·A`, which is added to a matrix (LoRA).
+
+    Attributes:
+        source: Role whose file holds the factors.
+        a: Name of A there, shape (rank, in).
+        b: Name of B there, shape (out, rank).
+        scale: Factor of the product.
+        rank: Rows of A and columns of B.
+        transpose: Whether the matrix is stored as (in, out), so that the transposed product is added.
+    """
+
+    source: str
+    a: str
+    b: str
+    scale: float
+    rank: int
+    transpose: bool
+
+    def to_plan(self) -> dict[str, Any]:
+        """The product as the plan writes it."""
+        return {
+            "a": {"source": self.source, "tensor": self.a},
+            "b": {"source": self.source, "tensor": self.b},
+            "scale": self.scale,
+            "transpose": self.transpose,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a matrix that come from another one (PEFT's trainable tokens).
+
+    Attributes:
+        source: Role whose file holds the other matrix.
+        tensor: Its name there; it has one row for each index.
+        indices: Which rows are replaced, each once.
+    """
+
+    source: str
+    tensor: str
+    indices: tuple[int, ...]
+
+    def to_plan(self) -> dict[str, Any]:
+        """The rows as the plan writes them."""
+        return {"source": self.source, "tensor": self.tensor, "indices": list(self.indices)}
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """Norms that a matrix is rescaled to, one for each output feature (DoRA).
+
+    Attributes:
+        source: Role whose file holds the norms.
+        tensor: Their name there.
+        transpose: Whether the output features are the columns of the stored matrix.
+    """
+
+    source: str
+    tensor: str
+    transpose: bool
+
+    def to_plan(self) -> dict[str, Any]:
+        """The norms as the plan writes them."""
+        return {"source": self.source, "tensor": self.tensor, "transpose": self.transpose}
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor, and the changes that an adapter makes to it in the order of the fields.
+
+    Attributes:
+        source: Role whose file holds the tensor.
+        tensor: Its name there.
+        rows: Rows that are replaced first, or None.
+        low_rank: Products that are added then.
+        magnitude: Norms that the sum gets at last, or None.
+    """
+
+    source: str
+    tensor: str
+    rows: Rows | None = None
+    low_rank: tuple[LowRank, ...] = ()
+    magnitude: Magnitude | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is taken as it is stored."""
+        return self.rows is None and not self.low_rank and self.magnitude is None
+
+    def to_plan(self) -> dict[str, Any]:
+        """The operand as the plan writes it; what is not there is left out."""
+        document: dict[str, Any] = {"source": self.source, "tensor": self.tensor}
+        if self.rows is not None:
+            document["rows"] = self.rows.to_plan()
+        if self.low_rank:
+            document["low_rank"] = [term.to_plan() for term in self.low_rank]
+        if self.magnitude is not None:
+            document["magnitude"] = self.magnitude.to_plan()
+        return document
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of a role's tensor, which is the sum of weight · operand over its terms."""
+
+    operand: Operand
+    weight: float = 1.0
+
+
+def references(operand: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """All (source, tensor) that an operand of a plan reads.
+
+    Args:
+        operand: What Operand.to_plan returns, or the place of a tensor that is copied.
+    """
+    parts = [operand]
+    parts += [operand[name] for name in ("rows", "magnitude") if name in operand]
+    parts += [term[factor] for term in operand.get("low_rank", ()) for factor in ("a", "b")]
+    return [(part["source"], part["tensor"]) for part in parts]

@@ -1,0 +1,75 @@
+"""The Python API: previews, settings and public names."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dense import is_projection, load
+
+import safemerge_fast
+from safemerge_fast import PlanError, analyze, merge, preview
+from safemerge_fast.configuration import MergeConfiguration
+
+
+def test_preview_counts_what_the_merge_then_does(quartet: dict[str, Path], tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    scores.write_text(analyze(quartet["base"], quartet["aligned"], quartet["finetuned"]).to_json())
+    roles = {role: str(path) for role, path in quartet.items()}
+    known = preview(MergeConfiguration(**roles, output=str(tmp_path / "out"), scores=str(scores)))
+    unknown = preview(MergeConfiguration(**roles, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    report = merge(**quartet, output=tmp_path / "out", scores=scores)
+    assert known.merged == report.merged
+    assert known.counts == report.counts
+    assert known.bytes_read == report.bytes_read
+    assert known.bytes_written == unknown.bytes_written == report.bytes_written
+    assert unknown.merged is None
+    assert unknown.bytes_read > report.bytes_read
+    assert unknown.bytes_analysed == 3 * sum(
+        tensor.nbytes for name, tensor in load(quartet["finetuned"]).items() if is_projection(name)
+    )
+    refused = preview(MergeConfiguration(**roles, output=str(tmp_path / "out")))
+    assert any("not empty" in note for note in refused.notes)
+    inside = preview(MergeConfiguration(**roles, output=str(quartet["safe"] / "out")))
+    assert any("overlaps the safe model" in note for note in inside.notes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"alpha": 1.5}, "alpha should lie between 0 and 1"),
+        ({"alpha": math.nan}, "alpha should lie between 0 and 1"),
+        ({"method": "slerp"}, "method should be linear"),
+        ({"dtype": "int8"}, "dtype should be auto"),
+        ({"delta_reference": "safe"}, "delta_reference should be"),
+        ({"threads": 0}, "threads should be at least 1"),
+        ({"resume": True, "overwrite": True}, "give one of them"),
+        ({"include": "("}, "not a regular expression"),
+        ({"max_shard_size": "big"}, "should be like 5GB"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        merge("b", "a", "f", output=tmp_path / "out", **setting)
+
+
+def test_every_public_name_is_there_and_in_the_right_module() -> None:
+    for name in safemerge_fast.__all__:
+        value = getattr(safemerge_fast, name)
+        assert value.__module__.startswith("safemerge_fast")
+        assert value.__name__ == name
+    assert safemerge_fast.__version__ == safemerge_fast._engine.__version__
+    with pytest.raises(AttributeError):
+        _ = safemerge_fast.nothing_of_this_name
+
+
+def test_importing_the_package_loads_neither_torch_nor_numpy() -> None:
+    script = (
+        "import sys, safemerge_fast; print(sorted({'torch', 'numpy', 'rich', 'click'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

@@ -1,0 +1,220 @@
+"""The report: round trip, counts, table, plot."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from safemerge_fast import AnalysisError, MergeReport, OutputError, SafemergeError, merge
+from safemerge_fast.analysis.scores import Score
+from safemerge_fast.checkpoint import open_model
+from safemerge_fast.documents import write_document
+from safemerge_fast.pairing import pair
+from safemerge_fast.plot import write_plot
+from safemerge_fast.report import TensorReport, count_modules, module_table
+
+
+def tensor(
+    number: int, module_type: str, *, analysed: bool, merged: bool, rho: float | None = None
+) -> TensorReport:
+    return TensorReport(
+        name=f"t{number}",
+        file="model.safetensors",
+        dtype="BF16",
+        shape=(2, 2),
+        module_type=module_type,
+        layer=None,
+        analysed=analysed,
+        merged=merged,
+        reason="",
+        operation="",
+        rho=rho if analysed else None,
+        rho_null=None if rho is None or not analysed else rho / 2,
+    )
+
+
+tensors = st.lists(
+    st.builds(
+        tensor,
+        st.integers(),
+        st.sampled_from(["q_proj", "norm", "up_proj"]),
+        analysed=st.booleans(),
+        merged=st.booleans(),
+        rho=st.none() | st.floats(min_value=0, max_value=1),
+    ),
+    max_size=20,
+)
+
+
+@pytest.fixture(scope="module")
+def report(quartet: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> MergeReport:
+    return merge(**quartet, output=tmp_path_factory.mktemp("report") / "out")
+
+
+class TestJson:
+    def test_reads_back_what_it_wrote(self, report: MergeReport) -> None:
+        text = report.to_json()
+        again = MergeReport.from_json(text)
+        assert again == report
+        assert again.to_json() == text
+
+    def test_states_the_counts_for_readers_of_the_file(self, report: MergeReport) -> None:
+        document = json.loads(report.to_json())
+        merged = Counter(entry["module_type"] for entry in document["tensors"] if entry["merged"])
+        assert {
+            entry["module_type"]: entry["merged"] for entry in document["counts"] if entry["merged"]
+        } == merged
+        assert sum(merged.values()) == report.merged > 0
+
+    def test_has_no_nan(self, report: MergeReport) -> None:
+        def refuse(constant: str) -> None:
+            raise AssertionError(constant)
+
+        json.loads(report.to_json(), parse_constant=refuse)
+
+    @pytest.mark.parametrize("spoil", ["version", "tensors", "configuration", "inputs"])
+    def test_refuses_what_is_not_a_report(self, report: MergeReport, spoil: str) -> None:
+        document = json.loads(report.to_json())
+        del document[spoil]
+        with pytest.raises(SafemergeError, match="not a report"):
+            MergeReport.from_json(json.dumps(document))
+
+    @pytest.mark.parametrize("text", ["", "[]", "null", '{"version": 1, "tensors": [{}]}'])
+    def test_refuses_other_json(self, text: str) -> None:
+        with pytest.raises(SafemergeError, match="not a report"):
+            MergeReport.from_json(text)
+
+    def test_refuses_another_version(self, report: MergeReport) -> None:
+        document = json.loads(report.to_json()) | {"version": 99}
+        with pytest.raises(SafemergeError, match="version 99"):
+            MergeReport.from_json(json.dumps(document))
+
+
+class TestDocument:
+    values = st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+
+    @given(value=values, levels=st.integers(min_value=0, max_value=4))
+    def test_json_reads_what_it_writes(self, value: object, levels: int) -> None:
+        assert json.loads(write_document(value, levels=levels)) == value
+
+    def test_breaks_lines_at_the_outer_levels_only(self) -> None:
+        text = write_document({"a": [{"b": [1, 2]}, {}], "ρ": []}, levels=2)
+        assert text == '{\n  "a": [\n    {"b": [1, 2]},\n    {}\n  ],\n  "ρ": []\n}\n'
+
+    @pytest.mark.parametrize("number", [math.nan, math.inf])
+    def test_refuses_what_json_cannot_say(self, number: float) -> None:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_document({"a": [number]}, levels=2)
+
+
+class TestCounts:
+    @given(found=tensors)
+    def test_are_those_of_counting_by_hand(self, found: list[TensorReport]) -> None:
+        counts = {count.module_type: count for count in count_modules(found)}
+        assert list(counts) == list(dict.fromkeys(t.module_type for t in found))
+        for module_type, count in counts.items():
+            group = [t for t in found if t.module_type == module_type]
+            assert count.tensors == len(group) == count.merged + count.kept
+            assert count.analysed == len([t for t in group if t.analysed])
+            assert count.merged == len([t for t in group if t.merged])
+            known = [t.rho for t in group if t.rho is not None]
+            assert count.median_rho == (statistics.median(known) if known else None)
+
+    @given(found=tensors)
+    def test_the_table_s_columns_add_up(self, found: list[TensorReport]) -> None:
+        table = module_table(count_modules(found))
+        for column, total in (
+            ("analysed", sum(t.analysed for t in found)),
+            ("merged", sum(t.merged for t in found)),
+            ("kept", sum(not t.merged for t in found)),
+        ):
+            cells = next(c for c in table.columns if c.header == column)
+            assert sum(map(int, cells.cells)) == total == int(cells.footer)
+
+    def test_the_table_fits_eighty_columns(self, report: MergeReport) -> None:
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(report.table())
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= 80
+        for count in report.counts:
+            assert (count.module_type in text) == bool(count.analysed or count.merged)
+        assert "…" not in text
+
+
+@pytest.fixture(scope="module")
+def rows(quartet: dict[str, Path]):
+    return pair({role: open_model(role, path) for role, path in quartet.items()}).rows
+
+
+@pytest.fixture(scope="module")
+def scores(rows) -> dict[str, Score]:
+    analysed = [row for row in rows if row.analysed]
+    scores = {
+        row.name: Score(0.1 + 0.04 * n, 0.3, 1.5, 2.5, 10.0, 0.01, None) for n, row in enumerate(analysed)
+    }
+    scores[analysed[-1].name] = Score(None, None, 0.0, 2.5, 10.0, math.nan, "V is zero")
+    return scores
+
+
+class TestPlot:
+    def test_png(self, rows, scores: dict[str, Score], tmp_path: Path) -> None:
+        from PIL import Image
+
+        write_plot(tmp_path / "p.png", rows, scores, threshold=0.35)
+        with Image.open(tmp_path / "p.png") as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 500
+
+    def test_svg_is_the_same_every_time(self, rows, scores: dict[str, Score], tmp_path: Path) -> None:
+        for name in ("a.svg", "b.svg"):
+            write_plot(tmp_path / name, rows, scores, threshold=0.35)
+        assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+    def test_html_stands_alone_and_holds_every_score(
+        self, rows, scores: dict[str, Score], tmp_path: Path
+    ) -> None:
+        write_plot(tmp_path / "p.html", rows, scores, threshold=0.35)
+        page = (tmp_path / "p.html").read_text()
+        table = page[page.index("<tbody>") : page.index("</tbody>")]
+        lines = [line for line in table.splitlines() if line.startswith("<tr")]
+        assert len(lines) == len(scores)
+        for line, (name, score) in zip(lines, scores.items(), strict=True):
+            assert f"<td>{name}</td>" in line
+            assert (f"<td>{score.rho:.4f}</td>" if score.rho is not None else "V is zero") in line
+            assert ('class="below"' in line) == (score.rho is not None and score.rho < 0.35)
+        assert page.count("<svg") == 1
+        assert not [word for word in ("src=", "<link", "<script", "@import") if word in page]
+
+    def test_refuses_other_extensions_and_missing_directories(
+        self, rows, scores: dict[str, Score], tmp_path: Path
+    ) -> None:
+        with pytest.raises(OutputError, match=r"\.png, \.svg or \.html"):
+            write_plot(tmp_path / "p.pdf", rows, scores, threshold=0.35)
+        with pytest.raises(OutputError, match="does not exist"):
+            write_plot(tmp_path / "no" / "p.png", rows, scores, threshold=0.35)
+
+    def test_says_how_to_get_matplotlib(
+        self, rows, scores: dict[str, Score], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("safemerge_fast.plot.find_spec", lambda name: None)
+        with pytest.raises(AnalysisError, match=r"pip install safemerge-fast\[plot\]"):
+            write_plot(tmp_path / "p.png", rows, scores, threshold=0.35)
