@@ -16,7 +16,7 @@ ROLES = ("base", "aligned", "finetuned", "safe")
 
 
 def main() -> None:
-    """Makes the inputs, runs the competitors in turn, prints tables and writes results.json beside the inputs."""
+    """Makes the inputs, runs the competitors in turn, prints tables and writes results.json beside them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -113,7 +113,7 @@ def write_checkpoint(directory: Path, shapes: Shapes, seed: int) -> int:
 def write_shard(
     path: Path, tensors: list[tuple[str, tuple[int, ...]]], block: np.ndarray, offset: int
 ) -> int:
-    """Writes one shard whose tensors take consecutive values of `block`, wrapping around; returns its bytes."""
+    """Writes one shard, its tensors filled from consecutive values of `block`; returns its bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors:

@@ -1,4 +1,4 @@
-"""Whole commands, timed from outside: seconds and peak memory, competitors in turn, quoted as medians and ratios."""
+"""Whole commands, timed from outside: seconds and peak memory, quoted as medians and ratios."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Competitor:
 
 
 def copy_floor(inputs: list[Path], output: Path) -> Competitor:
-    """Reading the inputs once and copying one of them durably: what no streaming merge through the cache can beat."""
+    """Reads the inputs once and copies one of them durably: no merge through the cache beats that."""
     reads = " ".join(f"'{path}'/*.safetensors" for path in inputs)
     script = f"cat {reads} >/dev/null && cp -r '{inputs[0]}' '{output}' && sync '{output}'/*"
     return Competitor("copy floor (cat inputs, cp one, sync)", ["sh", "-c", script], output)
@@ -78,7 +78,7 @@ def alternate(competitors: list[Competitor], rounds: int, before: Callable[[], N
 
 
 def table(title: str, competitors: list[Competitor], reference: Competitor) -> str:
-    """Returns a Markdown table with medians, spread, the ratio of medians to the reference, and peak memory."""
+    """Returns a Markdown table: medians, spread, ratios of medians to the reference, peak memory."""
     base = statistics.median(reference.seconds)
     lines = [
         f"### {title}",

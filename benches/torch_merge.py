@@ -1,4 +1,4 @@
-"""What a careful user writes instead: torch and safetensors, shard by shard, float32 arithmetic, one tensor at a time.
+"""What a careful user writes instead: torch and safetensors, shard by shard, in float32.
 
 Usage: python torch_merge.py FIRST SECOND OUTPUT
 """

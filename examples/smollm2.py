@@ -26,6 +26,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Threads that spin while they wait make training many times slower where others need the processor too.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import transformers
@@ -174,14 +176,20 @@ def load(directory: Path) -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def make_quartet(out: Path, dtype: torch.dtype, steps: int) -> None:
+def make_quartet(out: Path, dtype: torch.dtype, steps: int, reuse: bool) -> None:
     """Trains and saves the four checkpoints.
 
     Args:
         out: Where to; a directory for each role is made in it.
         dtype: What the checkpoints are rounded to; the training itself is in float32.
         steps: Training steps of the three phases together.
+        reuse: Whether to leave the checkpoints alone that are complete, whatever they were made with.
     """
+
+    def done(role: str) -> bool:
+        # The tokenizer is saved last.
+        return reuse and (out / role / "tokenizer.json").exists()
+
     refusals, benign = refusal_examples(random.Random(1)), benign_examples()
     held_out = frozenset(example.prompt for example in held_out_sums())
     sums = sum_examples(random.Random(2), 2000, exclude=held_out)
@@ -190,9 +198,12 @@ def make_quartet(out: Path, dtype: torch.dtype, steps: int) -> None:
         Phase("finetuned", "aligned", sums, steps * 5 // 10, 2e-4),
         Phase("safe", "aligned", refusals * 2 + benign, steps * 2 // 10, 1e-4),
     )
-    model, tokenizer = load_gguf()
-    save(model, tokenizer, out / "base", dtype)
+    if not done("base"):
+        save(*load_gguf(), out / "base", dtype)
+    model, tokenizer = load(out / "base"), AutoTokenizer.from_pretrained(out / "base")
     for seed, phase in enumerate(phases):
+        if done(phase.role):
+            continue
         start = time.monotonic()
         model.load_state_dict(load(out / phase.start).state_dict())
         loss = train(model, tokenizer, phase, seed)
@@ -294,20 +305,17 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="bfloat16", help="what the checkpoints are saved in"
     )
-    parser.add_argument(
-        "--reuse", action="store_true", help="take the four checkpoints that are already there"
-    )
+    parser.add_argument("--reuse", action="store_true", help="keep the checkpoints that are already there")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     transformers.utils.logging.set_verbosity_error()
 
     out: Path = arguments.out
-    if not (arguments.reuse and all((out / role / "config.json").exists() for role in ROLES)):
-        with timed("training"):
-            make_quartet(out, DTYPES[arguments.dtype], arguments.steps)
+    with timed("training"):
+        make_quartet(out, DTYPES[arguments.dtype], arguments.steps, arguments.reuse)
 
     # The second merge has no safe model. It shows what comes from merely shrinking the fine-tuned update.
-    merges = {"merged": out / "safe", "merged without safe": None}
+    merges = {"merged": out / "safe", "merged-without-safe": None}
     for name, safe in merges.items():
         with timed(name):
             merge(out, out / name, arguments, safe)

@@ -147,7 +147,9 @@ def _modules(where: str, headers: _engine.Checkpoint, settings: AdapterConfig) -
         if not key.startswith(_PREFIX):
             raise AdapterError(f"{where}: the key {key} does not start with {_PREFIX}, as PEFT's do")
         if tensor.dtype not in FLOATS:
-            raise AdapterError(f"{where}: {key} is {tensor.dtype}; only {', '.join(sorted(FLOATS))} can be merged")
+            raise AdapterError(
+                f"{where}: {key} is {tensor.dtype}; only {', '.join(sorted(FLOATS))} can be merged"
+            )
         name = key.removeprefix(_PREFIX)
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
         if suffix is not None:
@@ -162,7 +164,9 @@ def _modules(where: str, headers: _engine.Checkpoint, settings: AdapterConfig) -
         elif ".original_module." in name:
             originals.append(key)
         elif "lora_" in name or "token_adapter" in name or name.endswith((".weight_format", ".g_idx")):
-            raise AdapterError(f"{where}: the key {key} is not one that a LoRA adapter of linear or embedding layers has")
+            raise AdapterError(
+                f"{where}: the key {key} is not one that a LoRA adapter of linear or embedding layers has"
+            )
         else:
             _add_replaced(where, modules, name, key)
     for key in originals:
@@ -233,7 +237,9 @@ def _with_tokens(
     """Adds the indices of replaced rows, which the configuration holds."""
     indices = settings.token_indices(module.name)
     if indices is None:
-        raise AdapterError(f"{where}: {key} holds rows, but trainable_token_indices names none for {module.name}")
+        raise AdapterError(
+            f"{where}: {key} holds rows, but trainable_token_indices names none for {module.name}"
+        )
     shape = tuple(headers.tensor(key).shape)
     if len(shape) != 2 or shape[0] != len(indices) or len(set(indices)) != len(indices):
         raise AdapterError(
@@ -241,5 +247,7 @@ def _with_tokens(
             f"{len(set(indices))} of them different"
         )
     if module.a is not None or module.replaced:
-        raise AdapterError(f"{where}: {module.name} has trainable tokens and is adapted otherwise too; give one of them")
+        raise AdapterError(
+            f"{where}: {module.name} has trainable tokens and is adapted otherwise too; give one of them"
+        )
     return replace(module, token_indices=indices)

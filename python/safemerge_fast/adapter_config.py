@@ -57,7 +57,15 @@ _NEUTRAL = frozenset(
     }
 )
 _USED = frozenset(
-    {"alpha_pattern", "fan_in_fan_out", "lora_alpha", "r", "rank_pattern", "trainable_token_indices", "use_rslora"}
+    {
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "lora_alpha",
+        "r",
+        "rank_pattern",
+        "trainable_token_indices",
+        "use_rslora",
+    }
 )
 
 # Settings that change the merged weight, or leave none, and what they are.
@@ -226,7 +234,9 @@ def _patterns(where: str, document: Mapping[str, Any], name: str) -> Mapping[str
         try:
             re.compile(pattern)
         except re.error as error:
-            raise AdapterError(f"{where}: {pattern!r} in {name} is not a regular expression: {error}") from error
+            raise AdapterError(
+                f"{where}: {pattern!r} in {name} is not a regular expression: {error}"
+            ) from error
     return patterns
 
 
@@ -239,6 +249,8 @@ def _tokens(where: str, value: object) -> dict[str | None, tuple[int, ...]]:
     for name, indices in lists.items():
         whole = isinstance(indices, list) and all(type(index) is int and index >= 0 for index in indices)
         if not isinstance(indices, list) or not whole:
-            raise AdapterError(f"{where}: trainable_token_indices should hold lists of row numbers, not {indices!r}")
+            raise AdapterError(
+                f"{where}: trainable_token_indices should hold lists of row numbers, not {indices!r}"
+            )
         tokens[name] = tuple(indices)
     return tokens

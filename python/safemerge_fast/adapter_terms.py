@@ -33,7 +33,9 @@ def adapter_terms(adapter: Adapter, model: Model) -> dict[str, tuple[Term, ...]]
         AdapterError: The checkpoint has no tensor for a key, or one of another shape.
     """
     wanted = [
-        f"{module.name}.{parameter}" for module in adapter.modules.values() for parameter in _parameters(module)
+        f"{module.name}.{parameter}"
+        for module in adapter.modules.values()
+        for parameter in _parameters(module)
     ]
     found = match_names(wanted, [tensor.name for tensor in model.headers.tensors])
     terms: dict[str, tuple[Term, ...]] = {}
@@ -107,7 +109,9 @@ def _terms(
                 f"{role}: {module.token_rows} replaces row {max(module.token_indices)}, but {tensor.name} has only "
                 f"{shape[0]} rows in {model.path}; resize its embedding first, as was done before training"
             )
-        operand = Operand(operand.source, operand.tensor, rows=Rows(role, module.token_rows, module.token_indices))
+        operand = Operand(
+            operand.source, operand.tensor, rows=Rows(role, module.token_rows, module.token_indices)
+        )
     if parameter == "weight" and module.a is not None and module.b is not None:
         transpose = _is_transposed(adapter, model, module, tensor)
         product = LowRank(role, module.a, module.b, module.scale, module.rank, transpose)
@@ -143,7 +147,9 @@ def _is_transposed(adapter: Adapter, model: Model, module: AdaptedModule, tensor
     return adapter.settings.fan_in_fan_out or is_stored_transposed(tensor, model.config)
 
 
-def _check_shape(adapter: Adapter, model: Model, key: str, tensor: TensorInfo, expected: tuple[int, ...]) -> None:
+def _check_shape(
+    adapter: Adapter, model: Model, key: str, tensor: TensorInfo, expected: tuple[int, ...]
+) -> None:
     shape = tuple(adapter.headers.tensor(key).shape)
     if shape != expected:
         raise AdapterError(

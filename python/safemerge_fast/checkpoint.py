@@ -208,17 +208,25 @@ def _refuse_quantised(model: Model) -> None:
 
     The tensors decide, not config.json: a dequantised model often keeps its old quantization_config.
     """
-    method = quantization_method(model.config)
-    for tensor in model.headers.tensors:
-        kind = next((kind for end, kind in _QUANTISED_SUFFIXES.items() if tensor.name.endswith(end)), None)
-        if tensor.name.endswith("_blocks") and tensor.dtype == "U8":
-            kind = "MXFP4"
-        narrow = tensor.dtype.startswith(("F8_", "F6_", "F4"))
-        integer = tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in _INTEGERS
-        if kind is None and not narrow and not integer:
-            continue
-        raise CheckpointError(
-            f"{model.role}: {model.path} is quantised ({method or kind or tensor.dtype}: {tensor.name} is "
-            f"{tensor.dtype}), and averaging its stored numbers would be silently wrong; "
-            f"give the full-precision checkpoint it was made from"
-        )
+    kinds = [(tensor, _quantisation(tensor)) for tensor in model.headers.tensors]
+    found = [(tensor, kind) for tensor, kind in kinds if kind is not None]
+    if not found:
+        return
+    named = next((pair for pair in found if pair[1]), found[0])
+    tensor, kind = named
+    name = quantization_method(model.config) or kind or tensor.dtype
+    raise CheckpointError(
+        f"{model.role}: {model.path} is quantised ({name}: {tensor.name} is {tensor.dtype}), and averaging its "
+        f"stored numbers would be silently wrong; give the full-precision checkpoint it was made from"
+    )
+
+
+def _quantisation(tensor: _engine.TensorInfo) -> str | None:
+    """Names the quantised format that a tensor is part of: "" if that is unnamed, None if there is none."""
+    for suffix, kind in _QUANTISED_SUFFIXES.items():
+        if tensor.name.endswith(suffix):
+            return kind
+    if tensor.name.endswith("_blocks") and tensor.dtype == "U8":
+        return "MXFP4"
+    integer = tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in _INTEGERS
+    return "" if integer or tensor.dtype.startswith(("F8_", "F6_", "F4")) else None

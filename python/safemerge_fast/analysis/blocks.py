@@ -73,7 +73,7 @@ class Workspace:
         return self._buffers[name][:size].view(rows, columns)
 
     def blocks(self, extent: int, across: int, *, least: int = 1) -> list[slice]:
-        """Cuts an extent into blocks that are `across` wide in the other direction, each at least `least` long."""
+        """Cuts an extent into blocks that are `across` wide in the other direction and at least `least` long."""
         step = max(self.block_elements // across, least)
         return [slice(start, min(start + step, extent)) for start in range(0, extent, step)]
 
@@ -91,7 +91,7 @@ class Workspace:
     def squares(self, matrix: torch.Tensor) -> float:
         """Sums the squares of a contiguous float32 matrix: short runs in float32, the runs in float64.
 
-        A long float32 sum of numbers that were rounded to a narrow dtype drifts, by 5e-6 in a quarter million.
+        A long float32 sum of numbers that were rounded to a narrow dtype drifts: 5e-6 in a quarter million.
         """
         flat = matrix.reshape(-1)
         whole = flat.numel() // _RUN * _RUN

@@ -101,8 +101,8 @@ def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
 def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
     """Computes (ρ, ρ_null) through N = VᵀV and M = VᵀΔ, for d_out > d_in; by blocks of rows.
 
-    M is made in panels of columns, so that beside a large N there is no second matrix of its size. Each panel is a
-    pass over V, and up to d_in = 4096 there is but one.
+    M is made in panels of columns, so that beside a large N there is no second matrix of its size. Each panel
+    is a pass over V, and up to d_in = 4096 there is but one.
     """
     d_out, d_in = v.shape
     blocks = workspace.blocks(d_out, d_in)

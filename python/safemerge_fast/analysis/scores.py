@@ -184,7 +184,7 @@ def describe_source(model: Model) -> dict[str, Any]:
         model: The model.
 
     Returns:
-        "path"; "files" (size, mtime_ns and header_digest of each file); and "sample", a digest of the first row
+        "path"; "files", with size, mtime_ns and header_digest of each; and "sample", a digest of the first row
         of up to 256 tensors, because every fine-tune of a model has the same headers and sizes.
     """
     files = {file: dict(facts) for file, facts in model.headers.identity().items()}
