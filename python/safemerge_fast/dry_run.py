@@ -85,7 +85,7 @@ def preview(configuration: MergeConfiguration) -> Preview:
         decisions = {row.name: Decision(row.analysed, row.reason) for row in job.pairing.rows}
     planned = [plan_shard(shard, decisions, job.blend, dtype=configuration.dtype) for shard in job.layout]
     plan = _engine.Plan(json.dumps(plan_document(job.models, planned)))
-    tensors = tensor_reports(planned, job.pairing.rows, scores, decisions, job.blend.describe())
+    tensors = tensor_reports(planned, job.pairing.rows, scores, decisions, job.blend)
     output = Path(configuration.output).expanduser().absolute()
     free = shutil.disk_usage(_existing_parent(output)).free
     return Preview(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ._engine import TensorInfo
 from .checkpoint import FLOATS, ROLES, Model, quantization_method
@@ -21,6 +21,9 @@ from .modules import (
     layer_of,
     module_type,
 )
+from .names import match_names
+from .operand import Operand, Term
+from .tied import embedding_name, is_head, ties_head
 
 __all__ = ["Pairing", "Row", "match_names", "pair"]
 
@@ -34,13 +37,15 @@ class Row:
         file: The fine-tuned model's file that holds it.
         dtype: Its dtype there, e.g. "BF16".
         shape: Its shape there.
-        names: Role to that role's tensor name, for the roles that have it with an equal shape; always
-            "finetuned".
+        names: Role to that role's tensor name, for the checkpoints that have it with an equal shape; adapters
+            are not among them.
         module_type: "q_proj", "experts.gate_proj", "embed_tokens", "norm", …, for counts per type.
         layer: The layer it belongs to, e.g. "model.layers.7", or None.
         analysed: Whether it is to be scored.
         transposed: Whether it is stored as (in, out), as GPT-2's Conv1D does.
         reason: Why it is left out of the analysis, or "projection".
+        terms: What each role's tensor is made of, for the roles that have it; those of names, which are plain
+            tensors, are filled in.
     """
 
     name: str
@@ -53,6 +58,11 @@ class Row:
     analysed: bool
     transposed: bool
     reason: str
+    terms: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        plain = {role: (Term(Operand(role, name)),) for role, name in self.names.items()}
+        object.__setattr__(self, "terms", {**plain, **self.terms})
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,75 +154,6 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
     return Pairing(tuple(rows), unused, tuple(notes))
 
 
-def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
-    """Matches the tensor names of two checkpoints of one architecture.
-
-    Exact names first; then names of which one is the other with a prefix (`transformer.h.0…` and `h.0…`);
-    then names that agree from the list of layers on (`model.language_model.layers.0…` and
-    `language_model.model.layers.0…`). A name is matched only if nothing else can be meant on either side, and
-    only with a name that has the same numbers in it: a missing layer is not its neighbour.
-
-    Args:
-        mine: Names to find counterparts for.
-        theirs: Names to find them among.
-
-    Returns:
-        The counterpart of each of mine that has one.
-    """
-    mine, left = list(mine), set(theirs)
-    found = {name: name for name in mine if name in left}
-    for same in (_same_but_for_prefix, _same_from_layers):
-        left -= set(found.values())
-        candidates: dict[str, set[str]] = {}
-        claims: dict[str, set[str]] = {}
-        for name, other in same([name for name in mine if name not in found], left):
-            if _numbers(name) == _numbers(other):
-                candidates.setdefault(name, set()).add(other)
-                claims.setdefault(other, set()).add(name)
-        for name, meant in candidates.items():
-            other = next(iter(meant))
-            if len(meant) == 1 and len(claims[other]) == 1:
-                found[name] = other
-    return found
-
-
-def _same_but_for_prefix(mine: Iterable[str], theirs: set[str]) -> list[tuple[str, str]]:
-    """Pairs of which one name is the other with parts in front."""
-    mine = set(mine)
-    pairs = [(name, tail) for name in mine for tail in _tails(name) if tail in theirs]
-    return pairs + [(tail, other) for other in theirs for tail in _tails(other) if tail in mine]
-
-
-def _same_from_layers(mine: Iterable[str], theirs: set[str]) -> list[tuple[str, str]]:
-    """Pairs that agree from the part before the first number on."""
-    by_tail: dict[str, list[str]] = {}
-    for other in theirs:
-        if match := _FROM_LAYERS.search(other):
-            by_tail.setdefault(match[0], []).append(other)
-    return [
-        (name, other)
-        for name in mine
-        if (match := _FROM_LAYERS.search(name))
-        for other in by_tail.get(match[0], ())
-    ]
-
-
-def _tails(name: str) -> list[str]:
-    """All that remains of a name when parts are taken off its front: "a.b.c" gives "b.c" and "c"."""
-    return [name[place + 1 :] for place, character in enumerate(name) if character == "."]
-
-
-def _numbers(name: str) -> list[str]:
-    return [part for part in name.split(".") if part.isdecimal()]
-
-
-_FROM_LAYERS = re.compile(r"[^.]+\.\d+\..*$")
-_TIED_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-_TIED_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared)\.weight$"
-)
-
-
 def _counterparts(tensors: Sequence[TensorInfo], other: Model) -> tuple[dict[str, str], list[str]]:
     """Maps names of the fine-tuned model to another model's; and says what was not an exact match."""
     notes = []
@@ -225,24 +166,17 @@ def _counterparts(tensors: Sequence[TensorInfo], other: Model) -> tuple[dict[str
             f"{len(renamed)} tensors have other names in {other.role}, "
             f"such as {found[renamed[0]]} for {renamed[0]}"
         )
-    embedding = next((name for name in found if _TIED_EMBEDDING.search(name)), None)
+    embedding = embedding_name(found)
     for tensor in tensors:
-        if tensor.name in found or embedding is None or not _TIED_HEAD.search(tensor.name):
+        if tensor.name in found or embedding is None or not is_head(tensor.name):
             continue
-        if _ties_head(other):
+        if ties_head(other.config):
             found[tensor.name] = found[embedding]
             notes.append(
                 f"{tensor.name} is not stored in {other.role}, which ties it to {found[embedding]}; "
                 f"that is taken for it"
             )
     return found, notes
-
-
-def _ties_head(model: Model) -> bool:
-    """Whether a model's head is its embedding; transformers takes it so unless the configuration says no."""
-    text = model.config.get("text_config")
-    inner = text.get("tie_word_embeddings", True) if isinstance(text, dict) else True
-    return model.config.get("tie_word_embeddings", inner) is not False
 
 
 class _Selection:

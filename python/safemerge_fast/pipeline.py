@@ -128,7 +128,7 @@ def run_merge(configuration: MergeConfiguration, progress: ProgressCallback | No
                 planned.append(plan_shard(shard, decisions, job.blend, dtype=configuration.dtype))
                 writer.submit(plan_document(job.models, planned[-1:]))
         writer.finish()
-        tensors = tensor_reports(planned, job.pairing.rows, scores, decisions, job.blend.describe())
+        tensors = tensor_reports(planned, job.pairing.rows, scores, decisions, job.blend)
         report = MergeReport(
             output=output.path,
             configuration=configuration,

@@ -12,12 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from .checkpoint import FLOATS, Model
+from .composition import Composition, combine
 from .configuration import DTYPES
 from .decision import Decision
 from .errors import PairingError
+from .operand import references
 from .pairing import Row
 
-__all__ = ["Blend", "Shard", "index_document", "lay_out", "output_dtype", "plan_document", "plan_shard"]
+__all__ = [
+    "Blend",
+    "Shard",
+    "compose",
+    "index_document",
+    "lay_out",
+    "output_dtype",
+    "plan_document",
+    "plan_shard",
+]
 
 VERSION = 1
 """Version of the plan's format."""
@@ -49,16 +60,13 @@ class Blend:
         method: Name of the engine's method.
         parameters: The method's parameters.
         weights: Weight by role, in the order in which the roles are accumulated.
+        kept: The role that tensors which are not merged come from.
     """
 
     method: str
     parameters: Mapping[str, Any]
     weights: Mapping[str, float]
-
-    def describe(self) -> str:
-        """The operation in one line, e.g. `linear: 0.8 finetuned + 0.2 safe`."""
-        terms = " + ".join(f"{weight:.12g} {role}" for role, weight in self.weights.items())
-        return f"{self.method}: {terms}"
+    kept: str = "finetuned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +141,7 @@ def plan_shard(
     Args:
         shard: The output file.
         decisions: At least the decisions of the shard's rows.
-        blend: What merged tensors are made of; kept ones are copies of the fine-tuned tensor.
+        blend: What merged tensors are made of, and where the others come from.
         dtype: Output dtype of float tensors, as in output_dtype.
 
     Returns:
@@ -150,11 +158,35 @@ def plan_shard(
                 "name": row.name,
                 "dtype": output_dtype(row, dtype),
                 "shape": list(row.shape),
-                **(_merge(row, blend) if decisions[row.name].merge else {"copy": _operand("finetuned", row)}),
+                **compose(row, decisions[row.name], blend).to_plan(),
             }
             for row in shard.rows
         ],
     }
+
+
+def compose(row: Row, decision: Decision, blend: Blend) -> Composition:
+    """Says what one tensor is made of.
+
+    Args:
+        row: The row.
+        decision: Whether it is merged.
+        blend: What merged tensors are made of, and where the others come from.
+
+    Returns:
+        The composition. What comes down to one tensor as it is stored is a copy of it.
+
+    Raises:
+        PairingError: It is to be merged, and one of the blend's models does not have it.
+    """
+    weights = blend.weights if decision.merge else {blend.kept: 1.0}
+    if missing := [role for role in weights if role not in row.terms]:
+        raise PairingError(
+            f"{row.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
+            f"leave it out with --exclude"
+        )
+    terms = combine((weight, row.terms[role]) for role, weight in weights.items())
+    return Composition(blend.method, blend.parameters, terms)
 
 
 def plan_document(models: Mapping[str, Model], shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -171,9 +203,8 @@ def plan_document(models: Mapping[str, Model], shards: Iterable[Mapping[str, Any
     used: dict[str, set[str]] = {}
     for shard in shards:
         for tensor in shard["tensors"]:
-            for operand in _operands(tensor):
-                headers = models[operand["source"]].headers
-                used.setdefault(operand["source"], set()).add(headers.tensor(operand["tensor"]).file)
+            for source, name in _inputs(tensor):
+                used.setdefault(source, set()).add(models[source].headers.tensor(name).file)
     sources = {}
     for role in sorted(used):
         headers = models[role].headers
@@ -208,22 +239,9 @@ def _names_are_standard(files: Iterable[str]) -> bool:
     return None not in matches and len(counts) == 1
 
 
-def _operand(role: str, row: Row) -> dict[str, str]:
-    return {"source": role, "tensor": row.names[role]}
-
-
-def _merge(row: Row, blend: Blend) -> dict[str, Any]:
-    if missing := [role for role in blend.weights if role not in row.names]:
-        raise PairingError(
-            f"{row.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
-            f"leave it out with --exclude"
-        )
-    operands = [{"operand": _operand(role, row), "weight": weight} for role, weight in blend.weights.items()]
-    return {"merge": {"method": blend.method, "parameters": dict(blend.parameters), "operands": operands}}
-
-
-def _operands(tensor: Mapping[str, Any]) -> list[Mapping[str, str]]:
-    """All operands of one planned tensor."""
+def _inputs(tensor: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """All (source, tensor) that one planned tensor reads."""
     if "copy" in tensor:
-        return [tensor["copy"]]
-    return [weighted["operand"] for weighted in tensor["merge"]["operands"]]
+        return references(tensor["copy"])
+    operands = tensor["merge"]["operands"]
+    return [reference for weighted in operands for reference in references(weighted["operand"])]

@@ -15,6 +15,7 @@ from .decision import Decision
 from .documents import write_document
 from .errors import SafemergeError
 from .pairing import Row
+from .plan import Blend, compose
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +48,8 @@ class TensorReport:
         analysed: Whether it was scored.
         merged: Whether it was merged; otherwise it is the fine-tuned tensor.
         reason: Why.
-        operation: What it is made of, e.g. `linear: 0.8 finetuned + 0.2 safe` or `copy: finetuned`.
+        operation: What it is made of, e.g. `linear: 0.8 finetuned + 0.2 safe` or `copy: finetuned`; with adapters
+            `linear: aligned + 1.6·B·A(finetuned) + 0.4·B·A(safe)`.
         rho: ρ; None where it was not computed or is undefined.
         rho_null: The ρ expected of a random update; None likewise.
         v_norm: ‖V‖ = ‖W_aligned - W_base‖ (Frobenius); None where not analysed.
@@ -204,7 +206,7 @@ def tensor_reports(
     rows: Sequence[Row],
     scores: Mapping[str, Score],
     decisions: Mapping[str, Decision],
-    operation: str,
+    blend: Blend,
 ) -> tuple[TensorReport, ...]:
     """Joins what the stages found out about each tensor.
 
@@ -213,7 +215,7 @@ def tensor_reports(
         rows: The rows of the pairing.
         scores: Scores of the analysed rows.
         decisions: The decision for every row.
-        operation: What merged tensors are made of, in words.
+        blend: What merged tensors are made of, and where the others come from.
 
     Returns:
         One record per output tensor, in the order of the plan.
@@ -235,7 +237,7 @@ def tensor_reports(
                     analysed=row.analysed,
                     merged=decision.merge,
                     reason=decision.reason,
-                    operation=operation if decision.merge else "copy: finetuned",
+                    operation=compose(row, decision, blend).describe(),
                     **(_measured(score) if score is not None else {}),
                 )
             )

@@ -19,6 +19,7 @@ from safemerge_fast.pairing import Row, pair
 from safemerge_fast.plan import (
     Blend,
     Shard,
+    compose,
     index_document,
     lay_out,
     output_dtype,
@@ -181,7 +182,10 @@ class TestOperations:
         assert weights["finetuned"] * finetuned + weights["safe"] * safe == pytest.approx(paper, abs=1e-15)
 
     def test_describes_itself(self) -> None:
-        assert safemerge(0.8, safe_role="aligned").describe() == "linear: 0.8 finetuned + 0.2 aligned"
+        blend = safemerge(0.8, safe_role="aligned")
+        both = row("w", names={"finetuned": "w", "aligned": "w"})
+        merged, kept = (compose(both, Decision(merge, ""), blend).describe() for merge in (True, False))
+        assert (merged, kept) == ("linear: 0.8 finetuned + 0.2 aligned", "copy: finetuned")
 
 
 class TestDocument:

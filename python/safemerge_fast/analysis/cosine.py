@@ -123,10 +123,9 @@ def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
             gram_scale = _power_of_two(v.squares)
             gram_squares = _complete_gram(gram, gram_scale, workspace)
         # Scaled against underflow of the products of small weights.
-        cross_squares = workspace.squares(cross)
-        cross_scale = _power_of_two(math.sqrt(cross_squares))
+        cross_scale = _power_of_two(math.sqrt(v.squares) * math.sqrt(delta.squares))
         cross.mul_(cross_scale)
-        overlap += cross_squares
+        overlap += workspace.squares(cross) / cross_scale**2
         for first, last in workspace.strips(d_in, 2.0 * d_in * width):
             product = workspace.buffer("product", last - first, width)
             torch.mm(gram[first:last], cross, out=product)

@@ -1,0 +1,267 @@
+"""Computes ρ of a low-rank update from its factors, in two passes over V and without a square matrix.
+
+With V = W_aligned - W_base (d_out, d_in) and Δ = Σ s·B·A, cosine.py's ρ = ‖VᵀΔ‖² / (‖V VᵀΔ‖ ‖Δ‖) needs Δ's
+column space only. All factors stand side by side in one B (d_out, r) and one A (r, d_in). With A·Aᵀ = L·Lᵀ,
+C = B·L has the products of Δ, C·Cᵀ = Δ·Δᵀ, and so
+
+    G = VᵀC (d_in, r)      H = V·G (d_out, r)      ρ = ‖G‖² / (‖H‖ ‖C‖)
+
+at 4·d_out·d_in·r operations. Products with V are float32, those of the factors and the last sums float64.
+
+ρ_null = ‖V‖² / (√d_out ‖M‖) with M = V Vᵀ is estimated from a few Gaussian columns z that pass through the same
+products beside C: E ‖M z‖² = ‖M‖². V of an aligned model has a few large singular values, and these would
+make the estimate coarse. They are taken out exactly: N = Y·(ZᵀY)⁺·Yᵀ with Y = M Z, Nyström's approximation of M
+by all columns but z, gives ‖M‖² = ‖N‖² + E(‖M z‖² - ‖N z‖²), averaged over which z is left out (Epperly, Tropp
+and Webber, "XTrace", arXiv 2301.07825). It needs no more than the Gram matrices of G and of H.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .blocks import Difference, Mapped, Workspace
+from .device import full_float32
+from .rounding import v_rounding
+from .scores import Score
+
+if TYPE_CHECKING:
+    from ..checkpoint import Model
+    from ..operand import LowRank
+    from ..pairing import Row
+
+__all__ = ["PROBES", "score_low_rank"]
+
+PROBES = 8
+"""Gaussian columns that estimate ρ_null. The estimate is within about 2 % of the exact value."""
+
+_SEED = 20250317
+# Relative to the largest eigenvalue, what of a float32 Gram matrix of unit columns is noise.
+_GRAM_NOISE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """Δ as far as ρ needs it: C with C·Cᵀ = Δ·Δᵀ up to a factor, (d_out, r) in float64, and ‖Δ‖."""
+
+    columns: torch.Tensor
+    norm: float
+
+
+def score_low_rank(
+    models: Mapping[str, Model], row: Row, factors: Sequence[LowRank], *, workspace: Workspace
+) -> Score:
+    """Scores one module whose update of the aligned weight is a sum of low-rank products.
+
+    Args:
+        models: base, aligned, and the sources of the factors, by role.
+        row: An analysed row of the pairing: 2-D, float, of one shape in base and aligned.
+        factors: What Δ is the sum of.
+        workspace: Buffers and the device to compute on.
+
+    Returns:
+        The score, as cosine.score_module would give it, but for an estimated ρ_null.
+    """
+    aligned, base = Mapped(models["aligned"], row.names["aligned"]), Mapped(models["base"], row.names["base"])
+    v = Difference(workspace, aligned, base, transposed=row.transposed, minuend_norm=True)
+    undefined = _first_nonfinite(models, factors)
+    update = None if undefined is not None else _update(models, factors)
+    rho: float | None = None
+    rho_null: float | None = None
+    with full_float32(workspace.device):
+        if update is None or update.norm == 0.0:
+            _norms_only(v, row, workspace)
+        else:
+            rho, rho_null = _measure(v, row, update, workspace)
+    v.release()
+    if undefined is None:
+        undefined = _why_undefined(v, (aligned, base), update, workspace)
+    v_norm, weight_norm = math.sqrt(v.squares), math.sqrt(v.minuend_squares)
+    return Score(
+        rho=rho if undefined is None else None,
+        rho_null=rho_null if undefined is None else None,
+        v_norm=v_norm,
+        delta_norm=math.nan if update is None else update.norm,
+        weight_norm=weight_norm,
+        v_rounding=v_rounding(base.dtype, aligned.dtype, weight_norm, v_norm),
+        undefined=undefined,
+        rho_null_estimated=True,
+    )
+
+
+def _update(models: Mapping[str, Model], factors: Sequence[LowRank]) -> _Update:
+    """Puts the factors side by side and brings Δ = B·A to C = B·L, in float64 on the CPU."""
+    left, right = [], []
+    for factor in factors:
+        a, b = _read(models, factor, factor.a), _read(models, factor, factor.b)
+        # Rows of unit length, so that the eigenvalues below lose nothing of a product whose A is small.
+        lengths = torch.linalg.vector_norm(a, dim=1)
+        lengths[lengths == 0.0] = 1.0
+        left.append(b * (factor.scale * lengths))
+        right.append(a / lengths[:, None])
+    b, a = torch.cat(left, dim=1), torch.cat(right)
+    eigenvalues, eigenvectors = torch.linalg.eigh(a @ a.T)
+    columns = b @ (eigenvectors * eigenvalues.clamp_min(0.0).sqrt())
+    norm = float(torch.linalg.vector_norm(columns))
+    return _Update(columns / (norm or 1.0), norm)
+
+
+def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> tuple[float, float | None]:
+    """Computes ρ and estimates ρ_null from Gram matrices of G and H."""
+    d_out, d_in = v.shape
+    rank = update.columns.shape[1]
+    width = rank + PROBES
+    columns = workspace.buffer("columns", d_out, width)
+    columns[:, :rank].copy_(update.columns)
+    generator = torch.Generator().manual_seed(_SEED)
+    columns[:, rank:].copy_(torch.randn(d_out, PROBES, generator=generator))
+    images = workspace.buffer("images", d_in, width).zero_()  # G, later scaled
+    returned = workspace.buffer("returned", d_out, width).zero_()  # H, scaled like G
+    scale = _pass_over_columns if row.transposed else _pass_over_rows
+    scale_squares = scale(v, columns, images, returned, workspace) ** 2
+    if not math.isfinite(v.squares) or v.squares == 0.0:
+        return 0.0, None
+    inner, outer = _gram(images), _gram(returned)
+    overlap, squares = float(inner.diagonal()[:rank].sum()), float(outer.diagonal()[:rank].sum())
+    # G carries the scale once and H once: ‖G‖²/‖H‖ carries it once.
+    rho = overlap / math.sqrt(squares * scale_squares) if squares > 0.0 else 0.0
+    null = _null(inner / scale_squares, outer / scale_squares, rank, v)
+    return max(0.0, min(1.0, rho)), null
+
+
+def _pass_over_rows(
+    v: Difference,
+    columns: torch.Tensor,
+    images: torch.Tensor,
+    returned: torch.Tensor,
+    workspace: Workspace,
+) -> float:
+    """Computes G and H by blocks of V's rows: a pass for each. Returns the power of two that both are scaled by."""
+    d_out, d_in = v.shape
+    every = slice(0, d_in)
+    blocks = _slices(d_out, d_in, workspace)
+    for rows in blocks:
+        images.addmm_(v.block(rows, every, "block").T, columns[rows])
+    # Against underflow of the products of small weights.
+    scale = _power_of_two(float(torch.linalg.vector_norm(images)))
+    images.mul_(scale)
+    for rows in blocks:
+        torch.mm(v.block(rows, every, "block", norms=False), images, out=returned[rows])
+    return scale
+
+
+def _pass_over_columns(
+    v: Difference,
+    columns: torch.Tensor,
+    images: torch.Tensor,
+    returned: torch.Tensor,
+    workspace: Workspace,
+) -> float:
+    """Does the same for a module stored as (d_in, d_out): a block of V's columns gives its part of G and of H."""
+    d_out, d_in = v.shape
+    scale = 0.0
+    for part in _slices(d_in, d_out, workspace):
+        block = v.block(slice(0, d_out), part, "block")
+        torch.mm(block.T, columns, out=images[part])
+        scale = scale or _power_of_two(float(torch.linalg.vector_norm(images[part])))
+        images[part].mul_(scale)
+        returned.addmm_(block, images[part])
+    return scale
+
+
+def _norms_only(v: Difference, row: Row, workspace: Workspace) -> None:
+    """Reads V for its norm and the aligned weight's."""
+    d_out, d_in = v.shape
+    if row.transposed:
+        for part in _slices(d_in, d_out, workspace):
+            v.block(slice(0, d_out), part, "block")
+    else:
+        for part in _slices(d_out, d_in, workspace):
+            v.block(part, slice(0, d_in), "block")
+
+
+def _slices(extent: int, across: int, workspace: Workspace) -> list[slice]:
+    """Cuts an extent so that a block fits the cache, which is where it is used."""
+    step = max(workspace.chunk_elements // across, 1)
+    return [slice(start, min(start + step, extent)) for start in range(0, extent, step)]
+
+
+def _gram(matrix: torch.Tensor) -> torch.Tensor:
+    """matrixᵀ·matrix of a tall matrix, in float64 on the CPU, because MPS has no float64."""
+    double = matrix.cpu().double()
+    return double.T @ double
+
+
+def _null(inner: torch.Tensor, outer: torch.Tensor, rank: int, v: Difference) -> float | None:
+    """Estimates ρ_null.
+
+    Args:
+        inner: ZᵀM Z of all columns Z = [C, probes], with M = V Vᵀ; float64.
+        outer: ZᵀM²Z of them; float64.
+        rank: How many columns C has.
+        v: V, read.
+
+    Returns:
+        The estimate; None where M vanishes.
+    """
+    lengths = inner.diagonal().clamp_min(0.0).sqrt()
+    shrink = torch.where(lengths > 0.0, 1.0 / lengths, torch.zeros_like(lengths))
+    inner, outer = inner * torch.outer(shrink, shrink), outer * torch.outer(shrink, shrink)
+    count = inner.shape[0]
+    total = 0.0
+    for probe in range(rank, count):
+        others = [column for column in range(count) if column != probe]
+        inverse = torch.linalg.pinv(inner[others][:, others], rtol=_GRAM_NOISE, hermitian=True)
+        known = outer[others][:, others]
+        product = inverse @ known
+        image = inverse @ inner[others, probe]
+        rest = (outer[probe, probe] - image @ known @ image) * lengths[probe] ** 2
+        total += float((product * product.T).sum() + rest)
+    # A Gram matrix of that trace and rank has at least this norm.
+    least = v.squares**2 / min(v.shape)
+    gram_squares = max(total / (count - rank), least)
+    return v.squares / math.sqrt(v.shape[0] * gram_squares) if gram_squares > 0.0 else None
+
+
+def _power_of_two(size: float) -> float:
+    """The power of two that brings a positive size to about 1, so that scaling by it rounds nothing."""
+    if not (math.isfinite(size) and size > 0.0):
+        return 1.0
+    return math.ldexp(1.0, max(-126, min(126, -math.frexp(size)[1])))
+
+
+def _read(models: Mapping[str, Model], factor: LowRank, name: str) -> torch.Tensor:
+    """Reads a factor whole, as float64 on the CPU."""
+    mapped = Mapped(models[factor.source], name)
+    matrix = mapped.chunk(slice(0, mapped.shape[0]), slice(0, mapped.shape[1])).double()
+    mapped.release()
+    return matrix
+
+
+def _first_nonfinite(models: Mapping[str, Model], factors: Sequence[LowRank]) -> str | None:
+    """Names the first factor that holds NaN or infinity."""
+    for factor in factors:
+        for name in (factor.a, factor.b):
+            if not bool(torch.isfinite(_read(models, factor, name)).all()):
+                return f"non-finite values in {factor.source} tensor {name}"
+    return None
+
+
+def _why_undefined(
+    v: Difference, tensors: Sequence[Mapped], update: _Update | None, workspace: Workspace
+) -> str | None:
+    """Says why there is no ρ, or returns None."""
+    if not (math.isfinite(v.minuend_squares) and math.isfinite(v.squares)):
+        for tensor in tensors:
+            if not tensor.is_finite(workspace.chunk_elements):
+                return f"non-finite values in {tensor.role} tensor {tensor.name}"
+        return f"non-finite values in float32 arithmetic on tensor {tensors[0].name}"
+    if v.squares == 0.0:
+        return "V is zero"
+    if update is None or update.norm == 0.0:
+        return "Δ is zero"
+    return None
