@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .pipeline import merge
     from .progress import ProgressEvent
+    from .recipes.fold import FoldConfiguration, FoldReport, fold
     from .report import MergeReport
     from .scoring import analyze
     from .verification import VerifyReport, verify
@@ -34,6 +35,8 @@ __all__ = [
     "AdapterError",
     "AnalysisError",
     "CheckpointError",
+    "FoldConfiguration",
+    "FoldReport",
     "MergeConfiguration",
     "MergeReport",
     "OutputError",
@@ -47,6 +50,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "analyze",
+    "fold",
     "merge",
     "preview",
     "verify",
@@ -57,6 +61,9 @@ _HOMES = {
     "Score": "analysis.scores",
     "Scores": "analysis.scores",
     "MergeConfiguration": "configuration",
+    "FoldConfiguration": "recipes.fold",
+    "FoldReport": "recipes.fold",
+    "fold": "recipes.fold",
     "Preview": "dry_run",
     "preview": "dry_run",
     "merge": "pipeline",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import _engine
+from ._engine import TensorInfo
 from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from .checkpoint import FLOATS, Model, locate, open_model
 from .errors import AdapterError
@@ -134,14 +135,17 @@ _SUFFIXES = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".token_adapter.trainable_tokens_delta": "token_rows",
 }
-# Between the name of a module that PEFT wraps and that of its own tensor.
-_WRAPPERS = (".base_layer", ".modules_to_save")
+
+
+# What bias="all" stores besides of a module that is saved as a whole: its untrained original, which nothing
+# reads, and its trained version once more, which PEFT stores under the module's own name as well.
+_SHADOWS = (".original_module.", ".modules_to_save.")
 
 
 def _modules(where: str, headers: _engine.Checkpoint, settings: AdapterConfig) -> dict[str, AdaptedModule]:
     """Groups the keys by module, understands each, and checks the groups."""
-    modules: dict[str, AdaptedModule] = {}
-    originals: list[str] = []
+    groups: dict[str, _Group] = {}
+    shadows: list[str] = []
     for tensor in headers.tensors:
         key = tensor.name
         if not key.startswith(_PREFIX):
@@ -154,100 +158,129 @@ def _modules(where: str, headers: _engine.Checkpoint, settings: AdapterConfig) -
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)
         if suffix is not None:
             module = name.removesuffix(suffix).removesuffix(".base_layer")
-            known = modules.setdefault(module, AdaptedModule(module))
-            attribute = _SUFFIXES[suffix]
-            if getattr(known, attribute) is not None:
-                raise AdapterError(f"{where}: {key} and {getattr(known, attribute)} are the same of {module}")
-            modules[module] = replace(
-                known, **{attribute: key}, is_embedding=known.is_embedding or "_embedding_" in suffix
-            )
-        elif ".original_module." in name:
-            originals.append(key)
-        elif "lora_" in name or "token_adapter" in name or name.endswith((".weight_format", ".g_idx")):
+            group = groups.setdefault(module, _Group())
+            group.is_embedding |= "_embedding_" in suffix
+            _add(where, group.parts, _SUFFIXES[suffix], key)
+        elif any(wrapped in name for wrapped in _SHADOWS):
+            shadows.append(key)
+        elif "lora_" in name or "token_adapter" in name:
             raise AdapterError(
-                f"{where}: the key {key} is not one that a LoRA adapter of linear or embedding layers has"
+                f"{where}: the key {key} is not one that LoRA of linear, Conv1D or embedding layers has"
             )
         else:
-            _add_replaced(where, modules, name, key)
-    for key in originals:
-        _check_original(where, modules, key)
-    if not modules:
+            module, parameter = _module_of(where, name, key)
+            _add(where, groups.setdefault(module, _Group()).replaced, parameter, key)
+    for key in shadows:
+        _check_shadow(where, groups, key)
+    if not groups:
         raise AdapterError(f"{where} holds no tensors, so it adapts nothing")
-    return {name: _checked(where, module, headers, settings) for name, module in modules.items()}
+    return {name: _checked(where, name, group, headers, settings) for name, group in groups.items()}
 
 
-def _add_replaced(where: str, modules: dict[str, AdaptedModule], name: str, key: str) -> None:
-    """Takes a plain tensor for one that replaces the model's own (modules_to_save, bias)."""
+@dataclass(slots=True)
+class _Group:
+    """The keys of one module, while they are collected: by attribute of AdaptedModule, and by parameter."""
+
+    parts: dict[str, str] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+    is_embedding: bool = False
+
+
+def _add(where: str, keys: dict[str, str], name: str, key: str) -> None:
+    """Adds a key, unless there is one of the same meaning already."""
+    if name in keys:
+        raise AdapterError(f"{where}: {keys[name]} and {key} mean the same; only one of them can be applied")
+    keys[name] = key
+
+
+def _module_of(where: str, name: str, key: str) -> tuple[str, str]:
+    """Module and parameter of a plain tensor, which replaces the model's own (modules_to_save, bias)."""
     module, _, parameter = name.rpartition(".")
     if not module:
         raise AdapterError(f"{where}: the key {key} names no module")
-    for wrapper in _WRAPPERS:
-        # A module_to_save may have modules of its own behind the wrapper.
-        head, found, tail = f"{module}.".partition(f"{wrapper}.")
-        if found:
-            module = f"{head}.{tail}".rstrip(".")
-    known = modules.setdefault(module, AdaptedModule(module))
-    # bias="all" and modules_to_save can both store one and the same tensor; the wrapped one is what PEFT loads last.
-    modules[module] = replace(known, replaced={**known.replaced, parameter: key})
+    # What PEFT wraps, it calls the base layer: that is not part of the model's names.
+    return f"{module}.".replace(".base_layer.", ".").rstrip("."), parameter
 
 
-def _check_original(where: str, modules: Mapping[str, AdaptedModule], key: str) -> None:
-    """Allows the untrained original of a module only where its trained version is there too."""
-    module, _, parameter = key.removeprefix(_PREFIX).replace(".original_module.", ".").rpartition(".")
-    if module not in modules or parameter not in modules[module].replaced:
-        raise AdapterError(f"{where}: {key} is the original of a module whose trained version is not there")
+def _check_shadow(where: str, groups: Mapping[str, _Group], key: str) -> None:
+    """Allows what is not read only where the trained version that is read is there too."""
+    name = key.removeprefix(_PREFIX)
+    for wrapped in _SHADOWS:
+        name = name.replace(wrapped, ".")
+    module, _, parameter = name.rpartition(".")
+    if module not in groups or parameter not in groups[module].replaced:
+        raise AdapterError(f"{where}: {key} belongs to a module whose trained version is not there")
 
 
 def _checked(
-    where: str, module: AdaptedModule, headers: _engine.Checkpoint, settings: AdapterConfig
+    where: str, name: str, group: _Group, headers: _engine.Checkpoint, settings: AdapterConfig
 ) -> AdaptedModule:
     """Checks that a module's keys belong together, and adds rank, scale and indices."""
-    if module.token_rows is not None:
-        module = _with_tokens(where, module, module.token_rows, headers, settings)
-    if module.a is None or module.b is None:
-        lonely = module.a or module.b or module.b_bias or module.magnitude
-        if lonely is not None:
-            missing = "lora_B" if module.a else "lora_A"
-            raise AdapterError(f"{where}: {lonely} has no {missing} beside it; the adapter is not complete")
-        return module
-    a, b = headers.tensor(module.a), headers.tensor(module.b)
+    parts = group.parts
+    a, b = parts.get("a"), parts.get("b")
+    rank, scale = 0, 1.0
+    if a is not None and b is not None:
+        rank, scale = (
+            _check_factors(where, name, headers.tensor(a), headers.tensor(b), settings),
+            settings.scale(name),
+        )
+    elif lonely := [key for attribute, key in parts.items() if attribute != "token_rows"]:
+        missing = "lora_A" if a is None else "lora_B"
+        raise AdapterError(f"{where}: {lonely[0]} has no {missing} beside it; the adapter is not complete")
+    rows = parts.get("token_rows")
+    if rows is not None and (a is not None or group.replaced):
+        raise AdapterError(
+            f"{where}: {name} is adapted otherwise too, beside {rows}; only one of them can be applied"
+        )
+    return AdaptedModule(
+        name=name,
+        a=a,
+        b=b,
+        rank=rank,
+        scale=scale,
+        is_embedding=group.is_embedding,
+        b_bias=parts.get("b_bias"),
+        magnitude=parts.get("magnitude"),
+        token_rows=rows,
+        token_indices=() if rows is None else _token_indices(where, name, headers.tensor(rows), settings),
+        replaced=group.replaced,
+    )
+
+
+def _check_factors(where: str, name: str, a: TensorInfo, b: TensorInfo, settings: AdapterConfig) -> int:
+    """Checks the factors of a module and returns their rank."""
     for factor in (a, b):
-        if 0 in factor.shape:
+        shape = tuple(factor.shape)
+        if 0 in shape:
             raise AdapterError(
-                f"{where}: {factor.name} is empty, of shape {tuple(factor.shape)}: the adapter was saved without "
-                f"gathering its shards (DeepSpeed ZeRO-3, FSDP); save it again from gathered weights"
+                f"{where}: {factor.name} is empty, of shape {shape}: the adapter was saved without gathering its "
+                f"shards (DeepSpeed ZeRO-3, FSDP); save it again from gathered weights"
             )
-        if len(factor.shape) != 2:
+        if len(shape) != 2:
             raise AdapterError(
-                f"{where}: {factor.name} has shape {tuple(factor.shape)}; only LoRA of linear, Conv1D and embedding "
-                f"layers, whose factors are matrices, can be merged"
+                f"{where}: {factor.name} has shape {shape}; only LoRA of linear, Conv1D and embedding layers, whose "
+                f"factors are matrices, can be merged"
             )
-    rank = settings.rank(module.name)
+    rank = settings.rank(name)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
-            f"{where}: {module.name} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, but {ADAPTER_CONFIG} "
+            f"{where}: {name} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, but {ADAPTER_CONFIG} "
             f"says rank {rank} for it; its r or rank_pattern do not belong to these weights"
         )
-    return replace(module, rank=rank, scale=settings.scale(module.name))
+    return rank
 
 
-def _with_tokens(
-    where: str, module: AdaptedModule, key: str, headers: _engine.Checkpoint, settings: AdapterConfig
-) -> AdaptedModule:
-    """Adds the indices of replaced rows, which the configuration holds."""
-    indices = settings.token_indices(module.name)
+def _token_indices(where: str, name: str, rows: TensorInfo, settings: AdapterConfig) -> tuple[int, ...]:
+    """The indices of replaced rows, which the configuration holds."""
+    indices = settings.token_indices(name)
     if indices is None:
         raise AdapterError(
-            f"{where}: {key} holds rows, but trainable_token_indices names none for {module.name}"
+            f"{where}: {rows.name} holds rows, but trainable_token_indices names none for {name}"
         )
-    shape = tuple(headers.tensor(key).shape)
+    shape = tuple(rows.shape)
     if len(shape) != 2 or shape[0] != len(indices) or len(set(indices)) != len(indices):
         raise AdapterError(
-            f"{where}: {key} has shape {shape}, but trainable_token_indices names {len(indices)} rows, "
+            f"{where}: {rows.name} has shape {shape}, but trainable_token_indices names {len(indices)} rows, "
             f"{len(set(indices))} of them different"
         )
-    if module.a is not None or module.replaced:
-        raise AdapterError(
-            f"{where}: {module.name} has trainable tokens and is adapted otherwise too; give one of them"
-        )
-    return replace(module, token_indices=indices)
+    return indices

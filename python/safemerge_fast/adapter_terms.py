@@ -63,8 +63,10 @@ def adapter_notes(adapter: Adapter, model: Model, terms: Mapping[str, tuple[Term
         terms: What adapter_terms says of the two.
     """
     embedding = embedding_name(tensor.name for tensor in model.headers.tensors)
+    if embedding is None or embedding not in terms or not ties_head(model.config):
+        return []
     # PEFT keeps trainable tokens of tied layers in step by itself.
-    if embedding not in terms or terms[embedding][0].operand.rows is not None or not ties_head(model.config):
+    if terms[embedding][0].operand.rows is not None:
         return []
     return [
         f"{adapter.role} adapts {embedding}, to which {model.role} ties its head: in the output both change, as "
@@ -77,7 +79,10 @@ def _stored_tied_head(model: Model, terms: Mapping[str, tuple[Term, ...]]) -> di
     names = [tensor.name for tensor in model.headers.tensors]
     embedding = embedding_name(names)
     head = next((name for name in names if is_head(name)), None)
-    if head is None or head in terms or embedding not in terms or not ties_head(model.config, default=False):
+    if head is None or head in terms or embedding is None or embedding not in terms:
+        return {}
+    # A configuration that does not say it may stand for a head of its own.
+    if not ties_head(model.config, default=False):
         return {}
     return {head: terms[embedding]}
 
@@ -132,7 +137,8 @@ def _terms(
 
 def _is_transposed(adapter: Adapter, model: Model, module: AdaptedModule, tensor: TensorInfo) -> bool:
     """Whether the matrix is stored as (in, out): the factors' shapes say it, unless it is square."""
-    assert module.a is not None and module.b is not None
+    assert module.a is not None
+    assert module.b is not None
     inner, out = adapter.headers.tensor(module.a).shape[1], adapter.headers.tensor(module.b).shape[0]
     shape = tuple(tensor.shape)
     if shape not in ((out, inner), (inner, out)) or (module.is_embedding and shape != (inner, out)):

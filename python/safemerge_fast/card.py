@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from ._engine import __version__
+from .adapter import Adapter
 from .checkpoint import Model
 from .report import MergeReport, ModuleCount
 
-__all__ = ["hub_name", "model_card"]
+__all__ = ["fold_card", "hub_name", "model_card"]
 
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
 
@@ -59,6 +62,56 @@ what each is made of, in `safemerge_plan.json`.
 """
 
 
+_FOLD_CARD = """\
+---
+base_model:{base_model}
+base_model_relation: merge
+library_name: transformers
+tags:
+- merge
+---
+
+# {title}
+
+{model} with the LoRA adapter {adapter} folded into its weights by
+[safemerge-fast](https://pypi.org/project/safemerge-fast/) {version}. What each tensor is made of stands in
+`safemerge_plan.json`.
+
+```yaml
+{settings}
+```
+
+```sh
+{command}
+```
+"""
+
+
+def fold_card(output: str, settings: Mapping[str, Any], command: str, models: Mapping[str, Model]) -> str:
+    """Writes the card of a checkpoint that an adapter was folded into.
+
+    Args:
+        output: The output directory.
+        settings: The recipe, by field.
+        command: The command line.
+        models: "model" and "adapter".
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    bases = [name for model in models.values() if (name := hub_name(model)) is not None]
+    return _FOLD_CARD.format(
+        base_model="".join(f"\n- {name}" for name in bases) or " []",
+        title=output.rstrip("/").rpartition("/")[2],
+        model=_display_name(models["model"]),
+        adapter=_display_name(models["adapter"]),
+        version=__version__,
+        # JSON's strings and numbers are YAML's too.
+        settings="\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()),
+        command=command,
+    )
+
+
 def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
     """Writes the card.
 
@@ -72,7 +125,9 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
     """
     configuration = report.configuration
     blended = ["finetuned", "safe" if "safe" in models else "aligned"]
-    bases = list(dict.fromkeys(name for role in blended if (name := hub_name(models[role])) is not None))
+    # An adapter's weights come on top of the aligned model's.
+    parts = [*blended, "aligned"] if any(isinstance(models[role], Adapter) for role in blended) else blended
+    bases = list(dict.fromkeys(name for role in parts if (name := hub_name(models[role])) is not None))
     analysed = sum(tensor.analysed for tensor in report.tensors)
     return _CARD.format(
         base_model="".join(f"\n- {name}" for name in bases) or " []",
@@ -85,7 +140,9 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
         rule=_rule(report),
         blend=_blend(configuration.alpha, blended[1]),
         method=configuration.method,
-        roles="\n".join(f"| {role} | {_display_name(model)} |" for role, model in models.items()),
+        roles="\n".join(
+            f"| {role} | {_display_name(model)}{_kind(model)} |" for role, model in models.items()
+        ),
         counts=_count_table(report.counts),
         command=configuration.command(),
         configuration=json.dumps(configuration.settings(), indent=2, ensure_ascii=False),
@@ -102,6 +159,10 @@ def _display_name(model: Model) -> str:
     """The name on the Hub, else the last part of the path: a card is published, a home directory is not."""
     name = hub_name(model)
     return f"[{name}](https://huggingface.co/{name})" if name is not None else f"`{model.path.name}`"
+
+
+def _kind(model: Model) -> str:
+    return " (LoRA adapter of the aligned model)" if isinstance(model, Adapter) else ""
 
 
 def _rule(report: MergeReport) -> str:

@@ -19,8 +19,7 @@ __all__ = ["companion_files", "configuration_file"]
 
 CONFIGURATION = "config.json"
 
-_PATTERNS = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -31,6 +30,9 @@ _PATTERNS = (
     "tekken.json",
     "chat_template.*",
     "additional_chat_templates/*",
+)
+_OTHERS = (
+    "generation_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
     "processor_config.json",
@@ -51,12 +53,13 @@ _RELATIVE_IMPORT = re.compile(
 )
 
 
-def companion_files(model: Model) -> list[tuple[Path, str]]:
+def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[Path, str]]:
     """Lists the files to copy beside the merged weights; config.json is not among them.
 
     Args:
-        model: The fine-tuned model. Where a single file was given for it, the directory it lies in is looked
-            at if that holds a config.json.
+        model: The checkpoint that the output is shaped like. Where a single file was given for it, the
+            directory it lies in is looked at if that holds a config.json.
+        tokenizer: An adapter of it. If a tokenizer lies there, it is taken in place of the checkpoint's.
 
     Returns:
         (where a file lies, its name in the output), sorted by name.
@@ -64,14 +67,25 @@ def companion_files(model: Model) -> list[tuple[Path, str]]:
     directory = _directory(model)
     if not model.path.is_dir() and not (directory / CONFIGURATION).is_file():
         return []
+    sources = [(directory, _OTHERS), (_tokenizer_directory(tokenizer) or directory, _TOKENIZER)]
     found: dict[str, Path] = {}
-    for pattern in _PATTERNS:
-        for path in directory.glob(pattern):
-            if path.is_file() and path.suffix not in _NEVER:
-                found[path.relative_to(directory).as_posix()] = path
-    for name in _code_files(directory):
-        found[name] = directory / name
+    for source, patterns in sources:
+        for pattern in patterns:
+            for path in source.glob(pattern):
+                if path.is_file() and path.suffix not in _NEVER:
+                    found[path.relative_to(source).as_posix()] = path
+        for name in _code_files(source):
+            found[name] = source / name
     return [(found[name], name) for name in sorted(found)]
+
+
+def _tokenizer_directory(model: Model | None) -> Path | None:
+    """The model's directory if it has a tokenizer of its own."""
+    if model is None:
+        return None
+    names = ("tokenizer.json", "tokenizer_config.json")
+    directory = _directory(model)
+    return directory if any((directory / name).is_file() for name in names) else None
 
 
 def configuration_file(model: Model, dtype: str) -> bytes | None:

@@ -13,7 +13,7 @@ from .decision import Rule
 from .errors import PlanError
 from .sizes import parse_size
 
-__all__ = ["DTYPES", "METHODS", "MergeConfiguration"]
+__all__ = ["DTYPES", "METHODS", "MergeConfiguration", "check_dtype", "check_sizes", "check_threads"]
 
 METHODS = ("linear",)
 """Merge methods that a recipe may use."""
@@ -23,6 +23,30 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 # These change how the work is done, or whether it may start, but not one byte of the weights.
 _NOT_SHOWN = frozenset({"resume", "overwrite", "threads", "memory_budget", "scores", "device"})
+
+
+def check_sizes(configuration: Any) -> None:
+    """Replaces the fields max_shard_size and memory_budget, where set, by their bytes.
+
+    Raises:
+        PlanError: One is no size.
+    """
+    for name in ("max_shard_size", "memory_budget"):
+        value = getattr(configuration, name)
+        if value is not None:
+            object.__setattr__(configuration, name, parse_size(value))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises PlanError if an output dtype is neither "auto" nor a key of DTYPES."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise PlanError(f"dtype should be auto, {', '.join(DTYPES)}, not {dtype!r}")
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises PlanError if a number of threads is below 1."""
+    if threads is not None and threads < 1:
+        raise PlanError(f"threads should be at least 1, not {threads}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +88,15 @@ class MergeConfiguration:
             value = getattr(self, role)
             if value is not None:
                 object.__setattr__(self, role, os.fspath(value))
-        for size in ("max_shard_size", "memory_budget"):
-            value = getattr(self, size)
-            if value is not None:
-                object.__setattr__(self, size, parse_size(value))
+        check_sizes(self)
         if not 0.0 <= self.alpha <= 1.0:
             raise PlanError(f"alpha should lie between 0 and 1, not at {self.alpha}")
         if self.method not in METHODS:
             raise PlanError(f"method should be {' or '.join(METHODS)}, not {self.method!r}")
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise PlanError(f"dtype should be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
+        check_dtype(self.dtype)
         if self.delta_reference not in ("aligned", "base"):
             raise PlanError(f"delta_reference should be aligned or base, not {self.delta_reference!r}")
-        if self.threads is not None and self.threads < 1:
-            raise PlanError(f"threads should be at least 1, not {self.threads}")
+        check_threads(self.threads)
         if self.resume and self.overwrite:
             raise PlanError("resume continues an output and overwrite starts it anew; give one of them")
         for name in ("include", "exclude"):

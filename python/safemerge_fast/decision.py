@@ -106,7 +106,7 @@ def decide(rows: Sequence[Row], scores: Mapping[str, Score], rule: Rule) -> dict
     units = _units(analysed, rule)
     verdicts = _verdicts(units, scores, rule)
     unit_of = {row.name: unit for unit, members in units.items() for row in members}
-    given = {role for row in rows for role in row.names}
+    given = {role for row in rows for role in row.terms}
     needed = {"finetuned", "safe" if "safe" in given else "aligned"}
     return {
         row.name: verdicts[unit_of[row.name]] if row.analysed else _unanalysed(row, needed, rule)
@@ -168,6 +168,12 @@ def _digits(rho: float, threshold: float) -> tuple[str, str]:
 
 def _unanalysed(row: Row, needed: set[str], rule: Rule) -> Decision:
     """Decides for a tensor that has no score."""
-    if rule.others == "merge" and row.dtype in FLOATS and needed <= row.names.keys():
+    # Where adapters leave a tensor alone, all roles have the same one, and there is nothing to merge.
+    if (
+        rule.others == "merge"
+        and row.dtype in FLOATS
+        and needed <= row.terms.keys()
+        and len({row.terms[role] for role in needed}) > 1
+    ):
         return Decision(True, f"{row.reason}: not analysed, merged with the others")
     return Decision(False, f"{row.reason}: not analysed")

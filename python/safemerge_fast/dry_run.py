@@ -13,6 +13,7 @@ from .analysis.scores import Score
 from .configuration import MergeConfiguration
 from .decision import Decision, decide
 from .job import Job, open_job
+from .operand import references
 from .plan import plan_document, plan_shard
 from .report import ModuleCount, count_modules, tensor_reports
 
@@ -105,12 +106,15 @@ def preview(configuration: MergeConfiguration) -> Preview:
 
 
 def _bytes_analysed(job: Job) -> int:
-    """Bytes of the analysed tensors of base, aligned and finetuned."""
-    return sum(
-        job.models[role].headers.tensor(row.names[role]).nbytes
+    """Bytes of the analysed tensors of base, aligned and finetuned, each read once."""
+    read = {
+        reference
         for row in job.analysed
         for role in ("base", "aligned", "finetuned")
-    )
+        for term in row.terms[role]
+        for reference in references(term.operand.to_plan())
+    }
+    return sum(job.models[source].headers.tensor(name).nbytes for source, name in read)
 
 
 def _memory(job: Job, scores: dict[str, Score]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .adapter import Adapter, open_source
 from .analysis.scores import Score, Scores
 from .checkpoint import Model, open_model
 from .configuration import MergeConfiguration
@@ -45,6 +46,12 @@ class Job:
         """The rows that have, or will have, a score."""
         return [row for row in self.pairing.rows if row.analysed]
 
+    @property
+    def host(self) -> Model:
+        """The checkpoint that the output is shaped like: the fine-tuned, or the aligned one for an adapter."""
+        finetuned = self.models["finetuned"]
+        return self.models["aligned"] if isinstance(finetuned, Adapter) else finetuned
+
     def reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.
 
@@ -68,8 +75,11 @@ class Job:
 
 
 def open_models(roles: Mapping[str, str]) -> dict[str, Model]:
-    """Opens the model of each role; see checkpoint.open_model for the errors."""
-    return {role: open_model(role, spec) for role, spec in roles.items()}
+    """Opens the model of each role; finetuned and safe may be adapters. Errors are those of open_source."""
+    return {
+        role: (open_source if role in ("finetuned", "safe") else open_model)(role, spec)
+        for role, spec in roles.items()
+    }
 
 
 def open_job(configuration: MergeConfiguration) -> Job:
@@ -83,7 +93,7 @@ def open_job(configuration: MergeConfiguration) -> Job:
 
     Raises:
         CheckpointError: A model cannot be found, read or trusted.
-        AdapterError: A model is an adapter.
+        AdapterError: An adapter cannot be merged exactly, or base or aligned is one.
         PairingError: The models do not fit together.
         AnalysisError: The scores to reuse cannot be read, or are not of these models.
     """

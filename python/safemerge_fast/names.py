@@ -23,7 +23,7 @@ def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
         theirs: Names to find them among.
 
     Returns:
-        The counterpart of each of mine that has one.
+        The counterpart of each of mine that has one, in the order of mine.
     """
     mine, left = list(mine), set(theirs)
     found = {name: name for name in mine if name in left}
@@ -39,7 +39,7 @@ def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
             other = next(iter(meant))
             if len(meant) == 1 and len(claims[other]) == 1:
                 found[name] = other
-    return found
+    return {name: found[name] for name in mine if name in found}
 
 
 def _same_but_for_prefix(mine: Iterable[str], theirs: set[str]) -> list[tuple[str, str]]:

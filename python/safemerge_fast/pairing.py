@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ._engine import TensorInfo
+from .adapter import Adapter
+from .adapter_terms import adapter_notes, adapter_terms
 from .checkpoint import FLOATS, ROLES, Model, quantization_method
 from .errors import PairingError
 from .modules import (
@@ -25,7 +27,7 @@ from .names import match_names
 from .operand import Operand, Term
 from .tied import embedding_name, is_head, ties_head
 
-__all__ = ["Pairing", "Row", "match_names", "pair"]
+__all__ = ["Pairing", "Row", "match_names", "pair", "pair_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,8 @@ class Row:
     """One output tensor and what it could be made of.
 
     Attributes:
-        name: Name of the output tensor, the fine-tuned model's.
-        file: The fine-tuned model's file that holds it.
+        name: Name of the output tensor, the fine-tuned model's (the aligned model's if that is an adapter).
+        file: That model's file that holds it.
         dtype: Its dtype there, e.g. "BF16".
         shape: Its shape there.
         names: Role to that role's tensor name, for the checkpoints that have it with an equal shape; adapters
@@ -70,8 +72,9 @@ class Pairing:
     """All rows of a merge.
 
     Attributes:
-        rows: In the order of the fine-tuned model's files, and of offsets within a file.
-        unused: For each other role, its tensors that no row uses.
+        rows: In the order of the fine-tuned (or, if that is an adapter, the aligned) model's files, and of
+            offsets within a file.
+        unused: For each other role, its tensors that no row uses; for an adapter, those it adapts.
         notes: What a person should know, in sentences.
     """
 
@@ -83,10 +86,13 @@ class Pairing:
 def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: str | None = None) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
 
+    An adapter stands for the aligned model with some of its tensors changed. If the fine-tuned model is one,
+    rows are the aligned model's tensors, and only those that it adapts are analysed.
+
     Args:
-        models: Models by role; "finetuned" must be among them. Names are matched as match_names does;
-            besides, a tied head that the fine-tuned model stores and another role does not is that role's
-            embedding.
+        models: Models by role; "finetuned" must be among them, and "aligned" if one is an adapter. Names are
+            matched as match_names does; besides, a tied head that the fine-tuned model stores and another
+            role does not is that role's embedding.
         include: Regular expression (re.search) on names: analyses what is left out by default, if it is 2-D
             float.
         exclude: Regular expression (re.search) on names: leaves out what it matches, whatever include says.
@@ -97,27 +103,33 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
     Raises:
         PairingError: No fine-tuned model is given, a pattern is malformed, or a tensor to be analysed is
             missing or of another shape in a role.
+        AdapterError: An adapter does not fit the aligned model.
     """
     if "finetuned" not in models:
         raise PairingError("pairing needs the fine-tuned model; give --finetuned")
-    finetuned = models["finetuned"]
-    tensors = _in_file_order(finetuned)
+    adapted, notes = _adapted(models)
+    # What rows are made from: the fine-tuned model, or the one that it is an adapter of.
+    anchor = models["aligned" if "finetuned" in adapted else "finetuned"]
+    tensors = _in_file_order(anchor)
     selection = _Selection(include, exclude, tensors)
-    others = {role: models[role] for role in ROLES if role in models and role != "finetuned"}
-    notes: list[str] = []
+    others = {
+        role: models[role] for role in ROLES if role in models and role not in adapted and role != anchor.role
+    }
     matches: dict[str, dict[str, str]] = {}
     for role, model in others.items():
         matches[role], found = _counterparts(tensors, model)
         notes += found
-    layers = decoder_layers(finetuned.config)
+    layers = decoder_layers(anchor.config)
     rows: list[Row] = []
     unfit: list[str] = []
     kept: list[str] = []
     for tensor in tensors:
         kind = classify(tensor, layers)
         reason = selection.reason(tensor, kind)
+        if reason == PROJECTION and "finetuned" in adapted and tensor.name not in adapted["finetuned"]:
+            reason = _not_adapted(tensor.name, adapted)
         analysed = reason == PROJECTION
-        names, faults = {"finetuned": tensor.name}, []
+        names, faults = {anchor.role: tensor.name}, []
         for role, model in others.items():
             name = matches[role].get(tensor.name)
             fault = "missing" if name is None else _difference(tensor, model.headers.tensor(name))
@@ -126,7 +138,7 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
             else:
                 names[role] = name
         if faults:
-            sentence = f"{tensor.name} is {_shape(tensor)} in finetuned but {' and '.join(faults)}"
+            sentence = f"{tensor.name} is {_shape(tensor)} in {anchor.role} but {' and '.join(faults)}"
             (unfit if analysed else kept).append(sentence)
             reason = f"{reason}, {', '.join(faults)}"
         rows.append(
@@ -139,8 +151,9 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
                 module_type=module_type(tensor.name, kind),
                 layer=layer_of(tensor.name),
                 analysed=analysed,
-                transposed=is_stored_transposed(tensor, finetuned.config),
+                transposed=_is_transposed(tensor, anchor, adapted),
                 reason=reason,
+                terms=_adapter_terms(names.get("aligned"), adapted),
             )
         )
     if unfit:
@@ -149,9 +162,86 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
             f"{unfit[0]}{more}; give models of one architecture, "
             f"or leave such tensors out with --exclude REGEX"
         )
-    unused = _unused(rows, others)
+    unused = {**_unused(rows, others), **_unused_adapted(rows, adapted)}
     notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + _config_notes(models)
     return Pairing(tuple(rows), unused, tuple(notes))
+
+
+def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
+    """Pairs a checkpoint with an adapter of it alone; nothing is to be analysed.
+
+    Args:
+        model: The checkpoint.
+        adapter: The adapter.
+
+    Returns:
+        A row per tensor of the checkpoint; both roles' terms are in each.
+
+    Raises:
+        AdapterError: The adapter does not fit the checkpoint.
+    """
+    adapted = adapter_terms(adapter, model)
+    layers = decoder_layers(model.config)
+    rows = tuple(
+        Row(
+            name=tensor.name,
+            file=tensor.file,
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            names={model.role: tensor.name},
+            module_type=module_type(tensor.name, classify(tensor, layers)),
+            layer=layer_of(tensor.name),
+            analysed=False,
+            transposed=is_stored_transposed(tensor, model.config),
+            reason="adapted" if tensor.name in adapted else "not adapted",
+            terms={adapter.role: adapted.get(tensor.name, (Term(Operand(model.role, tensor.name)),))},
+        )
+        for tensor in _in_file_order(model)
+    )
+    notes = (*adapter_notes(adapter, model, adapted), *_config_notes({model.role: model}))
+    return Pairing(rows, {}, notes)
+
+
+_Adapted = Mapping[str, Mapping[str, tuple[Term, ...]]]
+"""The terms of adapted tensors by role and by the aligned model's names; a role is there if it is an adapter."""
+
+
+def _adapted(models: Mapping[str, Model]) -> tuple[_Adapted, list[str]]:
+    """Finds out what the adapters among the models do to the aligned one, and what to say of it."""
+    adapted: dict[str, Mapping[str, tuple[Term, ...]]] = {}
+    notes: list[str] = []
+    for role, model in models.items():
+        if not isinstance(model, Adapter):
+            continue
+        if "aligned" not in models:
+            raise PairingError(
+                f"{role} is an adapter, which needs the model it was trained on; give --aligned"
+            )
+        adapted[role] = adapter_terms(model, models["aligned"])
+        notes += adapter_notes(model, models["aligned"], adapted[role])
+    return adapted, notes
+
+
+def _adapter_terms(aligned: str | None, adapted: _Adapted) -> dict[str, tuple[Term, ...]]:
+    """What the adapters make of one tensor of the aligned model: those that do not adapt it leave it as it is."""
+    if aligned is None:
+        return {}
+    plain = (Term(Operand("aligned", aligned)),)
+    return {role: terms.get(aligned, plain) for role, terms in adapted.items()}
+
+
+def _not_adapted(name: str, adapted: _Adapted) -> str:
+    """Why a projection that the fine-tuned adapter leaves alone is not analysed: its update is zero."""
+    return "only the safe adapter changes it" if name in adapted.get("safe", ()) else "not adapted"
+
+
+def _is_transposed(tensor: TensorInfo, anchor: Model, adapted: _Adapted) -> bool:
+    """Whether a tensor is stored as (in, out), as the model type says or the shapes of adapters' factors."""
+    terms = adapted.get("finetuned", {}).get(tensor.name, ())
+    products = [product for term in terms for product in term.operand.low_rank]
+    if products:
+        return products[0].transpose
+    return is_stored_transposed(tensor, anchor.config)
 
 
 def _counterparts(tensors: Sequence[TensorInfo], other: Model) -> tuple[dict[str, str], list[str]]:
@@ -245,6 +335,12 @@ def _unused(rows: Iterable[Row], others: Mapping[str, Model]) -> dict[str, tuple
         role: tuple(tensor.name for tensor in model.headers.tensors if (role, tensor.name) not in used)
         for role, model in others.items()
     }
+
+
+def _unused_adapted(rows: Iterable[Row], adapted: _Adapted) -> dict[str, tuple[str, ...]]:
+    """Lists the aligned model's tensors that an adapter changes and no row is made of, by role."""
+    used = {row.names.get("aligned") for row in rows}
+    return {role: tuple(name for name in terms if name not in used) for role, terms in adapted.items()}
 
 
 def _kept_notes(kept: Sequence[str]) -> list[str]:

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import os
-import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from . import _engine
 from .analysis.rounding import rounding_warning
 from .analysis.scores import Score
 from .card import model_card
-from .companions import CONFIGURATION, companion_files, configuration_file
+from .companions import configuration_file
 from .configuration import MergeConfiguration
 from .decision import Decision, decide
-from .documents import write_document
 from .job import Job, open_job
 from .pairing import Row
-from .plan import INDEX_FILE, PLAN_FILE, Shard, index_document, plan_document, plan_shard, tensor_bytes
+from .plan import Shard, plan_document, plan_shard, tensor_bytes
 from .progress import ProgressCallback, ProgressEvent
+from .publication import describe_inputs, peak_memory, publish, remove_stray_shards, versions
 from .report import MergeReport, ModuleWarning, TensorReport, tensor_reports
 from .scoring import device_name, score_rows
 from .shard_writer import ShardWriter
 
-__all__ = ["REPORT_FILE", "merge", "run_merge"]
-
-REPORT_FILE = "safemerge_report.json"
-CARD_FILE = "README.md"
+__all__ = ["merge", "run_merge"]
 
 
 def merge(
@@ -118,7 +111,7 @@ def run_merge(configuration: MergeConfiguration, progress: ProgressCallback | No
     planned: list[dict[str, Any]] = []
     analysis_seconds = 0.0
     try:
-        _remove_stray_shards(job, output)
+        remove_stray_shards(output, [shard.file for shard in job.layout])
         for shards in _steps(job):
             rows = [row for shard in shards for row in shard.rows]
             if job.scores is None:
@@ -132,8 +125,8 @@ def run_merge(configuration: MergeConfiguration, progress: ProgressCallback | No
         report = MergeReport(
             output=output.path,
             configuration=configuration,
-            inputs=_inputs(job),
-            versions=_versions(),
+            inputs=describe_inputs(job.models),
+            versions=versions(),
             device=_device(job),
             seconds={
                 "analysis": analysis_seconds,
@@ -142,14 +135,23 @@ def run_merge(configuration: MergeConfiguration, progress: ProgressCallback | No
             },
             bytes_read=writer.bytes_read,
             bytes_written=sum(fact["bytes_written"] for fact in writer.facts),
-            peak_memory_bytes=_peak_memory(),
+            peak_memory_bytes=peak_memory(),
             shards=tuple(dict(fact) for fact in writer.facts),
             tensors=tensors,
             unused=job.pairing.unused,
             warnings=_warnings(scores, writer.facts),
             notes=(*job.pairing.notes, *_notes(job, tensors)),
         )
-        _publish(job, output, planned, report)
+        publish(
+            output,
+            models=job.models,
+            host=job.host,
+            tokenizer=job.models["finetuned"],
+            planned=planned,
+            card=model_card(report, job.models),
+            report=report.to_json(),
+            dtype=configuration.dtype,
+        )
         output.finish()
     except BaseException:
         # Also for Ctrl-C: what is committed stays for --resume, but nothing loads it without config.json.
@@ -202,64 +204,10 @@ def _score(
     return time.perf_counter() - started
 
 
-def _remove_stray_shards(job: Job, output: _engine.Output) -> None:
-    """Removes committed shards of an unfinished merge that this one, of another layout, does not write.
-
-    Loaders without an index take every .safetensors file of a directory.
-    """
-    for file in set(output.committed) - {shard.file for shard in job.layout}:
-        (Path(output.path) / file).unlink(missing_ok=True)
-
-
-def _publish(
-    job: Job, output: _engine.Output, planned: Sequence[Mapping[str, Any]], report: MergeReport
-) -> None:
-    """Writes all that is not weights; what makes the output loadable comes last."""
-    finetuned = job.models["finetuned"]
-    for path, name in companion_files(finetuned):
-        output.copy_file(path, name)
-    output.write_file(CARD_FILE, model_card(report, job.models).encode())
-    # A line per tensor in both.
-    output.write_file(PLAN_FILE, write_document(plan_document(job.models, planned), levels=4).encode())
-    output.write_file(REPORT_FILE, report.to_json().encode())
-    configuration = configuration_file(finetuned, job.configuration.dtype)
-    if configuration is not None:
-        output.write_file(CONFIGURATION, configuration)
-    if len(planned) > 1:
-        output.write_file(INDEX_FILE, write_document(index_document(planned), levels=2).encode())
-
-
-def _inputs(job: Job) -> dict[str, dict[str, Any]]:
-    """What was read, by role."""
-    return {
-        role: {
-            "spec": model.spec,
-            "path": str(model.path),
-            "files": {file: dict(facts) for file, facts in model.headers.identity().items()},
-        }
-        for role, model in job.models.items()
-    }
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what took part: torch is named only if it was imported."""
-    versions = {"safemerge-fast": _engine.__version__, "python": platform.python_version()}
-    for name in ("numpy", "torch"):
-        if name in sys.modules:
-            versions[name] = str(sys.modules[name].__version__)
-    return versions
-
-
 def _device(job: Job) -> str | None:
     if job.scores is not None:
         return job.scores.device
     return device_name(job.configuration.device) if job.analysed else None
-
-
-def _peak_memory() -> int:
-    """Largest resident memory of this process in bytes; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _warnings(scores: Mapping[str, Score], facts: Sequence[_engine.ShardFacts]) -> tuple[ModuleWarning, ...]:
@@ -286,6 +234,6 @@ def _notes(job: Job, tensors: Sequence[TensorReport]) -> list[str]:
         )
     if not any(tensor.merged for tensor in tensors):
         notes.append("no tensor was merged: the output holds the fine-tuned weights as they are")
-    if configuration_file(job.models["finetuned"], "auto") is None:
-        notes.append("the fine-tuned model has no config.json, so the output has none either")
+    if configuration_file(job.host, "auto") is None:
+        notes.append(f"the {job.host.role} model has no config.json, so the output has none either")
     return notes

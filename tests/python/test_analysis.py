@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_safetensors
+from torch import Tensor
+
 from safemerge_fast.analysis import analyze_rows
-from safemerge_fast.analysis.blocks import Workspace
+from safemerge_fast.analysis.blocks import Mapped, Workspace
 from safemerge_fast.analysis.cosine import score_module
 from safemerge_fast.analysis.device import full_float32, resolve_device
 from safemerge_fast.analysis.rounding import v_rounding
@@ -18,14 +21,22 @@ from safemerge_fast.analysis.scores import Score
 from safemerge_fast.checkpoint import Model, open_model
 from safemerge_fast.errors import AnalysisError
 from safemerge_fast.pairing import Row, pair
-from torch import Tensor
 
 Triple = tuple[Tensor, Tensor, Tensor]
 CPU = torch.device("cpu")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 # Blocks, panels, strips and chunks that are small and divide nothing.
-SMALL = {"block_elements": 1300, "block_columns": 29, "chunk_elements": 1100, "operation_flops": 5e4}
+SMALL = {"block_elements": 300, "block_columns": 29, "chunk_elements": 1100, "operation_flops": 5e4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The matrices are small, and a second thread that waits for a busy core would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def dense(v: Tensor, delta: Tensor) -> tuple[float, float]:
@@ -50,7 +61,7 @@ def gauss(shape: tuple[int, int], seed: int = 0) -> Triple:
 
 
 def low_rank(shape: tuple[int, int], seed: int = 0) -> Triple:
-    base, aligned, _ = gauss(shape, seed)
+    base, _, _ = gauss(shape, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     left = torch.randn(shape[0], 3, generator=generator, dtype=torch.float64)
     right = torch.randn(3, shape[1], generator=generator, dtype=torch.float64)
@@ -68,10 +79,11 @@ def spiky(shape: tuple[int, int], seed: int = 0) -> Triple:
 
 
 def write(directory: Path, triple: Triple, *, padded: bool = True) -> dict[str, Model]:
+    directory.mkdir(exist_ok=True)
     models = {}
     for role, tensor in zip(("base", "aligned", "finetuned"), triple, strict=True):
         path = directory / f"{role}.safetensors"
-        write_safetensors(path, {"before": torch.ones(3, dtype=torch.uint8), "w": tensor}, padded=padded)
+        write_safetensors(path, {"before": torch.ones(8, dtype=torch.uint8), "w": tensor}, padded=padded)
         models[role] = open_model(role, path)
     return models
 
@@ -126,13 +138,13 @@ def test_rho_is_the_dense_one(
 @pytest.mark.parametrize("shape", [(600, 1400), (1400, 600), (800, 800)], ids=str)
 def test_rho_is_the_dense_one_with_the_usual_limits_exceeded(tmp_path: Path, shape: tuple[int, int]) -> None:
     """Several blocks, chunks, strips and panels of sizes that occur."""
-    limits = {"block_elements": 200_000, "block_columns": 500, "operation_flops": 1e8}
+    limits = {"block_elements": 50_000, "block_columns": 250, "operation_flops": 1e8}
     for make in (gauss, low_rank):
         triple = rounded(make(shape), torch.bfloat16)
         check(score(tmp_path, triple, **limits), triple)
 
 
-@pytest.mark.parametrize("shape", [(300, 700), (700, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(150, 400), (400, 150)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_update_that_avoids_the_subspace_keeps_five_digits(
     tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype
@@ -165,6 +177,17 @@ def test_misaligned_data_and_mixed_dtypes(
     base, aligned, finetuned = rounded(gauss((60, 145)), dtype)
     triple = (base.bfloat16(), aligned, finetuned.float())
     check(score(tmp_path, triple, padded=False, **limits), triple, tolerance=3e-6)
+
+
+def test_no_view_of_misaligned_data_is_made(tmp_path: Path) -> None:
+    """Processors that this suite does not run on trap such loads."""
+    triple = rounded(gauss((6, 14)), torch.float32)
+    for padded, read in ((True, "in place"), (False, "as a copy")):
+        models = write(tmp_path / read, triple, padded=padded)
+        part = Mapped(models["base"], "w").chunk(slice(1, 4), slice(2, 9))
+        assert part.data_ptr() % 4 == 0
+        assert torch.equal(part, triple[0][1:4, 2:9])
+        assert part.is_contiguous() == (read == "as a copy")
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e9])
@@ -205,7 +228,7 @@ def test_an_update_wholly_outside_the_subspace_has_rho_zero(tmp_path: Path, shap
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(("place", "role"), enumerate(("base", "aligned", "finetuned")))
+@pytest.mark.parametrize(("place", "role"), [(0, "base"), (1, "aligned"), (2, "finetuned")])
 @pytest.mark.parametrize("shape", [(60, 145), (145, 60)], ids=str)
 def test_values_that_are_not_finite_are_named(
     tmp_path: Path, shape: tuple[int, int], place: int, role: str, value: float
@@ -231,8 +254,8 @@ def test_rows_of_a_quartet(quartet: dict[str, Path]) -> None:
     begun: list[str] = []
     scores = dict(analyze_rows(models, rows, device="cpu", on_module=begun.append))
     assert begun == list(scores) == [row.name for row in rows if row.analysed]
-    assert all((found.rho or 0) > 0.9 for name, found in scores.items() if ".1." not in name)
-    assert all((found.rho or 1) < 0.7 for name, found in scores.items() if ".1." in name)
+    assert all((found.rho or 0) > 0.85 for name, found in scores.items() if ".1." not in name)
+    assert all((found.rho or 1) < 0.35 for name, found in scores.items() if ".1." in name)
     from safetensors import safe_open
 
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.2.self_attn.k_proj.weight"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import write_checkpoint, write_safetensors
 from huggingface_hub.errors import LocalEntryNotFoundError
+
 from safemerge_fast.checkpoint import open_model, quantization_method
 from safemerge_fast.errors import AdapterError, CheckpointError
 

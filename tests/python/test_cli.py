@@ -18,7 +18,7 @@ from invoke import assert_one_sentence, merge_words, run
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "from safemerge_fast.cli import main; main()"
-COMMANDS = ("demo", "inspect", "analyze", "merge", "verify")
+COMMANDS = ("demo", "inspect", "analyze", "merge", "run", "verify")
 
 # --- help, imports, usage -------------------------------------------------------------------------
 
@@ -300,6 +300,9 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pyte
     text = (REPOSITORY / "docs" / "cli.md").read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    for recipe in re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        name, _, document = recipe.partition("\n")
+        (tmp_path / name.removeprefix("# ")).write_text(document)
     assert {shlex.split(line)[1] for line in lines} == set(COMMANDS)
     for line in lines:
         program, *words = shlex.split(line)
@@ -311,9 +314,10 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pyte
 def test_the_documentation_names_every_option() -> None:
     from safemerge_fast.cli.analyze import command as analyze
     from safemerge_fast.cli.merge import command as merge
+    from safemerge_fast.cli.run import command as recipe
 
     text = (REPOSITORY / "docs" / "cli.md").read_text()
-    for command in (merge, analyze):
+    for command in (merge, analyze, recipe):
         for parameter in command.params:
             names = [name for name in parameter.opts if name.startswith("--")]
             shared = {"--quiet", "--verbose", "--no-progress"}

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from safemerge_fast.analysis.scores import Score
 from safemerge_fast.decision import Decision, Rule, decide
 from safemerge_fast.errors import AnalysisError

@@ -12,6 +12,7 @@ import torch
 from conftest import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+
 from safemerge_fast.checkpoint import Model, open_model
 from safemerge_fast.errors import PairingError
 from safemerge_fast.pairing import Row, match_names, pair
@@ -93,20 +94,22 @@ def test_rows_follow_the_files_and_the_offsets(tmp_path: Path) -> None:
     assert [row.name for row in pair(opened).rows] == names
 
 
+# Name, shape, reason, module type, layer.
+L, MTP = "model.layers.3", "multi-token prediction (MTP)"
 KINDS = [
-    ("model.layers.3.self_attn.q_proj.weight", (8, 8), "projection", "q_proj", "model.layers.3"),
-    ("model.layers.3.mlp.experts.12.gate_proj.weight", (8, 8), "projection", "experts.gate_proj", "model.layers.3"),
-    ("model.layers.3.mlp.shared_expert.up_proj.weight", (8, 8), "projection", "shared_expert.up_proj", "model.layers.3"),
-    ("model.layers.3.block_sparse_moe.experts.0.w2.weight", (8, 8), "projection", "experts.w2", "model.layers.3"),
+    (L + ".self_attn.q_proj.weight", (8, 8), "projection", "q_proj", L),
+    (L + ".mlp.experts.12.gate_proj.weight", (8, 8), "projection", "experts.gate_proj", L),
+    (L + ".mlp.shared_expert.up_proj.weight", (8, 8), "projection", "shared_expert.up_proj", L),
+    (L + ".block_sparse_moe.experts.0.w2.weight", (8, 8), "projection", "experts.w2", L),
     ("transformer.h.11.attn.c_attn.weight", (8, 24), "projection", "c_attn", "transformer.h.11"),
     ("encoder.block.0.layer.0.SelfAttention.q.weight", (8, 8), "projection", "q", "encoder.block.0"),
-    ("model.layers.3.mlp.gate.weight", (8, 8), "router", "router", "model.layers.3"),
-    ("model.layers.3.block_sparse_moe.gate.weight", (8, 8), "router", "router", "model.layers.3"),
-    ("model.layers.3.mlp.router.weight", (8, 8), "router", "router", "model.layers.3"),
-    ("model.layers.3.mlp.shared_expert_gate.weight", (1, 8), "router", "router", "model.layers.3"),
-    ("model.layers.3.self_attn.q_norm.weight", (8,), "norm", "norm", "model.layers.3"),
+    (L + ".mlp.gate.weight", (8, 8), "router", "router", L),
+    (L + ".block_sparse_moe.gate.weight", (8, 8), "router", "router", L),
+    (L + ".mlp.router.weight", (8, 8), "router", "router", L),
+    (L + ".mlp.shared_expert_gate.weight", (1, 8), "router", "router", L),
+    (L + ".self_attn.q_norm.weight", (8,), "norm", "norm", L),
     ("transformer.ln_f.weight", (8,), "norm", "norm", None),
-    ("model.layers.3.self_attn.q_proj.bias", (8,), "bias", "bias", "model.layers.3"),
+    (L + ".self_attn.q_proj.bias", (8,), "bias", "bias", L),
     ("model.embed_tokens.weight", (8, 8), "embedding", "embed_tokens", None),
     ("transformer.wpe.weight", (8, 8), "embedding", "wpe", None),
     ("bert.embeddings.word_embeddings.weight", (8, 8), "embedding", "word_embeddings", None),
@@ -115,13 +118,13 @@ KINDS = [
     ("embed_out.weight", (8, 8), "head", "embed_out", None),
     ("score.weight", (2, 8), "head", "score", None),
     ("backbone.layers.0.mixer.conv1d.weight", (8, 1, 4), "convolution", "conv1d", "backbone.layers.0"),
-    ("model.layers.3.feed_forward.experts.gate_up_proj", (4, 8, 16), "fused experts", "experts.gate_up_proj", "model.layers.3"),
-    ("model.layers.30.self_attn.q_proj.weight", (8, 8), "multi-token prediction (MTP)", "q_proj", "model.layers.30"),
-    ("mtp.layers.0.self_attn.q_proj.weight", (8, 8), "multi-token prediction (MTP)", "q_proj", "mtp.layers.0"),
+    (L + ".feed_forward.experts.gate_up_proj", (4, 8, 16), "fused experts", "experts.gate_up_proj", L),
+    ("model.layers.30.self_attn.q_proj.weight", (8, 8), MTP, "q_proj", "model.layers.30"),
+    ("mtp.layers.0.self_attn.q_proj.weight", (8, 8), MTP, "q_proj", "mtp.layers.0"),
     ("vision_tower.layers.40.self_attn.q_proj.weight", (8, 8), "projection", "q_proj", "vision_tower.layers.40"),
-    ("model.layers.3.mixer.A_log", (8, 8), "not a weight matrix", "A_log", "model.layers.3"),
-    ("model.layers.3.mixer.dt", (8,), "1-D tensor", "dt", "model.layers.3"),
-    ("model.layers.3.mlp.up_proj.weight", (0, 8), "empty tensor", "up_proj", "model.layers.3"),
+    (L + ".mixer.A_log", (8, 8), "not a weight matrix", "A_log", L),
+    (L + ".mixer.dt", (8,), "1-D tensor", "dt", L),
+    (L + ".mlp.up_proj.weight", (0, 8), "empty tensor", "up_proj", L),
 ]  # fmt: skip
 
 

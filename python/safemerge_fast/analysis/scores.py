@@ -50,6 +50,8 @@ class Score:
             V is 0.
         undefined: Why there is no ρ: "V is zero", "Δ is zero" or "non-finite values in <role> tensor <name>";
             None where there is one.
+        rho_null_estimated: Whether rho_null is an estimate, within about 2 %, because computing it would have
+            taken longer than ρ.
     """
 
     rho: float | None
@@ -59,6 +61,7 @@ class Score:
     weight_norm: float
     v_rounding: float
     undefined: str | None
+    rho_null_estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +243,16 @@ def _read_number(what: str, value: object) -> float:
 
 def _read_score(name: str, value: Any) -> Score:
     """Reads one module's score; a null norm was not finite."""
-    _expect_keys(value, name, set(_SCORE_FIELDS))
+    # Scores of early versions have no estimates and do not say so.
+    _expect_keys(value, name, set(_SCORE_FIELDS) - {"rho_null_estimated"}, frozenset({"rho_null_estimated"}))
     numbers = {
         field: None if value[field] is None else _read_number(f"{field} of {name}", value[field])
         for field in _SCORE_FIELDS
-        if field != "undefined"
+        if field not in ("undefined", "rho_null_estimated")
     }
+    estimated = value.get("rho_null_estimated", False)
+    if not isinstance(estimated, bool):
+        raise _malformed(f"rho_null_estimated of {name}", "true or false", estimated)
     undefined = value["undefined"]
     if undefined is not None and not isinstance(undefined, str):
         raise _malformed(f"undefined of {name}", "a string or null", undefined)
@@ -266,6 +273,7 @@ def _read_score(name: str, value: Any) -> Score:
         weight_norm=known("weight_norm"),
         v_rounding=known("v_rounding"),
         undefined=undefined,
+        rho_null_estimated=estimated,
     )
 
 

@@ -22,9 +22,10 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "demo": "Makes a small quartet, merges it and verifies the output.",
-    "inspect": "Shows what a checkpoint holds; reads headers only.",
+    "inspect": "Shows what a checkpoint or an adapter holds; reads headers only.",
     "analyze": "Measures how far each module left the safety subspace.",
     "merge": "Merges the modules that left the safety subspace with a safe model.",
+    "run": "Makes what a recipe in a YAML file says: folds an adapter, or merges.",
     "verify": "Evaluates an output's plan again and compares every byte.",
 }
 
@@ -58,7 +59,9 @@ def _guarded(ctx: click.Context, run: Callable[[], Any]) -> Any:
         return run()
     except KeyboardInterrupt:
         rest = (
-            "; what is committed stays, continue with --resume" if ctx.invoked_subcommand == "merge" else ""
+            "; what is committed stays, continue with --resume"
+            if ctx.invoked_subcommand in ("merge", "run")
+            else ""
         )
         _complain(ctx, f"interrupted{rest}")
         code = 130
@@ -91,7 +94,8 @@ def _complain(ctx: click.Context, message: str) -> None:
 def main() -> None:
     """Repairs the safety of fine-tuned language models by merging weights.
 
-    A model is a checkpoint directory, a .safetensors file, or org/name[@revision] on the Hugging Face Hub.
+    A model is a checkpoint directory, a .safetensors file, or org/name[@revision] on the Hugging Face Hub. The
+    fine-tuned and the safe one may be LoRA adapters of the aligned one, as PEFT saves them.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal or pipe that knows only ASCII gets "?" for ρ, not a traceback.

@@ -13,6 +13,7 @@ from .options import terminal_options
 from .terminal import Terminal
 
 if TYPE_CHECKING:
+    from ..adapter import Adapter
     from ..checkpoint import Model
     from ..pairing import Row
 
@@ -21,15 +22,80 @@ if TYPE_CHECKING:
 @click.argument("model")
 @terminal_options
 def command(*, terminal: Terminal, model: str) -> None:
-    """Show what a checkpoint holds: files, dtypes, parameters and module types. Reads headers only."""
-    from ..checkpoint import open_model
+    """Show what a checkpoint or a LoRA adapter holds: files, dtypes, parameters and modules. Reads headers only."""
+    from ..adapter import Adapter, open_source
     from ..documents import write_document
     from ..pairing import pair
 
-    opened = open_model("model", model)
+    opened = open_source("model", model)
+    if isinstance(opened, Adapter):
+        document = _adapter_document(opened)
+        terminal.result(lambda: write_document(document, levels=2), *_adapter_lines(document))
+        return
     rows = pair({"finetuned": opened}).rows
     document = _document(opened, rows)
     terminal.result(lambda: write_document(document, levels=2), *_lines(document))
+
+
+def _adapter_document(adapter: Adapter) -> dict[str, Any]:
+    """All that is shown of an adapter, as JSON can hold it."""
+    tensors = adapter.headers.tensors
+    return {
+        "path": str(adapter.path),
+        "base_model": adapter.config.get("base_model_name_or_path"),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
+        "modules": [
+            {
+                "name": module.name,
+                "rank": module.rank,
+                "scale": module.scale,
+                "keys": [
+                    key for key in (module.a, module.b, module.b_bias, module.magnitude) if key is not None
+                ],
+                "replaced": dict(module.replaced),
+                "rows": list(module.token_indices),
+            }
+            for module in adapter.modules.values()
+        ],
+    }
+
+
+def _adapter_lines(document: Mapping[str, Any]) -> Iterator[Any]:
+    """The same for a person: modules of one kind in a line."""
+    from rich import box
+    from rich.table import Table
+
+    from ..sizes import format_size
+
+    yield document["path"]
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())
+    yield (
+        f"LoRA adapter of {document['base_model'] or 'an unnamed model'}, {document['parameters']:,} parameters, "
+        f"{format_size(document['bytes'])} ({dtypes})"
+    )
+    groups = Counter(
+        (module["name"].rpartition(".")[2], module["rank"], module["scale"], _change(module))
+        for module in document["modules"]
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("module", "modules", "rank", "scale", "what changes"):
+        table.add_column(title, justify="right" if title in ("modules", "rank", "scale") else "left")
+    for (leaf, rank, scale, change), count in groups.items():
+        table.add_row(leaf, str(count), str(rank or ""), f"{scale:.6g}" if rank else "", change)
+    yield table
+
+
+def _change(module: Mapping[str, Any]) -> str:
+    """What an adapter does to a module, in words."""
+    suffixes = [key.rpartition("lora_")[2] for key in module["keys"]]
+    parts = ["low rank"] if module["rank"] else []
+    parts += ["norms (DoRA)"] if any(suffix.startswith("magnitude") for suffix in suffixes) else []
+    parts += ["bias"] if "B.bias" in suffixes else []
+    parts += [f"{', '.join(module['replaced'])} replaced"] if module["replaced"] else []
+    parts += [f"{len(module['rows'])} rows replaced"] if module["rows"] else []
+    return ", ".join(parts)
 
 
 def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:

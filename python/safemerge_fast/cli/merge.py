@@ -20,6 +20,7 @@ from .options import (
 from .terminal import Terminal
 
 if TYPE_CHECKING:
+    from ..configuration import MergeConfiguration
     from ..dry_run import Preview
     from ..report import MergeReport
 
@@ -125,8 +126,8 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
     """Merge the modules that left the safety subspace with a safe model.
 
     Modules whose update has a low cosine ρ with the safety subspace become α·finetuned + (1-α)·safe;
-    all other tensors stay the fine-tuned model's. The output loads like the fine-tuned model and carries a
-    report.
+    all other tensors stay the fine-tuned model's. The output is a checkpoint that loads like the fine-tuned
+    model, with adapters folded in, and carries a report.
     """
     if values["resume"] and values["overwrite"]:
         raise click.UsageError(
@@ -142,6 +143,11 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
         _say_notes(terminal, outlook.notes)
         terminal.result(outlook.to_json, *_preview_lines(outlook))
         return
+    merge_and_say(terminal, configuration)
+
+
+def merge_and_say(terminal: Terminal, configuration: MergeConfiguration) -> None:
+    """Merges, and prints what came of it."""
     from ..pipeline import run_merge
 
     with terminal.progress() as progress:

@@ -101,13 +101,18 @@ def role_options(*, with_safe: bool) -> Callable[[_Function], _Function]:
             "--aligned", required=True, metavar="MODEL", help="The aligned model that was fine-tuned."
         ),
         click.option(
-            "--finetuned", required=True, metavar="MODEL", help="The fine-tuned model, to be repaired."
+            "--finetuned",
+            required=True,
+            metavar="MODEL",
+            help="The fine-tuned model, to be repaired; or a LoRA adapter of the aligned one.",
         ),
     ]
     if with_safe:
         options.append(
             click.option(
-                "--safe", metavar="MODEL", help="The safe model to merge with.  [default: the aligned one]"
+                "--safe",
+                metavar="MODEL",
+                help="The safe model to merge with, or a LoRA adapter.  [default: the aligned one]",
             )
         )
     return compose(*options)

@@ -1,0 +1,128 @@
+"""`safemerge-fast run`: recipes in YAML files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from lora import load_checkpoint, write_lora
+
+from safemerge_fast import FoldConfiguration, MergeConfiguration, PlanError, fold, merge
+from safemerge_fast.cli import main
+from safemerge_fast.recipes.document import read_recipe
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def write(path: Path, **document: Any) -> Path:
+    # JSON is YAML.
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_fold(quartet: dict[str, Path], tmp_path: Path) -> None:
+    adapter = write_lora(tmp_path / "adapter", {"model.layers.0.self_attn.q_proj": (72, 72)}, rank=4, seed=0)
+    recipe = tmp_path / "fold.yml"
+    recipe.write_text(f"recipe: fold\nmodel: {quartet['aligned']}  # a comment\nadapter: {adapter}\n")
+    result = run("run", recipe, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("folded: 1 of ")
+    fold(quartet["aligned"], adapter, output=tmp_path / "same")
+    for file in (tmp_path / "same").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    again = run("run", recipe, "-o", tmp_path / "out")
+    assert again.exit_code == 5
+    report = json.loads(run("run", recipe, "-o", tmp_path / "out", "--overwrite", "--json").stdout)
+    assert (report["recipe"], report["configuration"]["overwrite"]) == ("fold", True)
+    assert run("run", recipe, "-o", tmp_path / "out", "--overwrite", "-q").output == ""
+    assert run("run", recipe, "-o", tmp_path / "out", "--resume", "--overwrite").exit_code == 2
+
+
+def test_safemerge(quartet: dict[str, Path], tmp_path: Path) -> None:
+    roles = {role: str(path) for role, path in quartet.items()}
+    recipe = write(tmp_path / "merge.yml", recipe="safemerge", **roles, threshold=0.8, alpha=1, max_shard_size="200KB")
+    result = run("run", recipe, "-o", tmp_path / "out", "--threads", 1)
+    assert result.exit_code == 0, result.stderr
+    report = merge(**roles, output=tmp_path / "same", threshold=0.8, alpha=1.0, max_shard_size="200KB")
+    assert 0 < report.merged < len(report.tensors)
+    found, expected = load_checkpoint(tmp_path / "out"), load_checkpoint(tmp_path / "same")
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_fields_become_the_configuration(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yml", recipe="safemerge", base="b", aligned="a", finetuned="f", scores=None, threads=3)
+    assert read_recipe(recipe, output="o", threads=None, resume=True) == MergeConfiguration(
+        base="b", aligned="a", finetuned="f", output="o", threads=3, resume=True
+    )
+    assert read_recipe(recipe, output="o", threads=2).threads == 2
+    recipe = write(tmp_path / "r.yml", recipe="fold", model="m", adapter="a", max_shard_size="1MB")
+    assert read_recipe(recipe, output="o") == FoldConfiguration(
+        model="m", adapter="a", output="o", max_shard_size=1_000_000
+    )
+
+
+MERGE = {"recipe": "safemerge", "base": "b", "aligned": "a", "finetuned": "f"}
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({}, "should say `recipe: fold or safemerge`"),
+        ({"recipe": "soup"}, "should say `recipe: fold or safemerge`, not 'soup'"),
+        ({"recipe": ["fold"]}, "should say"),
+        ({"recipe": "fold", "model": "m"}, "the recipe fold needs the field adapter"),
+        ({"recipe": "fold", "model": "m", "adapter": "a", "alpha": 1}, "fold has no field 'alpha'; it has model, adapter"),
+        ({**MERGE, "tau": 0.3}, "safemerge has no field 'tau'"),
+        ({**MERGE, "max-shard-size": 1}, "no field 'max-shard-size'"),
+        ({**MERGE, "output": "o"}, "sets output, which is given on the command line"),
+        ({**MERGE, "overwrite": True}, "sets overwrite"),
+        ({**MERGE, "alpha": "0.8"}, "alpha should be a finite number, not '0.8'"),
+        ({**MERGE, "alpha": True}, "alpha should be a finite number, not True"),
+        ({**MERGE, "alpha": 1.5}, "alpha should lie between 0 and 1"),
+        ({**MERGE, "threads": 1.0}, "threads should be a whole number, not 1.0"),
+        ({**MERGE, "safe": 3}, "safe should be text, not 3"),
+        ({**MERGE, "allow_nonfinite": "yes"}, "allow_nonfinite should be true or false"),
+        ({**MERGE, "max_shard_size": [1]}, r"max_shard_size should be text or a whole number, not \[1\]"),
+        ({**MERGE, "select": "highest"}, "select"),
+        ({**MERGE, "base": None}, "base should be text, not None"),
+    ],
+)
+def test_what_is_wrong_is_said_by_name(tmp_path: Path, document: dict[str, Any], message: str) -> None:
+    result = run("run", write(tmp_path / "r.yml", **document), "-o", tmp_path / "out")
+    assert result.exit_code == 3
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    import re
+
+    assert re.search(message, line), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipe: fold\nalpha: .nan\n", "no field 'alpha'"),
+        ("recipe: safemerge\nbase: b\naligned: a\nfinetuned: f\nalpha: .nan\n", "alpha should be a finite number"),
+        ("- fold\n", "should hold fields with values"),
+        ("recipe: fold\nmodel: m\nmodel: n\nadapter: a\n", "the field model stands there twice"),
+        ("recipe: [fold\n", "is not YAML"),
+        ("recipe: !!python/object/apply:os.system [id]\n", "is not YAML"),
+        ("1: 2\n", "should hold fields with values"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "r.yml"
+    file.write_text(text)
+    with pytest.raises(PlanError, match=message):
+        read_recipe(file, output="o")
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="cannot read the recipe"):
+        read_recipe(tmp_path / "nowhere.yml", output="o")
