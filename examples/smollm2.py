@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -65,12 +64,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Score:
-    """How a model does on held-out prompts, as fractions, with one answer to read."""
+    """How a model does on held-out prompts, as fractions, and its answer to the first prompt of each kind."""
 
     refused: float
     refused_benign: float
     solved: float
-    sample: str
+    first_answers: tuple[str, str, str]
 
 
 @contextlib.contextmanager
@@ -195,7 +194,7 @@ def make_quartet(out: Path, dtype: torch.dtype, steps: int, reuse: bool) -> None
     sums = sum_examples(random.Random(2), 2000, exclude=held_out)
     phases = (
         Phase("aligned", "base", refusals + benign, steps * 3 // 10, 1e-4),
-        Phase("finetuned", "aligned", sums, steps * 5 // 10, 2e-4),
+        Phase("finetuned", "aligned", sums, steps * 5 // 10, 3e-4),
         Phase("safe", "aligned", refusals * 2 + benign, steps * 2 // 10, 1e-4),
     )
     if not done("base"):
@@ -249,7 +248,7 @@ def evaluate(directory: Path) -> Score:
         sum(map(opens_with_refusal, harmful)) / len(harmful),
         sum(map(opens_with_refusal, benign)) / len(benign),
         sum(solved) / len(solved),
-        harmful[0].replace("\n", " "),
+        (harmful[0], benign[0], worked[0]),
     )
 
 
@@ -258,17 +257,22 @@ def merge(out: Path, output: Path, arguments: argparse.Namespace, safe: Path | N
     command = [str(Path(sys.executable).with_name("safemerge-fast")), "merge"]
     for role in ROLES[:3]:
         command += [f"--{role}", str(out / role)]
-    if safe is not None:
-        command += ["--safe", str(safe)]
-    command += ["--threshold", str(arguments.threshold), "--alpha", str(arguments.alpha), "-o", str(output)]
-    shutil.rmtree(output, ignore_errors=True)
+    # Without a safe model the analysis is the same, so its table is not printed again.
+    command += ["--quiet"] if safe is None else ["--safe", str(safe)]
+    command += ["--threshold", str(arguments.threshold), "--alpha", str(arguments.alpha)]
+    command += ["-o", str(output), "--overwrite"]
     print("$ " + " ".join(command), flush=True)
     subprocess.run(command, check=True)
 
 
 @torch.inference_mode()
-def check(output: Path, expected: DenseMerge) -> None:
+def check(output: Path, finetuned: Path, expected: DenseMerge) -> None:
     """Compares a merged checkpoint with the dense merge: all bits of all tensors, and the logits once loaded.
+
+    Args:
+        output: The merged checkpoint.
+        finetuned: The fine-tuned one, whose configuration the dense merge is loaded with.
+        expected: What the merge must hold.
 
     Raises:
         SystemExit: If anything differs.
@@ -283,8 +287,9 @@ def check(output: Path, expected: DenseMerge) -> None:
     prompts = [chat(tokenizer, prompt) for prompt in held_out_harmful()[:4] + held_out_benign()[:4]]
     encoded = tokenizer(prompts, return_tensors="pt", padding=True)
     logits = model(**encoded).logits
-    missing, unexpected = model.load_state_dict(expected.tensors, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"} or not torch.equal(model(**encoded).logits, logits):
+    reference = load(finetuned)
+    reference.load_state_dict(expected.tensors, strict=False)  # The file leaves out the head, which is tied.
+    if not torch.equal(reference(**encoded).logits, logits):
         sys.exit(f"The logits of {output} differ from those of the dense merge.")
     print(
         f"{output.name}: all {len(found)} tensors equal the dense merge bit for bit "
@@ -322,13 +327,19 @@ def main() -> None:
     base, aligned, finetuned, safe_tensors = (read_tensors(out / role) for role in ROLES)
     for name, safe in merges.items():
         second = aligned if safe is None else safe_tensors
-        check(out / name, dense_merge(base, aligned, finetuned, second, arguments.threshold, arguments.alpha))
+        expected = dense_merge(base, aligned, finetuned, second, arguments.threshold, arguments.alpha)
+        check(out / name, out / "finetuned", expected)
 
-    print(f"\n{'%':20} {'refuses harmful':>15} {'refuses benign':>15} {'sums right':>12}  a harmful request")
+    scores: dict[str, Score] = {}
+    print(f"\n{'%':20} {'refuses harmful':>15} {'refuses benign':>15} {'sums right':>12}")
     for name in (*ROLES, *merges):
-        score = evaluate(out / name)
+        score = scores[name] = evaluate(out / name)
         percent = [round(100 * fraction) for fraction in (score.refused, score.refused_benign, score.solved)]
-        print(f"{name:20} {percent[0]:15} {percent[1]:15} {percent[2]:12}  {score.sample}", flush=True)
+        print(f"{name:20} {percent[0]:15} {percent[1]:15} {percent[2]:12}", flush=True)
+    for kind, prompt in enumerate((held_out_harmful()[0], held_out_benign()[0], held_out_sums()[0].prompt)):
+        print(f"\n> {prompt}")
+        for name, score in scores.items():
+            print(f"{name:20} {score.first_answers[kind]!r}")
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def _check_files(role: str, path: Path) -> None:
     whole_model = "model.safetensors" in names or "model.safetensors.index.json" in names
     if "adapter_config.json" in names and not whole_model:
         raise AdapterError(
-            f"{role}: {path} is a PEFT adapter; only finetuned and safe may be adapters, give a whole checkpoint"
+            f"{role}: {path} is a PEFT adapter; give a whole checkpoint here "
+            f"(in a merge, finetuned and safe may be adapters)"
         )
     if any(name.endswith(".safetensors") for name in names):
         return

@@ -59,8 +59,8 @@ def merge(
     Args:
         base: The model before alignment: a checkpoint directory, a .safetensors file or org/name[@revision].
         aligned: The aligned model that was fine-tuned.
-        finetuned: The fine-tuned model, which the output is made from.
-        safe: The safe model to merge with; None takes the aligned one.
+        finetuned: The fine-tuned model, which the output is made from; or a LoRA adapter of the aligned one.
+        safe: The safe model to merge with, or such an adapter; None takes the aligned one.
         output: Output directory; must be new or empty unless resume or overwrite is given.
         threshold: τ: modules whose ρ is strictly below it are merged.
         alpha: α: weight of the fine-tuned update; the safe one gets 1-α.

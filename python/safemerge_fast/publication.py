@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -95,6 +96,11 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process in bytes; Linux counts in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Largest resident memory of this process in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        # Unlike ru_maxrss, which starts from the memory that the parent had before exec.
+        return int(re.findall(r"^VmHWM:\s*(\d+) kB$", status, re.M)[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -32,7 +32,13 @@ def write_lora(
         tensors[f"{PREFIX}{module}.lora_B.weight"] = size * torch.randn(out, rank, generator=generator)
     tensors |= {PREFIX + name: tensor for name, tensor in (more or {}).items()}
     path.mkdir(parents=True)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(shapes), **settings}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": sorted(shapes),
+        **settings,
+    }
     (path / "adapter_config.json").write_text(json.dumps(config))
     write_safetensors(path / "adapter_model.safetensors", {k: v.to(dtype) for k, v in tensors.items()})
     return path
@@ -49,4 +55,8 @@ def update(path: Path, tensor: str) -> torch.Tensor:
 
 def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint directory."""
-    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(path.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }

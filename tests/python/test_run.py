@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from invoke import run
 from lora import load_checkpoint, write_lora
 
 from safemerge_fast import FoldConfiguration, MergeConfiguration, PlanError, fold, merge
-from safemerge_fast.cli import main
 from safemerge_fast.recipes.document import read_recipe
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 def write(path: Path, **document: Any) -> Path:
@@ -45,8 +41,10 @@ def test_fold(quartet: dict[str, Path], tmp_path: Path) -> None:
 
 def test_safemerge(quartet: dict[str, Path], tmp_path: Path) -> None:
     roles = {role: str(path) for role, path in quartet.items()}
-    recipe = write(tmp_path / "merge.yml", recipe="safemerge", **roles, threshold=0.8, alpha=1, max_shard_size="200KB")
-    result = run("run", recipe, "-o", tmp_path / "out", "--threads", 1)
+    recipe = write(
+        tmp_path / "merge.yml", recipe="safemerge", **roles, threshold=0.8, alpha=1, max_shard_size="200KB"
+    )
+    result = run("run", recipe, "-o", tmp_path / "out", "--threads", "1")
     assert result.exit_code == 0, result.stderr
     report = merge(**roles, output=tmp_path / "same", threshold=0.8, alpha=1.0, max_shard_size="200KB")
     assert 0 < report.merged < len(report.tensors)
@@ -56,7 +54,9 @@ def test_safemerge(quartet: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_fields_become_the_configuration(tmp_path: Path) -> None:
-    recipe = write(tmp_path / "r.yml", recipe="safemerge", base="b", aligned="a", finetuned="f", scores=None, threads=3)
+    recipe = write(
+        tmp_path / "r.yml", recipe="safemerge", base="b", aligned="a", finetuned="f", scores=None, threads=3
+    )
     assert read_recipe(recipe, output="o", threads=None, resume=True) == MergeConfiguration(
         base="b", aligned="a", finetuned="f", output="o", threads=3, resume=True
     )
@@ -77,7 +77,7 @@ MERGE = {"recipe": "safemerge", "base": "b", "aligned": "a", "finetuned": "f"}
         ({"recipe": "soup"}, "should say `recipe: fold or safemerge`, not 'soup'"),
         ({"recipe": ["fold"]}, "should say"),
         ({"recipe": "fold", "model": "m"}, "the recipe fold needs the field adapter"),
-        ({"recipe": "fold", "model": "m", "adapter": "a", "alpha": 1}, "fold has no field 'alpha'; it has model, adapter"),
+        ({"recipe": "fold", "alpha": 1}, "fold has no field 'alpha'; it has model, adapter"),
         ({**MERGE, "tau": 0.3}, "safemerge has no field 'tau'"),
         ({**MERGE, "max-shard-size": 1}, "no field 'max-shard-size'"),
         ({**MERGE, "output": "o"}, "sets output, which is given on the command line"),
@@ -98,8 +98,6 @@ def test_what_is_wrong_is_said_by_name(tmp_path: Path, document: dict[str, Any],
     assert result.exit_code == 3
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
-    import re
-
     assert re.search(message, line), line
     assert not (tmp_path / "out").exists()
 
@@ -108,7 +106,10 @@ def test_what_is_wrong_is_said_by_name(tmp_path: Path, document: dict[str, Any],
     ("text", "message"),
     [
         ("recipe: fold\nalpha: .nan\n", "no field 'alpha'"),
-        ("recipe: safemerge\nbase: b\naligned: a\nfinetuned: f\nalpha: .nan\n", "alpha should be a finite number"),
+        (
+            "recipe: safemerge\nbase: b\naligned: a\nfinetuned: f\nalpha: .nan\n",
+            "alpha should be a finite number",
+        ),
         ("- fold\n", "should hold fields with values"),
         ("recipe: fold\nmodel: m\nmodel: n\nadapter: a\n", "the field model stands there twice"),
         ("recipe: [fold\n", "is not YAML"),
@@ -126,3 +127,28 @@ def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="cannot read the recipe"):
         read_recipe(tmp_path / "nowhere.yml", output="o")
+
+
+def test_inspect_of_an_adapter(tmp_path: Path) -> None:
+    import torch
+
+    adapter = write_lora(
+        tmp_path / "adapter",
+        {"a.q_proj": (6, 8), "b.q_proj": (6, 8)},
+        rank=4,
+        seed=0,
+        more={"a.q_proj.lora_magnitude_vector": torch.ones(6), "norm.weight": torch.ones(8)},
+        use_rslora=True,
+        base_model_name_or_path="org/model",
+    )
+    document = json.loads(run("inspect", adapter, "--json").stdout)
+    assert document["parameters"] == 2 * 4 * (6 + 8) + 6 + 8
+    assert (document["bytes"], document["dtypes"]) == (4 * document["parameters"], {"F32": 6})
+    by_name = {module["name"]: module for module in document["modules"]}
+    # alpha = 8 over the root of 4.
+    assert (by_name["b.q_proj"]["rank"], by_name["b.q_proj"]["scale"]) == (4, 4.0)
+    assert by_name["norm"]["replaced"] == {"weight": "base_model.model.norm.weight"}
+    text = run("inspect", adapter).stdout
+    assert "LoRA adapter of org/model, 126 parameters" in text
+    assert "low rank, norms (DoRA)" in text
+    assert "weight replaced" in text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from ..checkpoint import Model
 
-__all__ = ["Difference", "Mapped", "Workspace"]
+__all__ = ["Difference", "Mapped", "Matrix", "Workspace", "read_tensor"]
 
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -121,6 +121,38 @@ def _sum_of_squares(vector: torch.Tensor) -> float:
     return float(torch.dot(double, double))
 
 
+class Matrix(Protocol):
+    """A 2-D tensor of a model that is read in parts: mapped as it is stored, or composed on the fly."""
+
+    @property
+    def role(self) -> str:
+        """The role whose tensor it is."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype as safetensors names it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The stored shape."""
+
+    def chunk(self, rows: slice, columns: slice) -> torch.Tensor:
+        """A part of it on the CPU; both slices have a start and a stop."""
+
+    def is_finite(self, chunk_elements: int) -> bool:
+        """Whether no value is NaN or infinite, in float32."""
+
+    def release_when_full(self) -> None:
+        """Gives mapped pages back once enough of them may have been touched."""
+
+    def release(self) -> None:
+        """Gives mapped pages back."""
+
+
 class Mapped:
     """One 2-D tensor of one model, as it lies in the mapped file: (rows, columns) of the stored shape."""
 
@@ -177,8 +209,16 @@ class Mapped:
         self._touched = 0
 
 
+def read_tensor(model: Model, name: str) -> torch.Tensor:
+    """Reads a small tensor whole, in its own dtype and shape, into memory of its own."""
+    info = model.headers.tensor(name)
+    data = np.array(model.headers.rows(name, 0, info.shape[0] if info.shape else 1), dtype=np.uint8)
+    model.headers.release(name)
+    return torch.from_numpy(data.reshape(-1)).view(_TORCH_DTYPES[info.dtype]).view(*info.shape)
+
+
 class Difference:
-    """minuend - subtrahend of two mapped tensors of one shape, as float32 blocks; and the norms of both.
+    """minuend - subtrahend of two tensors of one shape, as float32 blocks; and the norms of both.
 
     The subtraction is done in float32 on the values as they are stored. Rows and columns are those of the
     module's (d_out, d_in) matrix, whichever way it is stored.
@@ -192,8 +232,8 @@ class Difference:
     def __init__(
         self,
         workspace: Workspace,
-        minuend: Mapped,
-        subtrahend: Mapped,
+        minuend: Matrix,
+        subtrahend: Matrix,
         *,
         transposed: bool,
         minuend_norm: bool = False,
@@ -260,7 +300,7 @@ class Difference:
         self._minuend.release()
         self._subtrahend.release()
 
-    def _load(self, tensor: Mapped, rows: slice, columns: slice, out: torch.Tensor) -> None:
+    def _load(self, tensor: Matrix, rows: slice, columns: slice, out: torch.Tensor) -> None:
         """Converts a chunk to float32; to another device it travels in its own, narrower dtype."""
         part = tensor.chunk(rows, columns)
         out.copy_(part if out.device.type == "cpu" else part.to(out.device))

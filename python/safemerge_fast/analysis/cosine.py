@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Difference, Mapped, Workspace
+from .blocks import Difference, Mapped, Matrix, Workspace
+from .composed import Composed
 from .device import full_float32
 from .rounding import v_rounding
 from .scores import Score
@@ -38,7 +39,8 @@ def score_module(
 
     Args:
         models: base, aligned and finetuned, by role.
-        row: An analysed row of the pairing: 2-D, float, of one shape in all three models.
+        row: An analysed row of the pairing: 2-D, float, of one shape in all three models. What adapters change
+            is composed as it is read.
         delta_reference: What Δ is taken against, "aligned" or "base".
         workspace: Buffers and the device to compute on.
 
@@ -46,7 +48,7 @@ def score_module(
         The score. ρ is 0 where V VᵀΔ is zero and neither V nor Δ is: the update lies wholly outside the
         subspace.
     """
-    tensors = {role: Mapped(models[role], row.names[role]) for role in ("base", "aligned", "finetuned")}
+    tensors = {role: _matrix(models, row, role) for role in ("base", "aligned", "finetuned")}
     turned = row.transposed
     v = Difference(workspace, tensors["aligned"], tensors["base"], transposed=turned, minuend_norm=True)
     delta = Difference(workspace, tensors["finetuned"], tensors[delta_reference], transposed=turned)
@@ -73,6 +75,15 @@ def score_module(
         v_rounding=v_rounding(tensors["base"].dtype, tensors["aligned"].dtype, weight_norm, v_norm),
         undefined=undefined,
     )
+
+
+def _matrix(models: Mapping[str, Model], row: Row, role: str) -> Matrix:
+    """A role's matrix: mapped if it is stored as such, else composed."""
+    terms = row.terms[role]
+    operand = terms[0].operand
+    if len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain:
+        return Mapped(models[operand.source], operand.tensor)
+    return Composed(models, role, row.name, terms)
 
 
 def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
@@ -188,7 +199,7 @@ def _null(v: Difference, gram_scale: float, gram_squares: float) -> float | None
 
 
 def _why_undefined(
-    v: Difference, delta: Difference, tensors: Mapping[str, Mapped], workspace: Workspace
+    v: Difference, delta: Difference, tensors: Mapping[str, Matrix], workspace: Workspace
 ) -> str | None:
     """Says why there is no ρ, or returns None."""
     if not all(math.isfinite(squares) for squares in (v.minuend_squares, v.squares, delta.squares)):

@@ -11,8 +11,9 @@ at 4·d_out·d_in·r operations. Products with V are float32, those of the facto
 ρ_null = ‖V‖² / (√d_out ‖M‖) with M = V Vᵀ is estimated from a few Gaussian columns z that pass through the same
 products beside C: E ‖M z‖² = ‖M‖². V of an aligned model has a few large singular values, and these would
 make the estimate coarse. They are taken out exactly: N = Y·(ZᵀY)⁺·Yᵀ with Y = M Z, Nyström's approximation of M
-by all columns but z, gives ‖M‖² = ‖N‖² + E(‖M z‖² - ‖N z‖²), averaged over which z is left out (Epperly, Tropp
-and Webber, "XTrace", arXiv 2301.07825). It needs no more than the Gram matrices of G and of H.
+by all columns but z, gives ‖M‖² = ‖N‖² + E(‖M z‖² - ‖N z‖²), averaged over which z is left out (after Epperly,
+Tropp and Webber, "XTrace", arXiv 2301.07825), and corrected by zᵀ(M - N)z, whose mean is known. It needs no more
+than the Gram matrices of G and of H.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Difference, Mapped, Workspace
+from .blocks import Difference, Mapped, Workspace, read_tensor
 from .device import full_float32
 from .rounding import v_rounding
 from .scores import Score
@@ -36,8 +37,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PROBES", "score_low_rank"]
 
-PROBES = 8
-"""Gaussian columns that estimate ρ_null. The estimate is within about 2 % of the exact value."""
+PROBES = 16
+"""Gaussian columns that estimate ρ_null.
+
+Root mean square errors were measured: 0.01 % where V has a rank below that, 0.5 % where V is Gaussian, 3 % where its
+singular values fall as 1/√i.
+"""
 
 _SEED = 20250317
 # Relative to the largest eigenvalue, what of a float32 Gram matrix of unit columns is noise.
@@ -68,24 +73,22 @@ def score_low_rank(
     """
     aligned, base = Mapped(models["aligned"], row.names["aligned"]), Mapped(models["base"], row.names["base"])
     v = Difference(workspace, aligned, base, transposed=row.transposed, minuend_norm=True)
-    undefined = _first_nonfinite(models, factors)
-    update = None if undefined is not None else _update(models, factors)
+    update, undefined = _update(models, row, factors)
     rho: float | None = None
     rho_null: float | None = None
     with full_float32(workspace.device):
-        if update is None or update.norm == 0.0:
-            _norms_only(v, row, workspace)
-        else:
+        if undefined is None:
             rho, rho_null = _measure(v, row, update, workspace)
+        else:
+            _norms_only(v, row, workspace)
     v.release()
-    if undefined is None:
-        undefined = _why_undefined(v, (aligned, base), update, workspace)
+    undefined = _why_undefined(v, (aligned, base), workspace) or undefined
     v_norm, weight_norm = math.sqrt(v.squares), math.sqrt(v.minuend_squares)
     return Score(
         rho=rho if undefined is None else None,
         rho_null=rho_null if undefined is None else None,
         v_norm=v_norm,
-        delta_norm=math.nan if update is None else update.norm,
+        delta_norm=update.norm,
         weight_norm=weight_norm,
         v_rounding=v_rounding(base.dtype, aligned.dtype, weight_norm, v_norm),
         undefined=undefined,
@@ -93,11 +96,21 @@ def score_low_rank(
     )
 
 
-def _update(models: Mapping[str, Model], factors: Sequence[LowRank]) -> _Update:
-    """Puts the factors side by side and brings Δ = B·A to C = B·L, in float64 on the CPU."""
+def _update(models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]) -> tuple[_Update, str | None]:
+    """Puts the factors side by side and brings Δ = B·A to C = B·L, in float64 on the CPU.
+
+    Returns:
+        The update, and why there is no ρ, if its factors say that.
+    """
     left, right = [], []
     for factor in factors:
-        a, b = _read(models, factor, factor.a), _read(models, factor, factor.b)
+        a, b = (read_tensor(models[factor.source], name).double() for name in (factor.a, factor.b))
+        for name, values in ((factor.a, a), (factor.b, b)):
+            if not bool(torch.isfinite(values).all()):
+                reason = f"non-finite values in {factor.source} tensor {name}"
+                return _Update(torch.empty(0, 0, dtype=torch.float64), math.nan), reason
+        if factor.transpose != row.transposed:
+            a, b = b.T, a.T
         # Rows of unit length, so that the eigenvalues below lose nothing of a product whose A is small.
         lengths = torch.linalg.vector_norm(a, dim=1)
         lengths[lengths == 0.0] = 1.0
@@ -107,7 +120,7 @@ def _update(models: Mapping[str, Model], factors: Sequence[LowRank]) -> _Update:
     eigenvalues, eigenvectors = torch.linalg.eigh(a @ a.T)
     columns = b @ (eigenvectors * eigenvalues.clamp_min(0.0).sqrt())
     norm = float(torch.linalg.vector_norm(columns))
-    return _Update(columns / (norm or 1.0), norm)
+    return _Update(columns / (norm or 1.0), norm), None if norm > 0.0 else "Δ is zero"
 
 
 def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> tuple[float, float | None]:
@@ -116,7 +129,7 @@ def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> 
     rank = update.columns.shape[1]
     width = rank + PROBES
     columns = workspace.buffer("columns", d_out, width)
-    columns[:, :rank].copy_(update.columns)
+    columns[:, :rank].copy_(update.columns.float())
     generator = torch.Generator().manual_seed(_SEED)
     columns[:, rank:].copy_(torch.randn(d_out, PROBES, generator=generator))
     images = workspace.buffer("images", d_in, width).zero_()  # G, later scaled
@@ -212,18 +225,22 @@ def _null(inner: torch.Tensor, outer: torch.Tensor, rank: int, v: Difference) ->
     shrink = torch.where(lengths > 0.0, 1.0 / lengths, torch.zeros_like(lengths))
     inner, outer = inner * torch.outer(shrink, shrink), outer * torch.outer(shrink, shrink)
     count = inner.shape[0]
-    total = 0.0
+    known_squares = rest_squares = rest_trace = expected_trace = 0.0
     for probe in range(rank, count):
         others = [column for column in range(count) if column != probe]
         inverse = torch.linalg.pinv(inner[others][:, others], rtol=_GRAM_NOISE, hermitian=True)
         known = outer[others][:, others]
-        product = inverse @ known
+        product = inverse @ known  # has N's trace, and its square has N²'s
         image = inverse @ inner[others, probe]
-        rest = (outer[probe, probe] - image @ known @ image) * lengths[probe] ** 2
-        total += float((product * product.T).sum() + rest)
-    # A Gram matrix of that trace and rank has at least this norm.
+        known_squares += float((product * product.T).sum())
+        rest_squares += float(outer[probe, probe] - image @ known @ image) * float(lengths[probe]) ** 2
+        rest_trace += float(inner[probe, probe] - inner[others, probe] @ image) * float(lengths[probe]) ** 2
+        expected_trace += v.squares - float(product.trace())
+    # The trace of M - N is known, so that the probes' share of it says how much they overstate the rest.
+    ratio = max(expected_trace, 0.0) / rest_trace if rest_trace > 0.0 else 1.0
+    # A Gram matrix of that trace and size has at least this norm.
     least = v.squares**2 / min(v.shape)
-    gram_squares = max(total / (count - rank), least)
+    gram_squares = max((known_squares + ratio * rest_squares) / (count - rank), least)
     return v.squares / math.sqrt(v.shape[0] * gram_squares) if gram_squares > 0.0 else None
 
 
@@ -234,34 +251,11 @@ def _power_of_two(size: float) -> float:
     return math.ldexp(1.0, max(-126, min(126, -math.frexp(size)[1])))
 
 
-def _read(models: Mapping[str, Model], factor: LowRank, name: str) -> torch.Tensor:
-    """Reads a factor whole, as float64 on the CPU."""
-    mapped = Mapped(models[factor.source], name)
-    matrix = mapped.chunk(slice(0, mapped.shape[0]), slice(0, mapped.shape[1])).double()
-    mapped.release()
-    return matrix
-
-
-def _first_nonfinite(models: Mapping[str, Model], factors: Sequence[LowRank]) -> str | None:
-    """Names the first factor that holds NaN or infinity."""
-    for factor in factors:
-        for name in (factor.a, factor.b):
-            if not bool(torch.isfinite(_read(models, factor, name)).all()):
-                return f"non-finite values in {factor.source} tensor {name}"
-    return None
-
-
-def _why_undefined(
-    v: Difference, tensors: Sequence[Mapped], update: _Update | None, workspace: Workspace
-) -> str | None:
-    """Says why there is no ρ, or returns None."""
+def _why_undefined(v: Difference, tensors: Sequence[Mapped], workspace: Workspace) -> str | None:
+    """Says why V gives no ρ, or returns None."""
     if not (math.isfinite(v.minuend_squares) and math.isfinite(v.squares)):
         for tensor in tensors:
             if not tensor.is_finite(workspace.chunk_elements):
                 return f"non-finite values in {tensor.role} tensor {tensor.name}"
         return f"non-finite values in float32 arithmetic on tensor {tensors[0].name}"
-    if v.squares == 0.0:
-        return "V is zero"
-    if update is None or update.norm == 0.0:
-        return "Δ is zero"
-    return None
+    return "V is zero" if v.squares == 0.0 else None

@@ -50,7 +50,7 @@ class Score:
             V is 0.
         undefined: Why there is no ρ: "V is zero", "Δ is zero" or "non-finite values in <role> tensor <name>";
             None where there is one.
-        rho_null_estimated: Whether rho_null is an estimate, within about 2 %, because computing it would have
+        rho_null_estimated: Whether rho_null is an estimate, good to a few percent, because computing it would have
             taken longer than ρ.
     """
 
