@@ -1,6 +1,6 @@
 """The Rust engine: headers, mapped tensors, plans and their execution. Knows nothing of safety."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import Literal, TypedDict, final, type_check_only
 

@@ -76,7 +76,7 @@ def merge(
         dtype: Output dtype of float tensors: "auto" (each one's own), "bfloat16", "float16" or "float32".
         max_shard_size: Most bytes per output file, as a number or like "5GB"; None keeps the fine-tuned
             model's files.
-        threads: Worker threads of the merge; None is one per processor.
+        threads: Worker threads of the merge; None is two more than there are processors, at most 16.
         memory_budget: Most bytes for the merge's buffers, as a number or like "1GB".
         scores: scores.json to reuse; torch is then not needed.
         resume: Continue an unfinished merge in the output.

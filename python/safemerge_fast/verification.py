@@ -56,7 +56,7 @@ def verify(
     Args:
         output: A directory that merge wrote; the models must still be where they were.
         sample: Share of the bytes to compare, above 0 and at most 1; the files' headers are always compared.
-        threads: Worker threads; None is one per processor.
+        threads: Worker threads; None is two more than there are processors, at most 16.
         progress: Called with ProgressEvents of the stage "verify".
 
     Returns:

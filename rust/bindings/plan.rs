@@ -139,7 +139,7 @@ impl Plan {
     ) -> PyResult<Bound<'py, PyDict>> {
         let progress = progress.map(|progress| Arc::clone(&progress.inner)).unwrap_or_default();
         let (found, files) = interruptible(py, |poll| {
-            let threads = threads.unwrap_or_else(|| stream::Options::default().threads);
+            let threads = threads.unwrap_or_else(stream::default_threads);
             let options = verify::Options { threads, sample, seed, kernels: kernels(simd)? };
             let selected = self.inner.select(shards.as_deref())?;
             let found = verify::verify(&selected, &directory, &options, &progress, poll)?;

@@ -20,7 +20,7 @@ pub const TILE_ALIGNMENT: usize = 4096;
 /// How to execute. None of it changes the output's bytes.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Worker threads.
+    /// Worker threads; see [`default_threads`].
     pub threads: usize,
     /// Bytes of a tile, a multiple of [`TILE_ALIGNMENT`].
     pub tile_bytes: usize,
@@ -37,7 +37,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            threads: default_threads(),
             tile_bytes: DEFAULT_TILE,
             memory_budget: None,
             write: WriteMode::Auto,
@@ -45,6 +45,14 @@ impl Default for Options {
             allow_nonfinite: false,
         }
     }
+}
+
+/// Two more workers than processors, since a worker that writes waits for the disk; at most 16, which any disk keeps up
+/// with, so that their buffers stay within 256 MB.
+#[must_use]
+pub fn default_threads() -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    processors.saturating_add(2).min(16)
 }
 
 impl Options {

@@ -96,7 +96,7 @@ _merge_options = compose(
 
 _run_options = compose(
     click.option(
-        "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: one per processor]"
+        "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]"
     ),
     click.option(
         "--memory-budget",

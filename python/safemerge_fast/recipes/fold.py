@@ -145,7 +145,7 @@ def fold(
         dtype: Output dtype of float tensors: "auto" (each one's own in the checkpoint), "bfloat16", "float16"
             or "float32". Tensors are computed in float32 and rounded once.
         max_shard_size: Most bytes per output file, as a number or like "5GB"; None keeps the checkpoint's files.
-        threads: Worker threads; None is one per processor.
+        threads: Worker threads; None is two more than there are processors, at most 16.
         memory_budget: Most bytes for the engine's buffers, as a number or like "1GB".
         resume: Continue an unfinished fold in the output.
         overwrite: Replace what the output holds.
