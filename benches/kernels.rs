@@ -6,7 +6,7 @@ use safemerge_fast::kernels::{Kernels, Level};
 use std::hint::black_box;
 
 /// Elements of a sub-tile, as the engine cuts them.
-const SUB_TILE: usize = 4096;
+const SUB_TILE: usize = 1024;
 
 /// The inner loop of `linear` on two operands: load, load, two multiply-adds, store.
 fn blend(kernels: &Kernels, dtype: Float, first: &[u8], second: &[u8], out: &mut [u8]) {

@@ -8,8 +8,8 @@ use crate::plan::{Operand, Operation, OutputTensor, PlannedShard};
 use crate::{Error, Result};
 use std::ops::Range;
 
-/// Elements that are held as f32 at a time: three such buffers fit a first-level cache of 48 KiB.
-const SUB_TILE: usize = 4096;
+/// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
+const SUB_TILE: usize = 1024;
 /// Bytes of the longest element.
 const LONGEST_ELEMENT: usize = 8;
 
