@@ -17,7 +17,7 @@ from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from .checkpoint import FLOATS, Model, locate, open_model
 from .errors import AdapterError
 
-__all__ = ["AdaptedModule", "Adapter", "is_adapter", "open_adapter", "open_source"]
+__all__ = ["ADAPTER_WEIGHTS", "AdaptedModule", "Adapter", "is_adapter", "open_adapter", "open_source"]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

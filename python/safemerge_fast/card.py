@@ -19,8 +19,8 @@ _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
 _CARD = """\
 ---
 base_model:{base_model}
-base_model_relation: merge
-library_name: transformers
+base_model_relation: {relation}
+library_name: {library}
 tags:
 - merge
 - safemerge
@@ -36,7 +36,7 @@ tags:
 The safety subspace of a weight matrix is spanned by what alignment changed in it, V = W_aligned − W_base.
 For each matrix, ρ = cos(V·Vᵀ·Δ, Δ) says how far the fine-tuning update Δ = W_finetuned − W_{reference}
 lies in that subspace. {rule} A merged matrix is {blend} (method `{method}`);
-all others are the fine-tuned model's.
+all others are the fine-tuned model's.{form}
 
 | role | model |
 |---|---|
@@ -47,8 +47,7 @@ all others are the fine-tuned model's.
 {counts}
 
 ρ_null is the ρ that a random update of the same matrix would have: ρ depends on a matrix's shape, so that one
-threshold selects by module type too. Every tensor's ρ, decision and reason stand in `safemerge_report.json`;
-what each is made of, in `safemerge_plan.json`.
+threshold selects by module type too. Every tensor's ρ, decision and reason stand in `safemerge_report.json`{plan}.
 
 ## Configuration
 
@@ -127,10 +126,17 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
     blended = ["finetuned", "safe" if "safe" in models else "aligned"]
     # An adapter's weights come on top of the aligned model's.
     parts = [*blended, "aligned"] if any(isinstance(models[role], Adapter) for role in blended) else blended
+    if report.adapter is not None:
+        # An adapter's base is the one model that it can be loaded on.
+        parts = ["aligned"]
     bases = list(dict.fromkeys(name for role in parts if (name := hub_name(models[role])) is not None))
     analysed = sum(tensor.analysed for tensor in report.tensors)
     return _CARD.format(
         base_model="".join(f"\n- {name}" for name in bases) or " []",
+        relation="merge" if report.adapter is None else "adapter",
+        library="transformers" if report.adapter is None else "peft",
+        form="" if report.adapter is None else _form(report.adapter),
+        plan="; what each is made of, in `safemerge_plan.json`" if report.adapter is None else "",
         title=report.output.rstrip("/").rpartition("/")[2],
         finetuned=_display_name(models["finetuned"]),
         version=report.versions["safemerge-fast"],
@@ -146,6 +152,28 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
         counts=_count_table(report.counts),
         command=configuration.command(),
         configuration=json.dumps(configuration.settings(), indent=2, ensure_ascii=False),
+    )
+
+
+def _form(adapter: Mapping[str, Any]) -> str:
+    """What the adapter is, in sentences that follow on the method."""
+    if adapter["combination"] == "peft-linear":
+        made = (
+            'Factors of merged matrices were added up as PEFT\'s `add_weighted_adapter(…, "linear")` does it, with '
+            "weights √(w·s) on A and on B, so that the update has cross terms beside that average."
+        )
+    elif adapter["relative_errors"]:
+        worst = max(adapter["relative_errors"].values())
+        made = (
+            f"Updates were added up exactly by concatenation of their factors, and truncated to rank "
+            f"{adapter['rank']} where that was higher ({len(adapter['relative_errors'])} matrices, with a relative "
+            f"error of at most {worst:.2%})."
+        )
+    else:
+        made = "Updates are added up exactly, by concatenation of their factors."
+    return (
+        f"\n\nThis is a LoRA adapter of the aligned model: it adds B·A, of rank {adapter['rank']} (padded with zeros) "
+        f"and with scale 1, to {adapter['modules']} matrices. {made}"
     )
 
 

@@ -13,10 +13,25 @@ from .decision import Rule
 from .errors import PlanError
 from .sizes import parse_size
 
-__all__ = ["DTYPES", "METHODS", "MergeConfiguration", "check_dtype", "check_sizes", "check_threads"]
+__all__ = [
+    "COMPATIBILITIES",
+    "DTYPES",
+    "METHODS",
+    "OUTPUT_FORMATS",
+    "MergeConfiguration",
+    "check_dtype",
+    "check_sizes",
+    "check_threads",
+]
 
 METHODS = ("linear",)
 """Merge methods that a recipe may use."""
+
+OUTPUT_FORMATS = ("auto", "adapter", "checkpoint")
+"""What can be written; "auto" is an adapter if all that is merged are adapters."""
+
+COMPATIBILITIES = ("peft-linear",)
+"""Other programs' ways to combine adapters that can be reproduced."""
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Output dtypes that can be asked for, and their names in safetensors; "auto" keeps each tensor's own."""
@@ -75,6 +90,9 @@ class MergeConfiguration:
     on_undefined: str = "merge"
     device: str = "auto"
     dtype: str = "auto"
+    output_format: str = "auto"
+    adapter_rank: int | None = None
+    compat: str | None = None
     max_shard_size: int | str | None = None
     threads: int | None = None
     memory_budget: int | str | None = None
@@ -97,6 +115,7 @@ class MergeConfiguration:
         if self.delta_reference not in ("aligned", "base"):
             raise PlanError(f"delta_reference should be aligned or base, not {self.delta_reference!r}")
         check_threads(self.threads)
+        self._check_output_format()
         if self.resume and self.overwrite:
             raise PlanError("resume continues an output and overwrite starts it anew; give one of them")
         for name in ("include", "exclude"):
@@ -106,6 +125,18 @@ class MergeConfiguration:
             except re.error as error:
                 raise PlanError(f"{name} {pattern!r} is not a regular expression: {error}") from error
         self.rule()
+
+    def _check_output_format(self) -> None:
+        if self.output_format not in OUTPUT_FORMATS:
+            raise PlanError(
+                f"output_format should be {', '.join(OUTPUT_FORMATS)}, not {self.output_format!r}"
+            )
+        if self.compat is not None and self.compat not in COMPATIBILITIES:
+            raise PlanError(f"compat should be {' or '.join(COMPATIBILITIES)}, not {self.compat!r}")
+        if self.adapter_rank is not None and self.adapter_rank < 1:
+            raise PlanError(f"adapter_rank should be at least 1, not {self.adapter_rank}")
+        if self.adapter_rank is not None and self.compat is not None:
+            raise PlanError("adapter_rank truncates, and compat reproduces what PEFT makes; give one of them")
 
     def rule(self) -> Rule:
         """The rule of the decision."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import _engine
+from .adapter_output.layout import lay_out_adapter
+from .adapter_output.pipeline import adapter_bytes, adapter_document, adapters_by_role, input_bytes
 from .analysis.scores import Score
 from .configuration import MergeConfiguration
 from .decision import Decision, decide
 from .job import Job, open_job
 from .operand import references
 from .plan import plan_document, plan_shard
-from .report import ModuleCount, count_modules, tensor_reports
+from .report import ModuleCount, TensorReport, count_modules, tensor_reports
 
 __all__ = ["Preview", "preview"]
 
@@ -84,24 +87,61 @@ def preview(configuration: MergeConfiguration) -> Preview:
     else:
         # Not known yet: assume the most that can be read.
         decisions = {row.name: Decision(row.analysed, row.reason) for row in job.pairing.rows}
+    if job.writes_adapter:
+        return _preview_adapter(job, scores, decisions)
     planned = [plan_shard(shard, decisions, job.blend, dtype=configuration.dtype) for shard in job.layout]
     plan = _engine.Plan(json.dumps(plan_document(job.models, planned)))
     tensors = tensor_reports(planned, job.pairing.rows, scores, decisions, job.blend)
-    output = Path(configuration.output).expanduser().absolute()
+    return _preview(
+        job,
+        tensors,
+        files=len(plan.shards),
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        memory_bytes=_memory(job, scores),
+    )
+
+
+def _preview(
+    job: Job,
+    tensors: Sequence[TensorReport],
+    *,
+    files: int,
+    bytes_read: int,
+    bytes_written: int,
+    memory_bytes: int,
+) -> Preview:
+    """Adds to what depends on the output's format what does not."""
+    output = Path(job.configuration.output).expanduser().absolute()
     free = shutil.disk_usage(_existing_parent(output)).free
     return Preview(
         output=str(output),
-        files=len(plan.shards),
+        files=files,
         tensors=len(tensors),
         analysed=len(job.analysed),
         merged=sum(tensor.merged for tensor in tensors) if job.scores is not None else None,
         counts=count_modules(tensors),
-        bytes_read=plan.bytes_read,
+        bytes_read=bytes_read,
         bytes_analysed=0 if job.scores is not None else _bytes_analysed(job),
-        bytes_written=plan.bytes_written,
-        memory_bytes=_memory(job, scores),
+        bytes_written=bytes_written,
+        memory_bytes=memory_bytes,
         free_bytes=free,
-        notes=(*job.pairing.notes, *_obstacles(job, output, plan.bytes_written, free)),
+        notes=(*job.pairing.notes, *_obstacles(job, output, bytes_written, free)),
+    )
+
+
+def _preview_adapter(job: Job, scores: Mapping[str, Score], decisions: Mapping[str, Decision]) -> Preview:
+    """The preview of a merge into an adapter."""
+    layout = lay_out_adapter(job.pairing.rows, decisions, job.blend, adapters_by_role(job))
+    written = adapter_bytes(job, layout)
+    return _preview(
+        job,
+        tensor_reports([adapter_document(job, layout)], job.pairing.rows, scores, decisions, job.blend),
+        files=1,
+        bytes_read=input_bytes(job, layout),
+        bytes_written=written,
+        # The tensors and the file that they are put into; the analysis needs buffers only.
+        memory_bytes=_PYTHON_BYTES + _TORCH_BYTES + 2 * written + _BLOCK_BYTES,
     )
 
 

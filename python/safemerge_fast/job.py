@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .adapter import Adapter, open_source
+from .adapter_output.layout import require_linear
 from .analysis.scores import Score, Scores
 from .checkpoint import Model, open_model
 from .configuration import MergeConfiguration
 from .decision import Rule
-from .errors import AnalysisError
+from .errors import AdapterError, AnalysisError, PlanError
 from .pairing import Pairing, Row, pair
 from .plan import Blend, Shard, lay_out
 from .recipes.safemerge import safemerge
@@ -51,6 +52,13 @@ class Job:
         """The checkpoint that the output is shaped like: the fine-tuned, or the aligned one for an adapter."""
         finetuned = self.models["finetuned"]
         return self.models["aligned"] if isinstance(finetuned, Adapter) else finetuned
+
+    @property
+    def writes_adapter(self) -> bool:
+        """Whether the output is an adapter, not a checkpoint."""
+        return self.configuration.output_format == "adapter" or (
+            self.configuration.output_format == "auto" and not _checkpoints(self.models)
+        )
 
     def reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.
@@ -93,8 +101,9 @@ def open_job(configuration: MergeConfiguration) -> Job:
 
     Raises:
         CheckpointError: A model cannot be found, read or trusted.
-        AdapterError: An adapter cannot be merged exactly, or base or aligned is one.
+        AdapterError: An adapter cannot be merged exactly, or not into an adapter, or base or aligned is one.
         PairingError: The models do not fit together.
+        PlanError: A setting is of no use to the output's format.
         AnalysisError: The scores to reuse cannot be read, or are not of these models.
     """
     models = open_models(configuration.roles())
@@ -102,7 +111,7 @@ def open_job(configuration: MergeConfiguration) -> Job:
     scores = None
     if configuration.scores is not None:
         scores = _read_scores(configuration.scores, models, configuration.delta_reference)
-    return Job(
+    job = Job(
         configuration=configuration,
         models=models,
         pairing=pairing,
@@ -124,6 +133,36 @@ def open_job(configuration: MergeConfiguration) -> Job:
         ),
         scores=scores,
     )
+    _check_output_format(job)
+    return job
+
+
+def _check_output_format(job: Job) -> None:
+    """Refuses what the output's format cannot hold, before any long work."""
+    configuration = job.configuration
+    if job.writes_adapter:
+        if whole := _checkpoints(job.models):
+            raise AdapterError(
+                f"an adapter is made of adapters only, but {whole[0]} is a full checkpoint; "
+                f"pass --output-format checkpoint"
+            )
+        if configuration.max_shard_size is not None:
+            raise PlanError("max_shard_size is for checkpoints, but the output is an adapter; leave it out")
+        require_linear(job.pairing.rows)
+        return
+    for name in ("adapter_rank", "compat"):
+        if getattr(configuration, name) is not None:
+            raise PlanError(
+                f"{name} is for adapters, but the output is a checkpoint; leave it out, or give adapters as "
+                f"finetuned and safe with output_format adapter"
+            )
+
+
+def _checkpoints(models: Mapping[str, Model]) -> list[str]:
+    """Those of the roles that are merged whose model is no adapter."""
+    return [
+        role for role in ("finetuned", "safe") if role in models and not isinstance(models[role], Adapter)
+    ]
 
 
 def require_finite(name: str, score: Score) -> None:

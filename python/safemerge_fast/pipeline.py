@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import _engine
+from .adapter_output.pipeline import merge_into_adapter
 from .analysis.rounding import rounding_warning
 from .analysis.scores import Score
 from .card import model_card
@@ -45,6 +46,9 @@ def merge(
     on_undefined: str = "merge",
     device: str = "auto",
     dtype: str = "auto",
+    output_format: str = "auto",
+    adapter_rank: int | None = None,
+    compat: str | None = None,
     max_shard_size: int | str | None = None,
     threads: int | None = None,
     memory_budget: int | str | None = None,
@@ -74,6 +78,11 @@ def merge(
         on_undefined: "merge" or "keep" modules without ρ (V or Δ is zero).
         device: "auto", "cpu", "cuda", "cuda:N" or "mps", for the analysis.
         dtype: Output dtype of float tensors: "auto" (each one's own), "bfloat16", "float16" or "float32".
+        output_format: "checkpoint", "adapter", or "auto": an adapter if finetuned (and safe, if given) are
+            adapters.
+        adapter_rank: Highest rank of a merged adapter; updates of a higher one are truncated to it. None is exact.
+        compat: "peft-linear" combines adapters as PEFT's add_weighted_adapter(…, "linear") does, whose cross terms
+            α·Δ_finetuned + (1-α)·Δ_safe does not have; None is exact.
         max_shard_size: Most bytes per output file, as a number or like "5GB"; None keeps the fine-tuned
             model's files.
         threads: Worker threads of the merge; None is two more than there are processors, at most 16.
@@ -99,6 +108,8 @@ def run_merge(configuration: MergeConfiguration, progress: ProgressCallback | No
     started = time.perf_counter()
     tell = progress or (lambda event: None)
     job = open_job(configuration)
+    if job.writes_adapter:
+        return merge_into_adapter(job, tell, started)
     output = _engine.Output(
         configuration.output,
         inputs=[model.headers.path for model in job.models.values()],

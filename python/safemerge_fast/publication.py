@@ -16,7 +16,15 @@ from .companions import CONFIGURATION, companion_files, configuration_file
 from .documents import write_document
 from .plan import INDEX_FILE, PLAN_FILE, index_document, plan_document
 
-__all__ = ["REPORT_FILE", "describe_inputs", "peak_memory", "publish", "remove_stray_shards", "versions"]
+__all__ = [
+    "CARD_FILE",
+    "REPORT_FILE",
+    "describe_inputs",
+    "peak_memory",
+    "publish",
+    "remove_stray_shards",
+    "versions",
+]
 
 REPORT_FILE = "safemerge_report.json"
 CARD_FILE = "README.md"

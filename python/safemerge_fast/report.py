@@ -129,6 +129,9 @@ class MergeReport:
         unused: By role, tensors that no output tensor is made from or compared with.
         warnings: What to mistrust, by tensor.
         notes: What else a person should know.
+        adapter: If the output is an adapter: "combination" ("concatenation" or "peft-linear"), "rank" (of all
+            its modules), "modules" (how many), "ranks" (of each weight's update before truncation and padding),
+            "relative_errors" (Frobenius, of those that are not exact) and "full_tensors" (keys). Else None.
     """
 
     output: str
@@ -145,6 +148,7 @@ class MergeReport:
     unused: Mapping[str, tuple[str, ...]]
     warnings: tuple[ModuleWarning, ...]
     notes: tuple[str, ...]
+    adapter: Mapping[str, Any] | None = None
 
     @property
     def counts(self) -> tuple[ModuleCount, ...]:
@@ -186,7 +190,10 @@ class MergeReport:
                 raise SafemergeError(
                     f"the report is of version {document['version']!r}, this program reads version {VERSION}"
                 )
-            values = {field.name: document[field.name] for field in fields(cls)}
+            known = [field.name for field in fields(cls) if field.name != "adapter"]
+            values = {name: document[name] for name in known}
+            # Reports of early versions know of no adapters.
+            values["adapter"] = document.get("adapter")
             values["configuration"] = MergeConfiguration.from_dict(document["configuration"])
             values["tensors"] = tuple(
                 TensorReport(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in document["tensors"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _engine
+from .adapter_output.verification import read_adapter_report, verify_adapter
 from .errors import CheckpointError, PlanError, VerificationError
 from .plan import INDEX_FILE, PLAN_FILE, index_document
 from .progress import ProgressCallback, ProgressEvent
@@ -53,6 +54,8 @@ def verify(
 ) -> VerifyReport:
     """Verifies the weights of an output against its plan and the models it was made from.
 
+    An adapter has no plan: it is made again from its report and compared whole.
+
     Args:
         output: A directory that merge wrote; the models must still be where they were.
         sample: Share of the bytes to compare, above 0 and at most 1; the files' headers are always compared.
@@ -69,6 +72,9 @@ def verify(
     """
     started = time.perf_counter()
     directory = Path(output).expanduser().absolute()
+    if (report := read_adapter_report(directory)) is not None:
+        checked = verify_adapter(directory, report)
+        return VerifyReport(str(directory), 1, checked, checked, time.perf_counter() - started)
     document = _read_plan(directory)
     plan = _engine.Plan(json.dumps(document))
     _check_file_names(directory, document["shards"])

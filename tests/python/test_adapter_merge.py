@@ -67,6 +67,7 @@ def repair(models: dict[str, Path], tmp_path: Path, finetuned: str, safe: str | 
         None if safe is None else models[safe],
         output=tmp_path / "out",
         scores=score_file(tmp_path / "scores.json", rho),
+        output_format="checkpoint",
         **options,
     )
 

@@ -83,7 +83,7 @@ class AdapterLayout:
     @property
     def rows(self) -> tuple[Row, ...]:
         """The rows that the adapter changes."""
-        return tuple(part.row for part in (*self.weights, *self.tensors))
+        return (*(weight.row for weight in self.weights), *(tensor.row for tensor in self.tensors))
 
 
 def require_linear(rows: Iterable[Row]) -> None:
@@ -151,9 +151,7 @@ def lay_out_adapter(
         elif products := tuple(product for product in operand.low_rank if product.scale != 0.0):
             assert module is not None
             first = products[0]
-            weights.append(
-                LowRankWeight(row, module, first.a, first.b, products, decisions[row.name].merge)
-            )
+            weights.append(LowRankWeight(row, module, first.a, first.b, products, decisions[row.name].merge))
     layout = _with_whole_modules(rows, weights, whole, modules)
     if not layout.weights:
         raise AdapterError(

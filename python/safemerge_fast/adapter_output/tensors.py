@@ -15,7 +15,7 @@ from ..errors import AdapterError
 from ..operand import LowRank, Term
 from .layout import AdapterLayout, FullTensor, LowRankWeight
 
-__all__ = ["AdapterTensors", "make_tensors"]
+__all__ = ["AdapterTensors", "make_tensors", "relative_error"]
 
 _DTYPES = {
     "auto": torch.float32,
@@ -76,11 +76,11 @@ def make_tensors(
         if compat is not None and weight.merged:
             exact = a, b
             a, b = _peft_linear(weight, factors)
-            errors[weight.row.name] = _relative_error((a, b), exact)
+            errors[weight.row.name] = relative_error((a, b), exact)
         elif adapter_rank is not None and a.shape[0] > adapter_rank:
             exact = a, b
             a, b = _truncate(weight, a, b, adapter_rank)
-            errors[weight.row.name] = _relative_error((a, b), exact)
+            errors[weight.row.name] = relative_error((a, b), exact)
         made.append((weight, a, b))
     rank = max(a.shape[0] for _, a, _ in made)
     stored = _DTYPES[dtype]
@@ -109,9 +109,7 @@ def _read_factors(models: Mapping[str, Model], product: LowRank, allow_nonfinite
 def _concatenate(products: Sequence[LowRank], factors: Sequence[_Factors]) -> _Factors:
     """[A₁; A₂] and [s₁B₁ s₂B₂] in float32; the scaled B are rounded once."""
     a = torch.cat([a.float() for a, _ in factors])
-    scaled = [
-        (b.double() * product.scale).float() for product, (_, b) in zip(products, factors, strict=True)
-    ]
+    scaled = [(b.double() * product.scale).float() for product, (_, b) in zip(products, factors, strict=True)]
     return a, torch.cat(scaled, dim=1)
 
 
@@ -128,8 +126,7 @@ def _peft_linear(weight: LowRankWeight, factors: Sequence[_Factors]) -> _Factors
         )
     roots = [math.sqrt(abs(product.scale)) for product in weight.products]
     signed = [
-        root if product.scale >= 0.0 else -root
-        for root, product in zip(roots, weight.products, strict=True)
+        root if product.scale >= 0.0 else -root for root, product in zip(roots, weight.products, strict=True)
     ]
     # PEFT holds adapters in float32, and its weights in a tensor of that dtype too.
     a = torch.stack([a.float() for a, _ in factors]) * torch.tensor(signed)[:, None, None]
@@ -148,8 +145,15 @@ def _truncate(weight: LowRankWeight, a: torch.Tensor, b: torch.Tensor, rank: int
     return ((vt[:rank].T * root).T @ right.T).float(), (left @ (u[:, :rank] * root)).float()
 
 
-def _relative_error(found: _Factors, exact: _Factors) -> float:
-    """‖B'A' - BA‖ / ‖BA‖ without either product: of B·A, the norm is that of the triangles' product."""
+def relative_error(found: _Factors, exact: _Factors) -> float:
+    """Computes ‖B'A' - BA‖ / ‖BA‖ (Frobenius) without either product.
+
+    The norm of B·A is that of the product of both factors' triangles.
+
+    Args:
+        found: A' (r', d_in) and B' (d_out, r').
+        exact: A (r, d_in) and B (d_out, r).
+    """
     difference = _product_norm(
         torch.cat([found[0].double(), exact[0].double()]),
         torch.cat([found[1].double(), -exact[1].double()], dim=1),

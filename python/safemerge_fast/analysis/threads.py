@@ -55,6 +55,8 @@ def _single_threaded_executor(count: int) -> ThreadPoolExecutor:
     started = threading.Barrier(count + 1)
 
     def initialize() -> None:
+        # A thread takes over the usual number when it first needs one: that must not come after the change.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         started.wait()
 

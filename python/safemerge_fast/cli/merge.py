@@ -87,6 +87,24 @@ _merge_options = compose(
         help="Output dtype of float tensors; auto keeps each one's own.",
     ),
     click.option(
+        "--output-format",
+        type=click.Choice(["auto", "adapter", "checkpoint"]),
+        default="auto",
+        show_default=True,
+        help="What to write; auto is an adapter if finetuned (and safe, if given) are adapters.",
+    ),
+    click.option(
+        "--adapter-rank",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Truncate a merged adapter to this rank.  [default: exact]",
+    ),
+    click.option(
+        "--compat",
+        type=click.Choice(["peft-linear"]),
+        help="Combine adapters as PEFT's linear combination does, which has cross terms.  [default: exact]",
+    ),
+    click.option(
         "--max-shard-size",
         callback=size,
         metavar="SIZE",
@@ -126,8 +144,8 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
     """Merge the modules that left the safety subspace with a safe model.
 
     Modules whose update has a low cosine ρ with the safety subspace become α·finetuned + (1-α)·safe;
-    all other tensors stay the fine-tuned model's. The output is a checkpoint that loads like the fine-tuned
-    model, with adapters folded in, and carries a report.
+    all other tensors stay the fine-tuned model's. The output loads like the fine-tuned model and carries a
+    report: a checkpoint with adapters folded in, or an adapter if all that is merged are adapters.
     """
     if values["resume"] and values["overwrite"]:
         raise click.UsageError(

@@ -15,7 +15,9 @@ from .terminal import Terminal
 @click.option(
     "-o", "--output", required=True, type=click.Path(), metavar="DIR", help="Output directory; new or empty."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]"
+)
 @click.option(
     "--memory-budget", callback=size, metavar="SIZE", help="Most bytes for the engine's buffers, like 1GB."
 )

@@ -18,7 +18,9 @@ from .terminal import Terminal
     show_default=True,
     help="Share of the bytes to compare.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]"
+)
 @terminal_options
 def command(*, terminal: Terminal, output: str, sample: float, threads: int | None) -> None:
     """Evaluate the plan of the merged model OUT again and compare every byte of its weights.

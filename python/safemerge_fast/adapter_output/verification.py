@@ -1,0 +1,163 @@
+"""Makes a merged adapter again from its report and the adapters it came from, and compares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..adapter import ADAPTER_WEIGHTS
+from ..adapter_config import ADAPTER_CONFIG
+from ..decision import Decision
+from ..errors import PlanError, SafemergeError, VerificationError
+from ..job import Job, open_job
+from ..publication import REPORT_FILE
+from ..report import MergeReport
+from .layout import lay_out_adapter
+from .pipeline import adapters_by_role, make_weights, write_settings
+
+__all__ = ["read_adapter_report", "verify_adapter"]
+
+# Singular vectors depend on the linear algebra library in their last digits, which can move a rounding, and in
+# sign. Their products do not, up to this relative error, by what factors are stored in.
+_TRUNCATION_TOLERANCES = {"torch.float32": 1e-5, "torch.float16": 1e-3, "torch.bfloat16": 5e-3}
+
+
+def read_adapter_report(directory: Path) -> MergeReport | None:
+    """Reads the report of an output, if that is an adapter; None if it is not or has no report.
+
+    Raises:
+        PlanError: The report cannot be read.
+    """
+    path = directory / REPORT_FILE
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        return None
+    try:
+        report = MergeReport.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, SafemergeError) as error:
+        raise PlanError(f"cannot read {path}: {error}") from error
+    return report if report.adapter is not None else None
+
+
+def verify_adapter(directory: Path, report: MergeReport) -> int:
+    """Makes the adapter again, as the report says it was decided, and compares it with what is on disk.
+
+    All bytes must be equal, but for modules that were truncated: their products must agree up to rounding.
+
+    Args:
+        directory: The output.
+        report: Its report. The models must still be where they were; base is not needed.
+
+    Returns:
+        The bytes that were compared.
+
+    Raises:
+        VerificationError: Something differs, or the file cannot be read.
+        PlanError: A model is not the one that was merged.
+        CheckpointError: A model cannot be read.
+    """
+    job = _open_job(report)
+    decisions = {tensor.name: Decision(tensor.merged, tensor.reason) for tensor in report.tensors}
+    # Tensors that the report does not name are the aligned model's own.
+    for row in job.pairing.rows:
+        decisions.setdefault(row.name, Decision(False, row.reason))
+    layout = lay_out_adapter(job.pairing.rows, decisions, job.blend, adapters_by_role(job))
+    made, expected = make_weights(job, layout)
+    path = directory / ADAPTER_WEIGHTS
+    try:
+        found = path.read_bytes()
+    except OSError as error:
+        raise VerificationError(f"cannot read {path}: {error.strerror}") from error
+    if found != expected:
+        truncated = [weight for weight in layout.weights if weight.row.name in made.errors]
+        products = [(weight.a, weight.b) for weight in truncated] if job.configuration.compat is None else []
+        _compare(path, found, made.tensors, products)
+    _compare_settings(directory, write_settings(job, layout, made.rank))
+    return len(found)
+
+
+def _open_job(report: MergeReport) -> Job:
+    """Opens the models that were merged, by the paths they had then, and checks that they are the same."""
+    configuration = report.configuration
+    paths = {role: str(source["path"]) for role, source in report.inputs.items() if role != "base"}
+    # The decisions are known, so that base plays no part: the aligned model stands in for it.
+    job = open_job(
+        replace(
+            configuration,
+            base=paths["aligned"],
+            aligned=paths["aligned"],
+            finetuned=paths["finetuned"],
+            safe=paths.get("safe"),
+            scores=None,
+        )
+    )
+    for role in paths:
+        recorded: Mapping[str, Any] = report.inputs[role]["files"]
+        model = job.models[role]
+        for file, facts in model.headers.identity().items():
+            known = recorded.get(file)
+            # A copy of a model is the same model, so that its time may differ.
+            if known is None or (known["size"], known["header_digest"]) != (
+                facts["size"],
+                facts["header_digest"],
+            ):
+                raise PlanError(
+                    f"{role}: {file} of {model.path} is not the one that was merged: size or header differ"
+                )
+    return job
+
+
+def _compare_settings(directory: Path, expected: bytes) -> None:
+    """Raises VerificationError if adapter_config.json is another one: it scales the update."""
+    path = directory / ADAPTER_CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"cannot read {path}: {error}") from error
+    for name, value in json.loads(expected).items():
+        if not isinstance(found, dict) or found.get(name) != value:
+            raise VerificationError(
+                f"{path} should set {name} to {json.dumps(value)}; merge again with --overwrite"
+            )
+
+
+def _compare(path: Path, found: bytes, expected: Mapping[str, Any], products: list[tuple[str, str]]) -> None:
+    """Raises VerificationError if tensors differ, other than truncated factors whose products agree."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from .tensors import relative_error
+
+    try:
+        tensors = load(found)
+    except SafetensorError as error:
+        raise VerificationError(
+            f"{path} is not a safetensors file: {error}; merge again with --overwrite"
+        ) from error
+    if missing := sorted(expected.keys() ^ tensors.keys()):
+        raise VerificationError(
+            f"{path} and its report disagree on {missing[0]}; merge again with --overwrite"
+        )
+    approximate = {key for pair in products for key in pair}
+    for key, tensor in expected.items():
+        same = tensors[key].shape == tensor.shape and tensors[key].dtype == tensor.dtype
+        if not same or (key not in approximate and not torch.equal(tensors[key], tensor)):
+            raise VerificationError(
+                f"tensor {key} of {path} differs from what the report says; merge again with --overwrite"
+            )
+    for a, b in products:
+        difference = relative_error((tensors[a], tensors[b]), (expected[a], expected[b]))
+        if not difference <= _TRUNCATION_TOLERANCES[str(expected[a].dtype)]:
+            raise VerificationError(
+                f"the product of {b} and its lora_A in {path} differs from what the report says; "
+                f"merge again with --overwrite"
+            )
+    if not products:
+        raise VerificationError(
+            f"the header of {path} differs from what was written; merge again with --overwrite"
+        )
