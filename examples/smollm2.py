@@ -131,15 +131,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, batch: list[Example]) -> tuple[Te
     return ids, labels
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, phase: Phase, seed: int) -> float:
-    """Trains every projection in place (nothing else moves) and returns the mean loss of the last ten steps.
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    phase: Phase,
+    seed: int,
+    trained: str = PROJECTION,
+) -> float:
+    """Trains in place the parameters whose names contain `trained`; returns the mean loss of the last ten steps.
 
     No attention mask is needed: the padding stands to the right, where a causal model cannot see it.
     """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(PROJECTION in name)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=phase.learning_rate, weight_decay=0.0, fused=True)
+        parameter.requires_grad_(trained in name)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=phase.learning_rate, weight_decay=0.0, fused=True)
     warmup = 5
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, max(1 - step / phase.steps, 0.05))
@@ -152,7 +158,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, phase: Ph
         answered = targets != IGNORED_LABEL
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[answered]), targets[answered])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

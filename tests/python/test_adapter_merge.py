@@ -216,6 +216,7 @@ def test_a_dry_run_reads_no_weights(models: dict[str, Path], tmp_path: Path) -> 
         finetuned=str(models["finetuned adapter"]),
         safe=str(models["safe adapter"]),
         output=str(tmp_path / "out"),
+        output_format="checkpoint",
     )
     outlook = preview(configuration)
     assert (outlook.analysed, outlook.files) == (9, 2)
