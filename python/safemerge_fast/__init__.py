@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._engine import __version__ as __version__
     from .analysis.scores import Score, Scores
-    from .configuration import MergeConfiguration
-    from .dry_run import Preview, preview
     from .errors import (
         AdapterError,
         AnalysisError,
@@ -24,12 +22,14 @@ if TYPE_CHECKING:
         SafemergeError,
         VerificationError,
     )
-    from .pipeline import merge
-    from .progress import ProgressEvent
+    from .pipeline.configuration import MergeConfiguration
+    from .pipeline.dry_run import Preview, preview
+    from .pipeline.merge import merge
+    from .pipeline.progress import ProgressEvent
+    from .pipeline.scoring import analyze
+    from .pipeline.verification import VerifyReport, verify
     from .recipes.fold import FoldConfiguration, FoldReport, fold
-    from .report import MergeReport
-    from .scoring import analyze
-    from .verification import VerifyReport, verify
+    from .report.merge_report import MergeReport
 
 __all__ = [
     "AdapterError",
@@ -60,18 +60,18 @@ _HOMES = {
     "__version__": "_engine",
     "Score": "analysis.scores",
     "Scores": "analysis.scores",
-    "MergeConfiguration": "configuration",
+    "MergeConfiguration": "pipeline.configuration",
     "FoldConfiguration": "recipes.fold",
     "FoldReport": "recipes.fold",
     "fold": "recipes.fold",
-    "Preview": "dry_run",
-    "preview": "dry_run",
-    "merge": "pipeline",
-    "ProgressEvent": "progress",
-    "MergeReport": "report",
-    "analyze": "scoring",
-    "VerifyReport": "verification",
-    "verify": "verification",
+    "Preview": "pipeline.dry_run",
+    "preview": "pipeline.dry_run",
+    "merge": "pipeline.merge",
+    "ProgressEvent": "pipeline.progress",
+    "MergeReport": "report.merge_report",
+    "analyze": "pipeline.scoring",
+    "VerifyReport": "pipeline.verification",
+    "verify": "pipeline.verification",
 }
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .analysis.scores import Score
-from .checkpoint import FLOATS
+from .checkpoint.model import FLOATS
 from .errors import AnalysisError
-from .pairing import Row
+from .pairing.rows import Row
 
 __all__ = ["Decision", "Rule", "decide"]
 

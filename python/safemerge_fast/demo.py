@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import OutputError
-from .pipeline import merge
-from .progress import ProgressCallback
-from .report import MergeReport
-from .scoring import analyze
-from .verification import VerifyReport, verify
+from .pipeline.merge import merge
+from .pipeline.progress import ProgressCallback
+from .pipeline.scoring import analyze
+from .pipeline.verification import VerifyReport, verify
+from .report.merge_report import MergeReport
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor

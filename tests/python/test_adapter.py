@@ -14,8 +14,8 @@ from conftest import write_safetensors
 from tiny_adapter import KV, Q, factors, write_adapter, write_aligned
 
 from safemerge_fast import AdapterError, CheckpointError
-from safemerge_fast.adapter import Adapter, open_adapter, open_source
-from safemerge_fast.checkpoint import Model, open_model
+from safemerge_fast.checkpoint.adapter import Adapter, open_adapter, open_source
+from safemerge_fast.checkpoint.model import Model, open_model
 
 
 @pytest.fixture

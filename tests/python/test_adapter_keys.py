@@ -11,10 +11,10 @@ import torch
 from tiny_adapter import KV, PREFIX, Q, factors, write_adapter, write_aligned
 
 from safemerge_fast import AdapterError
-from safemerge_fast.adapter import Adapter, open_adapter
-from safemerge_fast.adapter_terms import adapter_notes, adapter_terms
-from safemerge_fast.checkpoint import Model
-from safemerge_fast.operand import LowRank, Magnitude, Operand, Rows, Term, references
+from safemerge_fast.checkpoint.adapter import Adapter, open_adapter
+from safemerge_fast.checkpoint.model import Model
+from safemerge_fast.pairing.adapter_terms import adapter_notes, adapter_terms
+from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term, references
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from safemerge_fast import (
     preview,
     verify,
 )
-from safemerge_fast.adapter import open_source
 from safemerge_fast.analysis.scores import Score, Scores
-from safemerge_fast.checkpoint import open_model
-from safemerge_fast.pairing import pair
+from safemerge_fast.checkpoint.adapter import open_source
+from safemerge_fast.checkpoint.model import open_model
+from safemerge_fast.pairing.rows import pair
 
 LAYERS = range(3)
 Q = {f"model.layers.{layer}.self_attn.q_proj": (72, 72) for layer in LAYERS}

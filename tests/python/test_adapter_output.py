@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_peft import gpt2, llama, load, logits, merged, train
 
 from safemerge_fast import AdapterError, MergeReport, PlanError, VerificationError, merge, preview, verify
-from safemerge_fast.adapter_output.settings import target_modules
+from safemerge_fast.output.adapter.settings import target_modules
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

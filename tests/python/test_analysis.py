@@ -18,9 +18,9 @@ from safemerge_fast.analysis.cosine import score_module
 from safemerge_fast.analysis.device import full_float32, resolve_device
 from safemerge_fast.analysis.rounding import v_rounding
 from safemerge_fast.analysis.scores import Score
-from safemerge_fast.checkpoint import Model, open_model
+from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.errors import AnalysisError
-from safemerge_fast.pairing import Row, pair
+from safemerge_fast.pairing.rows import Row, pair
 
 Triple = tuple[Tensor, Tensor, Tensor]
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from safemerge_fast import merge
-from safemerge_fast.card import hub_name
-from safemerge_fast.checkpoint import open_model
+from safemerge_fast.checkpoint.model import open_model
+from safemerge_fast.report.card import hub_name
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from conftest import write_checkpoint, write_safetensors
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from safemerge_fast.checkpoint import open_model, quantization_method
+from safemerge_fast.checkpoint.model import open_model, quantization_method
 from safemerge_fast.errors import AdapterError, CheckpointError
 
 WEIGHT = {"model.layers.0.mlp.up_proj.weight": torch.ones(4, 6)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from safemerge_fast.composition import Composition, combine
-from safemerge_fast.operand import LowRank, Magnitude, Operand, Rows, Term
+from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term
+from safemerge_fast.plan.composition import Composition, combine
 
 
 class TestComposition:

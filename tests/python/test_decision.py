@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safemerge_fast.analysis.scores import Score
 from safemerge_fast.decision import Decision, Rule, decide
 from safemerge_fast.errors import AnalysisError
-from safemerge_fast.pairing import Row
+from safemerge_fast.pairing.rows import Row
 
 ALL_ROLES = ("base", "aligned", "finetuned", "safe")
 

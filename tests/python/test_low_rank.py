@@ -18,9 +18,9 @@ from safemerge_fast.analysis import analyze_rows
 from safemerge_fast.analysis.blocks import Workspace
 from safemerge_fast.analysis.low_rank import score_low_rank
 from safemerge_fast.analysis.scores import Score, Scores
-from safemerge_fast.checkpoint import Model
-from safemerge_fast.operand import LowRank, Magnitude, Operand, Rows, Term
-from safemerge_fast.pairing import Row
+from safemerge_fast.checkpoint.model import Model
+from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term
+from safemerge_fast.pairing.rows import Row
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 SHAPES = [(96, 250), (250, 96), (130, 130), (1, 40), (40, 1)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from safemerge_fast.analysis.scores import Score, Scores, describe_source
-from safemerge_fast.checkpoint import open_model
+from safemerge_fast.checkpoint.model import open_model
 
 SHAPE = (16384, 32768)
 NAME = "model.layers.0.mlp.up_proj.weight"

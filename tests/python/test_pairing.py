@@ -13,9 +13,9 @@ from conftest import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_fast.checkpoint import Model, open_model
+from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.errors import PairingError
-from safemerge_fast.pairing import Row, match_names, pair
+from safemerge_fast.pairing.rows import Row, match_names, pair
 
 Shapes = Mapping[str, Sequence[int]]
 

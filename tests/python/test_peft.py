@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from safemerge_fast import AdapterError, fold, verify
-from safemerge_fast.adapter import open_adapter
-from safemerge_fast.operand import references
+from safemerge_fast.checkpoint.adapter import open_adapter
+from safemerge_fast.pairing.operand import references
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -354,7 +354,7 @@ class TestRefused:
     def test_every_setting_of_this_peft_is_known(self, tmp_path: Path) -> None:
         from dataclasses import fields
 
-        from safemerge_fast import adapter_config
+        from safemerge_fast.checkpoint import adapter_config
 
         known = adapter_config._NEUTRAL | adapter_config._USED | adapter_config._REFUSED.keys()
         assert {field.name for field in fields(peft.LoraConfig)} <= known

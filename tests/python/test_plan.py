@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from safemerge_fast import PairingError, PlanError, _engine
-from safemerge_fast.checkpoint import open_model
+from safemerge_fast.checkpoint.model import open_model
 from safemerge_fast.decision import Decision
-from safemerge_fast.pairing import Row, pair
-from safemerge_fast.plan import (
+from safemerge_fast.pairing.rows import Row, pair
+from safemerge_fast.plan.shards import (
     Blend,
     Shard,
     compose,

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from safemerge_fast import AnalysisError, MergeReport, OutputError, SafemergeError, merge
 from safemerge_fast.analysis.scores import Score
-from safemerge_fast.checkpoint import open_model
-from safemerge_fast.documents import write_document
-from safemerge_fast.pairing import pair
-from safemerge_fast.plot import write_plot
-from safemerge_fast.report import TensorReport, count_modules, module_table
+from safemerge_fast.checkpoint.model import open_model
+from safemerge_fast.pairing.rows import pair
+from safemerge_fast.report.documents import write_document
+from safemerge_fast.report.merge_report import TensorReport, count_modules, module_table
+from safemerge_fast.report.plot import write_plot
 
 
 def tensor(
@@ -215,6 +215,6 @@ class TestPlot:
     def test_says_how_to_get_matplotlib(
         self, rows, scores: dict[str, Score], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("safemerge_fast.plot.find_spec", lambda name: None)
+        monkeypatch.setattr("safemerge_fast.report.plot.find_spec", lambda name: None)
         with pytest.raises(AnalysisError, match=r"pip install safemerge-fast\[plot\]"):
             write_plot(tmp_path / "p.png", rows, scores, threshold=0.35)

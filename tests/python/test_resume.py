@@ -27,7 +27,7 @@ def stop_after_first_shard(output: Path, error: BaseException) -> Callable[[Prog
     """A progress callback that raises once the first shard is committed and the second is being analysed."""
     import time
 
-    first = output / "model-00001-of-00003.safetensors"
+    journal = output / JOURNAL
     seen: list[str] = []
 
     def stop(event: ProgressEvent) -> None:
@@ -36,7 +36,8 @@ def stop_after_first_shard(output: Path, error: BaseException) -> Callable[[Prog
         seen.append(event.item)
         if len(seen) > 8:
             deadline = time.monotonic() + 20
-            while not first.exists() and time.monotonic() < deadline:
+            # A shard counts as committed once its line is in the journal, a moment after it has its name.
+            while b"model-00001" not in journal.read_bytes() and time.monotonic() < deadline:
                 time.sleep(0.01)
             raise error
 

@@ -23,7 +23,7 @@ from safemerge_fast.analysis.rounding import (
     v_rounding,
 )
 from safemerge_fast.analysis.scores import Score, Scores, describe_source
-from safemerge_fast.checkpoint import Model, open_model
+from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.errors import AnalysisError
 
 SCORES = Scores(

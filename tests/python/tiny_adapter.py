@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from conftest import write_checkpoint, write_safetensors
 
-from safemerge_fast.checkpoint import Model, open_model
+from safemerge_fast.checkpoint.model import Model, open_model
 
 PREFIX = "base_model.model."
 Q = "model.layers.0.self_attn.q_proj"

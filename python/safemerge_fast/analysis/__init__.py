@@ -12,9 +12,9 @@ from .scores import DELTA_REFERENCES, Score
 if TYPE_CHECKING:
     import torch
 
-    from ..checkpoint import Model
-    from ..operand import LowRank
-    from ..pairing import Row
+    from ..checkpoint.model import Model
+    from ..pairing.operand import LowRank
+    from ..pairing.rows import Row
 
 __all__ = ["analyze_rows"]
 

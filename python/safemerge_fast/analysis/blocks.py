@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from ..checkpoint import Model
+    from ..checkpoint.model import Model
 
 __all__ = ["Difference", "Mapped", "Matrix", "Workspace", "read_tensor"]
 

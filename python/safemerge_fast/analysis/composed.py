@@ -10,8 +10,8 @@ import torch
 from .blocks import Mapped, read_tensor
 
 if TYPE_CHECKING:
-    from ..checkpoint import Model
-    from ..operand import LowRank, Magnitude, Operand, Rows, Term
+    from ..checkpoint.model import Model
+    from ..pairing.operand import LowRank, Magnitude, Operand, Rows, Term
 
 __all__ = ["Composed"]
 

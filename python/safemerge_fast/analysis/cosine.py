@@ -26,8 +26,8 @@ from .rounding import v_rounding
 from .scores import Score
 
 if TYPE_CHECKING:
-    from ..checkpoint import Model
-    from ..pairing import Row
+    from ..checkpoint.model import Model
+    from ..pairing.rows import Row
 
 __all__ = ["Workspace", "score_module"]
 

@@ -31,9 +31,9 @@ from .rounding import v_rounding
 from .scores import Score
 
 if TYPE_CHECKING:
-    from ..checkpoint import Model
-    from ..operand import LowRank
-    from ..pairing import Row
+    from ..checkpoint.model import Model
+    from ..pairing.operand import LowRank
+    from ..pairing.rows import Row
 
 __all__ = ["PROBES", "score_low_rank"]
 
@@ -225,22 +225,27 @@ def _null(inner: torch.Tensor, outer: torch.Tensor, rank: int, v: Difference) ->
     shrink = torch.where(lengths > 0.0, 1.0 / lengths, torch.zeros_like(lengths))
     inner, outer = inner * torch.outer(shrink, shrink), outer * torch.outer(shrink, shrink)
     count = inner.shape[0]
-    known_squares = rest_squares = rest_trace = expected_trace = 0.0
-    for probe in range(rank, count):
-        others = [column for column in range(count) if column != probe]
-        inverse = torch.linalg.pinv(inner[others][:, others], rtol=_GRAM_NOISE, hermitian=True)
-        known = outer[others][:, others]
-        product = inverse @ known  # has N's trace, and its square has N²'s
-        image = inverse @ inner[others, probe]
-        known_squares += float((product * product.T).sum())
-        rest_squares += float(outer[probe, probe] - image @ known @ image) * float(lengths[probe]) ** 2
-        rest_trace += float(inner[probe, probe] - inner[others, probe] @ image) * float(lengths[probe]) ** 2
-        expected_trace += v.squares - float(product.trace())
-    # The trace of M - N is known, so that the probes' share of it says how much they overstate the rest.
-    ratio = max(expected_trace, 0.0) / rest_trace if rest_trace > 0.0 else 1.0
+    # One row for each probe: all other columns.
+    others = torch.tensor([[c for c in range(count) if c != probe] for probe in range(rank, count)])
+    rows, columns = others[:, :, None], others[:, None, :]
+    probes = torch.arange(rank, count)
+    inverses = torch.linalg.pinv(inner[rows, columns], rtol=_GRAM_NOISE, hermitian=True)
+    known = outer[rows, columns]
+    products = inverses @ known  # have N's trace, and their squares N²'s
+    shared = inner[others, probes[:, None]]
+    images = (inverses @ shared[:, :, None]).squeeze(2)
+    known_squares = (products * products.mT).sum()
+    expected_trace = PROBES * v.squares - products.diagonal(dim1=1, dim2=2).sum()
+    sizes = lengths[probes].square()
+    rest_squares = outer[probes, probes] - (images * (known @ images[:, :, None]).squeeze(2)).sum(dim=1)
+    rest_trace = inner[probes, probes] - (shared * images).sum(dim=1)
+    total = float(known_squares)
+    if (trace := float((rest_trace * sizes).sum())) > 0.0:
+        # The trace of M - N is known, so that the probes' share of it says how much they overstate the rest.
+        total += float((rest_squares * sizes).sum()) * max(float(expected_trace), 0.0) / trace
     # A Gram matrix of that trace and size has at least this norm.
     least = v.squares**2 / min(v.shape)
-    gram_squares = max((known_squares + ratio * rest_squares) / (count - rank), least)
+    gram_squares = max(total / PROBES, least)
     return v.squares / math.sqrt(v.shape[0] * gram_squares) if gram_squares > 0.0 else None
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import AnalysisError
 
 if TYPE_CHECKING:
-    from ..checkpoint import Model
+    from ..checkpoint.model import Model
 
 __all__ = ["DELTA_REFERENCES", "VERSION", "Score", "Scores", "describe_source"]
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..analysis.scores import Score
-    from ..pairing import Row
+    from ..pairing.rows import Row
 
 
 def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Refuses an extension that no plot has."""
-    from ..plot import FORMATS
+    from ..report.plot import FORMATS
 
     if value is not None and value.suffix.lstrip(".").lower() not in FORMATS:
         raise click.BadParameter(
@@ -67,10 +67,10 @@ def command(
     that the update left the subspace. ρ_null is what a random update would have.
     """
     from ..analysis.rounding import rounding_warning
-    from ..job import open_models
-    from ..pairing import pair
-    from ..plot import check_plot, write_plot
-    from ..scoring import score_models
+    from ..pairing.rows import pair
+    from ..pipeline.job import open_models
+    from ..pipeline.scoring import score_models
+    from ..report.plot import check_plot, write_plot
 
     if plot_file is not None:
         check_plot(plot_file)

@@ -15,7 +15,7 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..report import MergeReport
+    from ..report.merge_report import MergeReport
 
 
 @click.command("demo")

@@ -13,9 +13,9 @@ from .options import terminal_options
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from ..adapter import Adapter
-    from ..checkpoint import Model
-    from ..pairing import Row
+    from ..checkpoint.adapter import Adapter
+    from ..checkpoint.model import Model
+    from ..pairing.rows import Row
 
 
 @click.command("inspect")
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 @terminal_options
 def command(*, terminal: Terminal, model: str) -> None:
     """Show what a checkpoint or a LoRA adapter holds: files, dtypes, parameters and modules. Reads headers only."""
-    from ..adapter import Adapter, open_source
-    from ..documents import write_document
-    from ..pairing import pair
+    from ..checkpoint.adapter import Adapter, open_source
+    from ..pairing.rows import pair
+    from ..report.documents import write_document
 
     opened = open_source("model", model)
     if isinstance(opened, Adapter):

@@ -20,9 +20,9 @@ from .options import (
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from ..configuration import MergeConfiguration
-    from ..dry_run import Preview
-    from ..report import MergeReport
+    from ..pipeline.configuration import MergeConfiguration
+    from ..pipeline.dry_run import Preview
+    from ..report.merge_report import MergeReport
 
 _decision_options = compose(
     threshold_option("τ: modules whose ρ is strictly below it are merged."),
@@ -151,11 +151,11 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
         raise click.UsageError(
             "--resume continues an output and --overwrite starts it anew; give one of them."
         )
-    from ..configuration import MergeConfiguration
+    from ..pipeline.configuration import MergeConfiguration
 
     configuration = MergeConfiguration(**values)
     if dry_run:
-        from ..dry_run import preview
+        from ..pipeline.dry_run import preview
 
         outlook = preview(configuration)
         _say_notes(terminal, outlook.notes)
@@ -166,7 +166,7 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
 
 def merge_and_say(terminal: Terminal, configuration: MergeConfiguration) -> None:
     """Merges, and prints what came of it."""
-    from ..pipeline import run_merge
+    from ..pipeline.merge import run_merge
 
     with terminal.progress() as progress:
         report = run_merge(configuration, progress)
@@ -199,7 +199,7 @@ def _say_notes(terminal: Terminal, notes: Sequence[str]) -> None:
 
 def _preview_lines(outlook: Preview) -> Iterator[Any]:
     """A dry run in words: what would be merged, then bytes, memory and room."""
-    from ..report import module_table
+    from ..report.merge_report import module_table
     from ..sizes import format_size
 
     known = outlook.merged is not None

@@ -50,7 +50,7 @@ def command(
         raise click.UsageError(
             "--resume continues an output and --overwrite starts it anew; give one of them."
         )
-    from ..configuration import MergeConfiguration
+    from ..pipeline.configuration import MergeConfiguration
     from ..recipes.document import read_recipe
 
     configuration = read_recipe(

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..progress import ProgressCallback, ProgressEvent
+from ..pipeline.progress import ProgressCallback, ProgressEvent
 
 __all__ = ["Terminal"]
 

@@ -27,8 +27,8 @@ def command(*, terminal: Terminal, output: str, sample: float, threads: int | No
 
     The models that OUT was made from must still be where they were. Exits with 4 if anything differs.
     """
+    from ..pipeline.verification import verify
     from ..sizes import format_size
-    from ..verification import verify
 
     with terminal.progress() as progress:
         report = verify(output, sample=sample, threads=threads, progress=progress)

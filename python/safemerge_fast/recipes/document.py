@@ -8,8 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from ..configuration import MergeConfiguration
 from ..errors import PlanError
+from ..pipeline.configuration import MergeConfiguration
 from .fold import FoldConfiguration
 
 __all__ = ["RECIPES", "read_recipe"]

@@ -15,17 +15,17 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .. import _engine
-from ..adapter import open_adapter
-from ..card import fold_card
-from ..checkpoint import open_model
-from ..configuration import check_dtype, check_sizes, check_threads
+from ..checkpoint.adapter import open_adapter
+from ..checkpoint.model import open_model
 from ..decision import Decision
 from ..errors import PlanError
-from ..pairing import pair_adapter
-from ..plan import Blend, compose, lay_out, output_dtype, plan_document, plan_shard, tensor_bytes
-from ..progress import ProgressCallback, ProgressEvent
-from ..publication import describe_inputs, peak_memory, publish, remove_stray_shards, versions
-from ..shard_writer import ShardWriter
+from ..output.publication import describe_inputs, peak_memory, publish, remove_stray_shards, versions
+from ..pairing.rows import pair_adapter
+from ..pipeline.configuration import check_dtype, check_sizes, check_threads
+from ..pipeline.progress import ProgressCallback, ProgressEvent
+from ..pipeline.shard_writer import ShardWriter
+from ..plan.shards import Blend, compose, lay_out, output_dtype, plan_document, plan_shard, tensor_bytes
+from ..report.card import fold_card
 
 __all__ = ["FoldConfiguration", "FoldReport", "fold", "run_fold"]
 

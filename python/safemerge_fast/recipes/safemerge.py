@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..plan import Blend
+from ..plan.shards import Blend
 
 __all__ = ["safemerge"]
 

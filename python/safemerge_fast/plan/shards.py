@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import FLOATS, Model
+from ..checkpoint.model import FLOATS, Model
+from ..decision import Decision
+from ..errors import PairingError
+from ..pairing.operand import references
+from ..pairing.rows import Row
+from ..pipeline.configuration import DTYPES
 from .composition import Composition, combine
-from .configuration import DTYPES
-from .decision import Decision
-from .errors import PairingError
-from .operand import references
-from .pairing import Row
 
 __all__ = [
     "Blend",

@@ -9,17 +9,19 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import _engine
-from ..adapter import ADAPTER_WEIGHTS, Adapter
-from ..adapter_config import ADAPTER_CONFIG
-from ..analysis.rounding import rounding_warning
-from ..analysis.scores import Score
-from ..card import model_card
+from ... import _engine
+from ...analysis.rounding import rounding_warning
+from ...analysis.scores import Score
+from ...checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
+from ...checkpoint.adapter_config import ADAPTER_CONFIG
+from ...decision import Decision, decide
+from ...pipeline.configuration import DTYPES
+from ...pipeline.job import Job
+from ...pipeline.progress import ProgressCallback, ProgressEvent
+from ...pipeline.scoring import device_name, score_rows
+from ...report.card import model_card
+from ...report.merge_report import MergeReport, ModuleWarning, tensor_reports
 from ..companions import companion_files
-from ..configuration import DTYPES
-from ..decision import Decision, decide
-from ..job import Job
-from ..progress import ProgressCallback, ProgressEvent
 from ..publication import (
     CARD_FILE,
     REPORT_FILE,
@@ -28,8 +30,6 @@ from ..publication import (
     remove_stray_shards,
     versions,
 )
-from ..report import MergeReport, ModuleWarning, tensor_reports
-from ..scoring import device_name, score_rows
 from .layout import AdapterLayout, lay_out_adapter
 from .settings import adapter_settings
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .operand import Operand, Term
+from ..pairing.operand import Operand, Term
 
 __all__ = ["Composition", "combine"]
 

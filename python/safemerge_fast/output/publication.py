@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import _engine
-from .checkpoint import Model
+from .. import _engine
+from ..checkpoint.model import Model
+from ..plan.shards import INDEX_FILE, PLAN_FILE, index_document, plan_document
+from ..report.documents import write_document
 from .companions import CONFIGURATION, companion_files, configuration_file
-from .documents import write_document
-from .plan import INDEX_FILE, PLAN_FILE, index_document, plan_document
 
 __all__ = [
     "CARD_FILE",

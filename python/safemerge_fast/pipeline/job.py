@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapter import Adapter, open_source
-from .adapter_output.layout import require_linear
-from .analysis.scores import Score, Scores
-from .checkpoint import Model, open_model
+from ..analysis.scores import Score, Scores
+from ..checkpoint.adapter import Adapter, open_source
+from ..checkpoint.model import Model, open_model
+from ..decision import Rule
+from ..errors import AdapterError, AnalysisError, PlanError
+from ..output.adapter.layout import require_linear
+from ..pairing.rows import Pairing, Row, pair
+from ..plan.shards import Blend, Shard, lay_out
+from ..recipes.safemerge import safemerge
 from .configuration import MergeConfiguration
-from .decision import Rule
-from .errors import AdapterError, AnalysisError, PlanError
-from .pairing import Pairing, Row, pair
-from .plan import Blend, Shard, lay_out
-from .recipes.safemerge import safemerge
 
 __all__ = ["Job", "open_job", "open_models", "require_finite"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterError
+from ..errors import AdapterError
 
 __all__ = ["ADAPTER_CONFIG", "AdapterConfig", "read_adapter_config"]
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ._engine import __version__
-from .adapter import Adapter
-from .checkpoint import Model
-from .report import MergeReport, ModuleCount
+from .._engine import __version__
+from ..checkpoint.adapter import Adapter
+from ..checkpoint.model import Model
+from .merge_report import MergeReport, ModuleCount
 
 __all__ = ["fold_card", "hub_name", "model_card"]
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ._engine import TensorInfo
-from .checkpoint import FLOATS
+from .._engine import TensorInfo
+from ..checkpoint.model import FLOATS
 
 __all__ = [
     "PROJECTION",

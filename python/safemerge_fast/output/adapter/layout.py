@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapter import Adapter
-from ..decision import Decision
-from ..errors import AdapterError
-from ..operand import LowRank, Operand, Term
-from ..pairing import Row
-from ..plan import Blend, compose
+from ...checkpoint.adapter import Adapter
+from ...decision import Decision
+from ...errors import AdapterError
+from ...pairing.operand import LowRank, Operand, Term
+from ...pairing.rows import Row
+from ...plan.shards import Blend, compose
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
 

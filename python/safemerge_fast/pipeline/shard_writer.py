@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from . import _engine
+from .. import _engine
 
 __all__ = ["ShardWriter"]
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Model
-from .errors import CheckpointError
+from ..checkpoint.model import Model
+from ..errors import CheckpointError
 
 __all__ = ["companion_files", "configuration_file"]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .decision import Rule
-from .errors import PlanError
-from .sizes import parse_size
+from ..decision import Rule
+from ..errors import PlanError
+from ..sizes import parse_size
 
 __all__ = [
     "COMPATIBILITIES",

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import _engine
-from .errors import AdapterError, CheckpointError
+from .. import _engine
+from ..errors import AdapterError, CheckpointError
 
 __all__ = ["FLOATS", "ROLES", "Model", "locate", "open_model", "quantization_method"]
 

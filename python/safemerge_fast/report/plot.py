@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .analysis.scores import Score
-from .errors import AnalysisError, OutputError
-from .pairing import Row
+from ..analysis.scores import Score
+from ..errors import AnalysisError, OutputError
+from ..pairing.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ._engine import TensorInfo
-from .adapter import AdaptedModule, Adapter
-from .checkpoint import FLOATS, Model
-from .errors import AdapterError
+from .._engine import TensorInfo
+from ..checkpoint.adapter import AdaptedModule, Adapter
+from ..checkpoint.model import FLOATS, Model
+from ..errors import AdapterError
 from .modules import is_stored_transposed
 from .names import match_names
 from .operand import LowRank, Magnitude, Operand, Rows, Term

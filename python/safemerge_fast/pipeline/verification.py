@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import _engine
-from .adapter_output.verification import read_adapter_report, verify_adapter
-from .errors import CheckpointError, PlanError, VerificationError
-from .plan import INDEX_FILE, PLAN_FILE, index_document
+from .. import _engine
+from ..errors import CheckpointError, PlanError, VerificationError
+from ..output.adapter.verification import read_adapter_report, verify_adapter
+from ..plan.shards import INDEX_FILE, PLAN_FILE, index_document
 from .progress import ProgressCallback, ProgressEvent
 
 __all__ = ["VerifyReport", "verify"]

@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ._engine import TensorInfo
-from .adapter import Adapter
+from .._engine import TensorInfo
+from ..checkpoint.adapter import Adapter
+from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
+from ..errors import PairingError
 from .adapter_terms import adapter_notes, adapter_terms
-from .checkpoint import FLOATS, ROLES, Model, quantization_method
-from .errors import PairingError
 from .modules import (
     PROJECTION,
     classify,

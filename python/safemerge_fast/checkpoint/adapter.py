@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import _engine
-from ._engine import TensorInfo
+from .. import _engine
+from .._engine import TensorInfo
+from ..errors import AdapterError
 from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
-from .checkpoint import FLOATS, Model, locate, open_model
-from .errors import AdapterError
+from .model import FLOATS, Model, locate, open_model
 
 __all__ = ["ADAPTER_WEIGHTS", "AdaptedModule", "Adapter", "is_adapter", "open_adapter", "open_source"]
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from .analysis.scores import Score
-from .configuration import MergeConfiguration
-from .decision import Decision
+from ..analysis.scores import Score
+from ..decision import Decision
+from ..errors import SafemergeError
+from ..pairing.rows import Row
+from ..pipeline.configuration import MergeConfiguration
+from ..plan.shards import Blend, compose
 from .documents import write_document
-from .errors import SafemergeError
-from .pairing import Row
-from .plan import Blend, compose
 
 if TYPE_CHECKING:
     from rich.table import Table

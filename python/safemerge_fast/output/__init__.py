@@ -1,0 +1,1 @@
+"""What lies beside the weights in an output directory."""

@@ -1,0 +1,1 @@
+"""The stages in a row: what was asked for, the work, and its verification."""

@@ -1,0 +1,1 @@
+"""Stage 5, plan: rows and decisions become output files, each a list of tensors with an operation."""

@@ -1,0 +1,1 @@
+"""Stage 7, report: what happened, as JSON, table, model card and plot."""
