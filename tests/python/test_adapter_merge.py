@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lora import load_checkpoint, update, write_lora
 
 from safemerge_fast import (
     AdapterError,
+    AnalysisError,
     MergeConfiguration,
     PairingError,
     analyze,
@@ -309,3 +311,20 @@ def test_scores_of_adapters_are_those_of_the_folded_models(models: dict[str, Pat
     )
     lowest = sorted(thin.modules, key=lambda name: thin.modules[name].rho or 0.0)[:4]
     assert {tensor.name for tensor in report.tensors if tensor.merged} == set(lowest)
+
+
+def test_scores_of_an_adapter_are_not_reused_after_its_scale_changed(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = tmp_path / "finetuned"
+    shutil.copytree(models["finetuned adapter"], adapter)
+    scores = tmp_path / "scores.json"
+    scores.write_text(analyze(models["base"], models["aligned"], adapter).to_json())
+    roles = {"base": models["base"], "aligned": models["aligned"], "finetuned": adapter}
+    merge(**roles, output=tmp_path / "same", scores=scores)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["lora_alpha"] *= 2
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(AnalysisError, match="other weights than the finetuned that was scored"):
+        merge(**roles, output=tmp_path / "other", scores=scores)
+    assert not (tmp_path / "other").exists()

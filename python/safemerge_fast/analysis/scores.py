@@ -194,6 +194,17 @@ def describe_source(model: Model) -> dict[str, Any]:
     return {"path": str(model.path), "files": files, "sample": _sample(model)}
 
 
+_ADAPTER_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+    "trainable_token_indices",
+)
+
+
 def _sample(model: Model) -> str:
     """Digests the beginning of tensors spread evenly over the model's names."""
     tensors = sorted(
@@ -202,6 +213,10 @@ def _sample(model: Model) -> str:
     )
     step = max(1, math.ceil(len(tensors) / _SAMPLED_TENSORS))
     digest = hashlib.blake2b(digest_size=16)
+    # An adapter's update depends on its configuration as much as on its factors.
+    settings = {key: model.config[key] for key in _ADAPTER_SETTINGS if key in model.config}
+    if "peft_type" in model.config:
+        digest.update(json.dumps(settings, sort_keys=True).encode())
     for tensor in tensors[::step]:
         row = np.asarray(model.headers.rows(tensor.name, 0, 1))
         digest.update(tensor.name.encode() + b"\0" + row[:_SAMPLED_BYTES].tobytes())
