@@ -9,6 +9,9 @@ BIN    := $(VENV)/bin
 RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
 BUILT  := $(VENV)/.built
 
+# The interpreter that the extension module is checked against.
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
@@ -31,6 +34,7 @@ check: $(BUILT)
 bench: $(BUILT)
 	cargo bench --no-default-features
 	$(BIN)/python benches/merge.py
+	$(BIN)/python benches/adapter.py
 
 # One environment: the build tool first, then the package in place with all that its tests need.
 $(VENV)/.created:
