@@ -5,7 +5,7 @@ Takes base and aligned from what `smollm2.py` made, trains a LoRA adapter on sum
 PeftModel.from_pretrained, gives the same logits as the merged checkpoint.
 
     pip install peft
-    python examples/smollm2.py --out /tmp/smollm2
+    python examples/smollm2.py --out /tmp/smollm2        # makes base and aligned
     python examples/smollm2_lora.py --out /tmp/smollm2
 """
 
@@ -18,11 +18,12 @@ import sys
 import time
 from pathlib import Path
 
+from smollm2 import Phase, chat, evaluate, held_out_sums, load, timed, train  # isort: skip (sets how threads wait)
+
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from prompts import benign_examples, held_out_benign, held_out_harmful, refusal_examples, sum_examples
-from smollm2 import Phase, chat, evaluate, held_out_sums, load, timed, train
 from transformers import AutoTokenizer
 
 ALL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
