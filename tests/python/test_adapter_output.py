@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from test_peft import gpt2, llama, load, logits, merged, train
 
 from safemerge_fast import AdapterError, MergeReport, PlanError, VerificationError, merge, preview, verify
-from safemerge_fast.output.adapter.settings import target_modules
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -397,13 +396,3 @@ def test_a_dry_run_knows_the_size(tmp_path: Path) -> None:
     assert outlook.files == 1
     assert outlook.tensors == len(report.tensors) == 6
     assert outlook.bytes_written <= report.bytes_written <= outlook.bytes_written + 4096
-
-
-def test_target_modules_cover_just_the_adapted_ones() -> None:
-    everything = [
-        f"model.layers.{layer}.{leaf}" for layer in range(3) for leaf in ("a.q_proj", "a.v_proj", "mlp.up")
-    ]
-    q = [name for name in everything if name.endswith("q_proj")]
-    assert target_modules(q, everything) == ["q_proj"]
-    assert target_modules(q[:2], everything) == q[:2]
-    assert target_modules([*q, everything[2]], everything) == sorted([*q, everything[2]])
