@@ -6,8 +6,9 @@
 //! 1. [`checkpoint`]: headers are read and validated, shards are mapped read-only.
 //! 2. [`plan`]: the JSON is parsed, and everything it claims is checked against those headers.
 //! 3. [`kernels`] convert between dtypes and blend, with one scalar twin for every SIMD version.
-//! 4. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
-//! 5. [`writer`]: tiles go to partial files, which are synced and renamed; a journal remembers what is committed.
+//! 4. [`difference`]: blocks of the difference of two stored matrices, for an analysis before there is a plan.
+//! 5. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
+//! 6. [`writer`]: tiles go to partial files, which are synced and renamed; a journal remembers what is committed.
 //!
 //! `bindings`, behind the feature `python`, is the only user of PyO3.
 
@@ -21,6 +22,7 @@ pub mod error;
 pub mod dtype;
 
 pub mod checkpoint;
+pub mod difference;
 pub mod kernels;
 pub mod merge;
 pub mod plan;

@@ -4,7 +4,18 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Literal, TypedDict, final, type_check_only
 
-__all__ = ["Checkpoint", "Output", "Plan", "Progress", "Rows", "TensorInfo", "__version__", "simd_levels"]
+__all__ = [
+    "Block",
+    "Checkpoint",
+    "Output",
+    "Plan",
+    "Progress",
+    "Rows",
+    "StoredMatrix",
+    "TensorInfo",
+    "__version__",
+    "simd_levels",
+]
 
 __version__: str
 """Version of the engine, the same as the package's."""
@@ -89,7 +100,68 @@ class Checkpoint:
     def tensor(self, name: str) -> TensorInfo: ...
     def identity(self) -> dict[str, FileIdentity]: ...
     def rows(self, name: str, start: int, stop: int) -> Rows: ...
+    def matrix(self, name: str) -> StoredMatrix:
+        """Maps a tensor that is a matrix of floats; reads nothing of it.
+
+        Args:
+            name: A 2-D tensor of dtype BF16, F16, F32 or F64.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its file cannot be mapped.
+            PlanError: It is not such a matrix.
+        """
     def release(self, name: str) -> None: ...
+
+@final
+class StoredMatrix:
+    """A 2-D tensor of floats in a mapped file; keeps the mapping alive."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+@final
+class Block:
+    """Writable float32 memory that the engine fills and that numpy.asarray takes without a copy.
+
+    Its array interface is one-dimensional and starts at a multiple of 64 bytes. Arrays made of it keep it alive.
+    """
+
+    def __new__(cls, elements: int) -> Block: ...
+    def __len__(self) -> int: ...
+    @property
+    def __array_interface__(self) -> dict[str, object]: ...
+    def read_difference(
+        self,
+        minuend: StoredMatrix,
+        subtrahend: StoredMatrix,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        *,
+        offset: int = 0,
+        minuend_squares: bool = False,
+    ) -> tuple[float, float]:
+        """Reads a block of minuend - subtrahend, row after row, into the memory.
+
+        Values are brought to float32 first; their difference is rounded once. The GIL is released meanwhile, so
+        nobody else may use the memory until this returns.
+
+        Args:
+            minuend: The matrix to subtract from.
+            subtrahend: What is subtracted; of the same shape, of any dtype.
+            rows: Start and stop of the block's rows, as the matrices are stored.
+            columns: Start and stop of its columns.
+            offset: Element of the memory at which the block starts.
+            minuend_squares: Whether to sum the squares of the minuend too.
+
+        Returns:
+            The sums, in float64, of the squares of the difference and of the minuend (0 if not asked for) over
+            the block. NaN or infinite if a value is.
+
+        Raises:
+            PlanError: The shapes differ, the block is not within them, or it has more elements than the memory
+                has from the offset on.
+            RuntimeError: Another thread is filling this memory.
+        """
 
 @final
 class Progress:

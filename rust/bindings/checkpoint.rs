@@ -1,7 +1,9 @@
-//! `Checkpoint`: headers, and rows of mapped tensors.
+//! `Checkpoint`: headers, and rows and matrices of mapped tensors.
 
+use super::difference::StoredMatrix;
 use super::error::{detached, to_python};
 use crate::checkpoint::{self, MappedFile, TensorEntry};
+use crate::difference;
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -139,6 +141,11 @@ impl Checkpoint {
 
     fn rows(&self, py: Python<'_>, name: &str, start: usize, stop: usize) -> PyResult<Rows> {
         self.find_rows(name, start, stop).map_err(|error| to_python(py, &error))
+    }
+
+    fn matrix(&self, py: Python<'_>, name: &str) -> PyResult<StoredMatrix> {
+        let inner = difference::StoredMatrix::open(&self.inner, name);
+        Ok(StoredMatrix { inner: inner.map_err(|error| to_python(py, &error))? })
     }
 
     fn release(&self, py: Python<'_>, name: &str) -> PyResult<()> {

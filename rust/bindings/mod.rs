@@ -1,6 +1,7 @@
 //! The Python surface, `safemerge_fast._engine`: few classes, coarse calls, the GIL released while work is done.
 
 mod checkpoint;
+mod difference;
 mod error;
 mod output;
 mod plan;
@@ -13,6 +14,8 @@ use pyo3::prelude::*;
 mod _engine {
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, Rows, TensorInfo};
+    #[pymodule_export]
+    use super::difference::{Block, StoredMatrix};
     #[pymodule_export]
     use super::output::Output;
     #[pymodule_export]

@@ -88,6 +88,26 @@ pub(super) fn multiply_add(accumulator: &mut [f32], values: &[f32], weight: f32)
     }
 }
 
+/// Sums that are kept side by side: enough to hide the latency of an addition at every level.
+const LANES: usize = 32;
+
+#[inline(always)]
+pub(super) fn dot(left: &[f32], right: &[f32]) -> f64 {
+    let mut sums = [0.0_f64; LANES];
+    let (left_blocks, left_rest) = left.as_chunks::<LANES>();
+    let (right_blocks, right_rest) = right.as_chunks::<LANES>();
+    for (left, right) in left_blocks.iter().zip(right_blocks) {
+        for ((sum, x), y) in sums.iter_mut().zip(left).zip(right) {
+            // The product of two f32 is exact in f64, so that a fused addition would give the same bits.
+            *sum += f64::from(*x) * f64::from(*y);
+        }
+    }
+    for ((sum, x), y) in sums.iter_mut().zip(left_rest).zip(right_rest) {
+        *sum += f64::from(*x) * f64::from(*y);
+    }
+    sums.iter().sum()
+}
+
 /// Columns whose sums stay in registers while the coefficients go by.
 const BLOCK: usize = 64;
 

@@ -3,7 +3,7 @@
 //! The loops are written once ([`generic`]) and compiled three times: for the baseline processor, with AVX2 + FMA +
 //! F16C, and with AVX-512. Inside a `#[target_feature]` function the compiler vectorises them; only the conversions
 //! of IEEE half, which it cannot see through, use intrinsics. All levels give the same bits: each operation is one
-//! correctly rounded IEEE operation, and no loop reorders a sum.
+//! correctly rounded IEEE operation, and every sum has an order that is written down, whatever the vectors' width.
 
 mod generic;
 #[cfg(target_arch = "x86_64")]
@@ -81,6 +81,7 @@ pub struct Kernels {
     load: fn(Float, &[u8], &mut [f32]),
     store: fn(Float, &[f32], &mut [u8]) -> bool,
     multiply_add: fn(&mut [f32], &[f32], f32),
+    dot: fn(&[f32], &[f32]) -> f64,
     add_product: fn(&mut [f32], &Product<'_>),
 }
 
@@ -119,6 +120,7 @@ impl Kernels {
                 load: x86::avx512::load,
                 store: x86::avx512::store,
                 multiply_add: x86::avx512::multiply_add,
+                dot: x86::avx512::dot,
                 add_product: x86::avx512::add_product,
             },
             #[cfg(target_arch = "x86_64")]
@@ -127,6 +129,7 @@ impl Kernels {
                 load: x86::avx2::load,
                 store: x86::avx2::store,
                 multiply_add: x86::avx2::multiply_add,
+                dot: x86::avx2::dot,
                 add_product: x86::avx2::add_product,
             },
             _ => Self {
@@ -134,6 +137,7 @@ impl Kernels {
                 load: generic::load::<generic::Portable>,
                 store: generic::store::<generic::Portable>,
                 multiply_add: generic::multiply_add,
+                dot: generic::dot,
                 add_product: generic::add_product,
             },
         }
@@ -162,6 +166,13 @@ impl Kernels {
     pub fn multiply_add(&self, accumulator: &mut [f32], values: &[f32], weight: f32) {
         debug_assert_eq!(accumulator.len(), values.len());
         (self.multiply_add)(accumulator, values, weight);
+    }
+
+    /// `Σ left[i] · right[i]` in f64: exact products, summed in 32 interleaved sums that are then added in order.
+    #[must_use]
+    pub fn dot(&self, left: &[f32], right: &[f32]) -> f64 {
+        debug_assert_eq!(left.len(), right.len());
+        (self.dot)(left, right)
     }
 
     /// `values[j] += scale · Σ_k coefficients[k] · factor[k][start + j]`. The sum runs over `k` in order by fused

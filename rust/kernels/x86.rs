@@ -65,6 +65,11 @@ macro_rules! level {
             }
 
             #[target_feature(enable = $features)]
+            fn dot_with(left: &[f32], right: &[f32]) -> f64 {
+                generic::dot(left, right)
+            }
+
+            #[target_feature(enable = $features)]
             fn add_product_with(values: &mut [f32], product: &Product<'_>) {
                 generic::add_product(values, product);
             }
@@ -90,6 +95,11 @@ macro_rules! level {
             ) {
                 // SAFETY: as in `load`.
                 unsafe { multiply_add_with(accumulator, values, weight) }
+            }
+
+            pub(in crate::kernels) fn dot(left: &[f32], right: &[f32]) -> f64 {
+                // SAFETY: as in `load`.
+                unsafe { dot_with(left, right) }
             }
 
             pub(in crate::kernels) fn add_product(values: &mut [f32], product: &Product<'_>) {

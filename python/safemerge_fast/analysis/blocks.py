@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from .. import _engine
+
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
 
@@ -63,14 +65,27 @@ class Workspace:
         self.chunk_elements = max(chunk_elements or (256 << 10 if on_cpu else 8 << 20), _RUN)
         self.operation_flops = operation_flops or (4e9 if on_cpu else 4e12)
         self._buffers: dict[str, torch.Tensor] = {}
+        self._blocks: dict[str, _engine.Block] = {}
 
     def buffer(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """Returns a contiguous float32 (rows, columns) buffer; one name always gives the same memory."""
         size = rows * columns
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers.pop(name, None)
-            self._buffers[name] = torch.empty(size, dtype=torch.float32, device=self.device)
+            self._blocks.pop(name, None)
+            self._buffers[name] = self._allocate(name, size)
         return self._buffers[name][:size].view(rows, columns)
+
+    def _allocate(self, name: str, size: int) -> torch.Tensor:
+        if self.device.type != "cpu":
+            return torch.empty(size, dtype=torch.float32, device=self.device)
+        # The engine fills memory of its own only.
+        block = self._blocks[name] = _engine.Block(size)
+        return torch.from_numpy(np.asarray(block))
+
+    def engine_block(self, name: str) -> _engine.Block | None:
+        """The memory of a buffer, if it is the engine's: on the CPU."""
+        return self._blocks.get(name)
 
     def blocks(self, extent: int, across: int, *, least: int = 1) -> list[slice]:
         """Cuts an extent into blocks that are `across` wide in the other direction and at least `least` long."""
@@ -162,6 +177,7 @@ class Mapped:
         self.name = name
         self.dtype = info.dtype
         self.shape: tuple[int, int] = (info.shape[0], info.shape[1])
+        self.stored = model.headers.matrix(name)
         self._headers = model.headers
         self._touched = 0
         array = np.asarray(model.headers.rows(name, 0, self.shape[0]))
@@ -182,10 +198,14 @@ class Mapped:
             # A header that is not padded puts the data at any byte; a clone starts at an aligned one.
             width = slice(columns.start * self._itemsize, columns.stop * self._itemsize)
             part = self._bytes[rows, width].clone(memory_format=torch.contiguous_format).view(self._dtype)
-        whole_rows = part.shape[1] == self.shape[1]
-        row_bytes = part.shape[1] * self._itemsize
-        self._touched += part.shape[0] * (row_bytes if whole_rows else row_bytes + _FAULT_AROUND_BYTES)
+        self.touch(rows, columns)
         return part
+
+    def touch(self, rows: slice, columns: slice) -> None:
+        """Notes that a part has been read, for release_when_full."""
+        width = columns.stop - columns.start
+        around = 0 if width == self.shape[1] else _FAULT_AROUND_BYTES
+        self._touched += (rows.stop - rows.start) * (width * self._itemsize + around)
 
     def is_finite(self, chunk_elements: int) -> bool:
         """Whether no value is NaN or infinite, in float32."""
@@ -282,15 +302,11 @@ class Difference:
         step = max(workspace.chunk_elements // width, 1)
         for start in range(stored_rows.start, stored_rows.stop, step):
             chunk = slice(start, min(start + step, stored_rows.stop))
-            part = block[chunk.start - stored_rows.start : chunk.stop - stored_rows.start]
-            self._load(self._minuend, chunk, stored_columns, part)
-            if norms and self._minuend_norm:
-                self.minuend_squares += workspace.squares(part)
-            scratch = workspace.buffer("scratch", part.shape[0], width)
-            self._load(self._subtrahend, chunk, stored_columns, scratch)
-            part.sub_(scratch)
+            first = chunk.start - stored_rows.start
+            squares, minuend_squares = self._read(buffer, block, first, chunk, stored_columns, norms)
             if norms:
-                self.squares += workspace.squares(part)
+                self.squares += squares
+                self.minuend_squares += minuend_squares
             self._minuend.release_when_full()
             self._subtrahend.release_when_full()
         return block.T if self._transposed else block
@@ -299,6 +315,38 @@ class Difference:
         """Gives the mapped pages of both tensors back."""
         self._minuend.release()
         self._subtrahend.release()
+
+    def _read(
+        self, buffer: str, block: torch.Tensor, first: int, rows: slice, columns: slice, norms: bool
+    ) -> tuple[float, float]:
+        """Reads stored rows into those of a buffer's block from `first` on.
+
+        Returns:
+            The squared norms of their difference and of the minuend, 0 where they are not wanted.
+        """
+        minuend, subtrahend = self._minuend, self._subtrahend
+        memory = self._workspace.engine_block(buffer)
+        minuend_norm = norms and self._minuend_norm
+        if memory is not None and isinstance(minuend, Mapped) and isinstance(subtrahend, Mapped):
+            # One call without the interpreter, instead of one for each operation.
+            squares = memory.read_difference(
+                minuend.stored,
+                subtrahend.stored,
+                (rows.start, rows.stop),
+                (columns.start, columns.stop),
+                offset=first * block.shape[1],
+                minuend_squares=minuend_norm,
+            )
+            minuend.touch(rows, columns)
+            subtrahend.touch(rows, columns)
+            return squares
+        part = block[first : first + rows.stop - rows.start]
+        self._load(minuend, rows, columns, part)
+        minuend_squares = self._workspace.squares(part) if minuend_norm else 0.0
+        scratch = self._workspace.buffer("scratch", *part.shape)
+        self._load(subtrahend, rows, columns, scratch)
+        part.sub_(scratch)
+        return self._workspace.squares(part) if norms else 0.0, minuend_squares
 
     def _load(self, tensor: Matrix, rows: slice, columns: slice, out: torch.Tensor) -> None:
         """Converts a chunk to float32; to another device it travels in its own, narrower dtype."""
