@@ -94,6 +94,16 @@ pub enum Error {
         /// Output dtype.
         dtype: String,
     },
+    /// Tensors that the method cannot merge, whatever is done.
+    #[error("tensor `{tensor}` of {file} cannot be merged: {problem}")]
+    Merge {
+        /// Output shard.
+        file: String,
+        /// Output tensor.
+        tensor: String,
+        /// Why, and the way out.
+        problem: String,
+    },
     /// Inputs that hold NaN or infinity.
     #[error(
         "tensor `{tensor}` of {}{} holds NaN or infinity at element {element}; repair that checkpoint, or pass \
@@ -184,6 +194,7 @@ impl Error {
             Self::Plan(_)
             | Self::Option(_)
             | Self::InputChanged { .. }
+            | Self::Merge { .. }
             | Self::NonFiniteResult { .. } => Stage::Plan,
             Self::Output { .. } | Self::DiskFull { .. } | Self::Write { .. } => Stage::Output,
             Self::Verification { .. } => Stage::Verification,

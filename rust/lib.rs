@@ -25,6 +25,7 @@ pub mod checkpoint;
 pub mod difference;
 pub mod kernels;
 pub mod merge;
+pub mod methods;
 pub mod plan;
 pub mod writer;
 

@@ -14,11 +14,45 @@ __all__ = [
     "StoredMatrix",
     "TensorInfo",
     "__version__",
+    "methods",
     "simd_levels",
 ]
 
 __version__: str
 """Version of the engine, the same as the package's."""
+
+@type_check_only
+class ParameterInfo(TypedDict):
+    name: str
+    scope: Literal["shared", "operand"]
+    kind: Literal["number", "integer", "flag", "choice"]
+    default: float | int | bool | str | None
+    least: float | None
+    most: float | None
+    choices: list[str]
+    help: str
+
+@type_check_only
+class MethodInfo(TypedDict):
+    name: str
+    title: str
+    summary: str
+    reference: str
+    base: Literal["none", "optional", "required"]
+    least_operands: int
+    most_operands: int | None
+    passes: int
+    parameters: list[ParameterInfo]
+
+def methods() -> list[MethodInfo]:
+    """Every merge method.
+
+    Returns:
+        For each: name, title, summary, reference; base ("none", "optional", "required"); least_operands and
+        most_operands (None: any number), the base not counted; passes, how often inputs are read at most before
+        they are blended; parameters, each with name, scope ("shared", "operand"), kind ("number", "integer",
+        "flag", "choice"), default (None: it must be given), least, most, choices and help.
+    """
 
 def simd_levels() -> list[str]:
     """Kernel versions that this processor can run, fastest first; the last is always "scalar"."""

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod difference;
 mod error;
+mod methods;
 mod output;
 mod plan;
 
@@ -16,6 +17,8 @@ mod _engine {
     use super::checkpoint::{Checkpoint, Rows, TensorInfo};
     #[pymodule_export]
     use super::difference::{Block, StoredMatrix};
+    #[pymodule_export]
+    use super::methods::methods;
     #[pymodule_export]
     use super::output::Output;
     #[pymodule_export]

@@ -162,6 +162,20 @@ impl Kernels {
         (self.store)(dtype, source, destination)
     }
 
+    /// Runs loops over elements compiled for this level: what `work` calls is vectorised as far as it is inlined.
+    ///
+    /// The same bits come from every level, since Rust neither reorders nor fuses floating-point operations by itself.
+    #[inline(always)]
+    pub fn run<R>(&self, work: impl FnOnce() -> R) -> R {
+        match self.level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => x86::avx512::run(work),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => x86::avx2::run(work),
+            _ => work(),
+        }
+    }
+
     /// `accumulator[i] = fma(values[i], weight, accumulator[i])`, one rounding each.
     pub fn multiply_add(&self, accumulator: &mut [f32], values: &[f32], weight: f32) {
         debug_assert_eq!(accumulator.len(), values.len());

@@ -74,6 +74,17 @@ macro_rules! level {
                 generic::add_product(values, product);
             }
 
+            #[target_feature(enable = $features)]
+            fn run_with<R>(work: impl FnOnce() -> R) -> R {
+                work()
+            }
+
+            #[inline(always)]
+            pub(in crate::kernels) fn run<R>(work: impl FnOnce() -> R) -> R {
+                // SAFETY: as in `load`; `Kernels::run` asks the level, which only `Kernels::of` sets.
+                unsafe { run_with(work) }
+            }
+
             pub(in crate::kernels) fn load(dtype: Float, source: &[u8], destination: &mut [f32]) {
                 // SAFETY: `Kernels::of` hands this out only for a level that `Level::available` detected.
                 unsafe { load_with(dtype, source, destination) }

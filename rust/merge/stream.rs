@@ -1,8 +1,10 @@
 //! The merge itself: workers fill tiles and write them; the last tile of a shard commits it.
 
 use super::Progress;
+use super::observation::Observations;
+use super::queue::{Item, Queue};
 use super::tile::TileFiller;
-use super::workers::{self, TileQueue};
+use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
 use crate::writer::{Output, TileBuffer, TileFile, WriteMode};
@@ -167,7 +169,8 @@ pub fn execute(
         .max()
         .unwrap_or(1);
     let (threads, tile_bytes) = options.fit(operands)?;
-    let queue = TileQueue::new(&pending, tile_bytes);
+    let queue = Queue::new(&pending, tile_bytes, &|_| true);
+    let observations = Observations::new(&pending);
     let open: Vec<OpenShard> = (0..pending.len())
         .map(|number| OpenShard {
             tiles_left: AtomicUsize::new(queue.tiles_of(number)),
@@ -185,10 +188,23 @@ pub fn execute(
             let buffer = TileBuffer::new(tile_bytes)?;
             Ok((buffer, TileFiller::new(options.kernels, options.allow_nonfinite)))
         },
-        |(buffer, filler), tile| {
+        |(buffer, filler), item, stopped| {
+            let tile = match item {
+                Item::Tile(tile) => tile,
+                Item::Chunk(chunk) => {
+                    return filler.observe(pending[chunk.shard], &chunk, &observations, stopped);
+                }
+            };
             let (shard, slot) = (pending[tile.shard], &open[tile.shard]);
             let file = slot.file(output, shard, options.write)?;
-            filler.fill(shard, tile.span.clone(), buffer.filled(tile.span.len()))?;
+            let known = observations.of_shard(tile.shard);
+            filler.fill(
+                shard,
+                known,
+                tile.span.clone(),
+                buffer.filled(tile.span.len()),
+                stopped,
+            )?;
             slot.note_nonfinite(&mut filler.nonfinite_inputs);
             file.write(buffer, tile.span.start)?;
             progress.advance(tile.span.len());

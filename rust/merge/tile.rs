@@ -1,17 +1,17 @@
 //! Tiles: aligned spans of an output file, whatever tensors they cut.
 
-use super::Method;
+use super::observation::{Observation, Observations};
 use super::operand::OperandLoader;
+use super::queue::Chunk;
 use crate::dtype::Float;
 use crate::kernels::Kernels;
+use crate::methods::{Method, Slice, Tally};
 use crate::plan::{Operand, Operation, OutputTensor, PlannedShard};
 use crate::{Error, Result};
 use std::ops::Range;
 
 /// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
 const SUB_TILE: usize = 1024;
-/// Bytes of the longest element.
-const LONGEST_ELEMENT: usize = 8;
 
 /// Fills tiles. Each worker owns one; its buffers are reused for every tile.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub struct TileFiller {
     allow_nonfinite: bool,
     operands: Vec<Vec<f32>>,
     blended: Vec<f32>,
+    /// Elements of which not all bytes are wanted.
+    stored: Vec<u8>,
     /// Input tensors in which NaN or infinity was met, as `name of path`.
     pub nonfinite_inputs: Vec<String>,
 }
@@ -31,7 +33,15 @@ struct Job<'a> {
     tensor: &'a OutputTensor,
     method: &'a dyn Method,
     operands: &'a [Operand],
+    has_base: bool,
     dtype: Float,
+    facts: &'a [f64],
+}
+
+impl Job<'_> {
+    fn error(&self, problem: String) -> Error {
+        Error::Merge { file: self.shard.file.clone(), tensor: self.tensor.name.clone(), problem }
+    }
 }
 
 impl TileFiller {
@@ -44,118 +54,155 @@ impl TileFiller {
             allow_nonfinite,
             operands: Vec::new(),
             blended: vec![0.0; SUB_TILE],
+            stored: Vec::new(),
             nonfinite_inputs: Vec::new(),
         }
     }
 
-    /// Fills `out` with the bytes `span` of the shard's file, then gives the input pages it read back.
+    /// Fills `out` with the bytes `span` of the shard's file, then gives the input pages it read back. `known` are the
+    /// observations of the shard's tensors; they are waited for until `stopped`.
     ///
     /// # Errors
-    /// [`Error::NonFiniteInput`] and [`Error::NonFiniteResult`].
-    pub fn fill(&mut self, shard: &PlannedShard, span: Range<usize>, out: &mut [u8]) -> Result<()> {
+    /// [`Error::NonFiniteInput`], [`Error::NonFiniteResult`], [`Error::Merge`], [`Error::Interrupted`].
+    pub(super) fn fill(
+        &mut self,
+        shard: &PlannedShard,
+        known: &[Option<Observation>],
+        span: Range<usize>,
+        out: &mut [u8],
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<()> {
         debug_assert_eq!(span.len(), out.len());
         let header = &shard.layout.header;
         if span.start < header.len() {
             let stop = header.len().min(span.end);
             out[..stop - span.start].copy_from_slice(&header[span.start..stop]);
         }
-        for (tensor, part) in parts(shard, &span) {
+        for (number, part) in parts(shard, &span) {
+            let tensor = &shard.tensors[number];
             let start = tensor.range.start + part.start - span.start;
             let out = &mut out[start..start + part.len()];
-            self.fill_part(shard, tensor, part, out)?;
-        }
-        Ok(())
-    }
-
-    /// Fills the bytes `part` of one tensor.
-    fn fill_part(
-        &mut self,
-        shard: &PlannedShard,
-        tensor: &OutputTensor,
-        part: Range<usize>,
-        out: &mut [u8],
-    ) -> Result<()> {
-        match &tensor.operation {
-            Operation::Copy(input) => {
-                out.copy_from_slice(&input.bytes()[part.clone()]);
-                input.release(part);
-            }
-            Operation::Compute { method, operands, dtype } => {
-                self.loader.enter(tensor);
-                let job = Job { shard, tensor, method: &**method, operands, dtype: *dtype };
-                self.compute_part(&job, part.clone(), out)?;
-                let elements = part.start / dtype.size()..part.end.div_ceil(dtype.size());
-                for operand in operands {
-                    release(operand, &elements);
+            match &tensor.operation {
+                Operation::Copy(input) => {
+                    out.copy_from_slice(&input.bytes()[part.clone()]);
+                    input.release(part);
+                }
+                Operation::Compute { method, operands, has_base, dtype } => {
+                    let facts = match &known[number] {
+                        Some(observation) => observation.facts(stopped)?,
+                        None => [].into(),
+                    };
+                    self.loader.enter(tensor);
+                    let (method, has_base, dtype) = (&**method, *has_base, *dtype);
+                    let job =
+                        Job { shard, tensor, method, operands, has_base, dtype, facts: &facts };
+                    self.compute_part(&job, part.clone(), out)?;
+                    release(operands, &elements_of(&part, dtype));
                 }
             }
         }
         Ok(())
     }
 
-    /// Computes the bytes `part`; a cut may fall inside an element where an input file was not aligned.
-    fn compute_part(
+    /// Observes a chunk of a tensor.
+    ///
+    /// # Errors
+    /// [`Error::Merge`] if the tensor turns out not to be mergeable, [`Error::Interrupted`].
+    pub(super) fn observe(
         &mut self,
-        job: &Job<'_>,
-        part: Range<usize>,
-        mut out: &mut [u8],
+        shard: &PlannedShard,
+        chunk: &Chunk,
+        observations: &Observations,
+        stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let size = job.dtype.size();
-        let mut position = part.start;
-        if !position.is_multiple_of(size) {
-            let element = position / size;
-            let stop = ((element + 1) * size).min(part.end);
-            let (head, rest) = out.split_at_mut(stop - position);
-            self.compute_fragment(job, position..stop, head)?;
-            (position, out) = (stop, rest);
-        }
-        let whole = (part.end - position) / size;
-        let (body, tail) = out.split_at_mut(whole * size);
-        let first = position / size;
-        for (number, chunk) in body.chunks_mut(SUB_TILE * size).enumerate() {
-            let start = first + number * SUB_TILE;
-            self.compute_elements(job, start..start + chunk.len() / size, chunk)?;
-        }
-        if tail.is_empty() {
+        let tensor = &shard.tensors[chunk.tensor];
+        let Some(observation) = observations.get(chunk.shard, chunk.tensor) else { return Ok(()) };
+        let Operation::Compute { method, operands, has_base, dtype } = &tensor.operation else {
             return Ok(());
+        };
+        let (method, has_base, dtype) = (&**method, *has_base, *dtype);
+        let Some(mut assignment) = observation.begin(method, chunk.pass, stopped)? else {
+            return Ok(());
+        };
+        let facts = &assignment.facts;
+        let job = Job { shard, tensor, method, operands, has_base, dtype, facts };
+        self.loader.enter(tensor);
+        let step = method.row().unwrap_or(SUB_TILE).max(1);
+        for start in chunk.elements.clone().step_by(step) {
+            if !(start / step).is_multiple_of(assignment.stride) {
+                continue;
+            }
+            let elements = start..chunk.elements.end.min(start + step);
+            self.load(&job, &elements);
+            let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
+            with_slice(&self.operands, &job, &elements, |slice| {
+                method.observe(&self.kernels, chunk.pass, facts, slice, &mut tally);
+            });
         }
-        self.compute_fragment(job, position + whole * size..part.end, tail)
+        release(operands, &chunk.elements);
+        let finished = observation.finish(method, chunk.pass, chunk.number, assignment.sums);
+        finished.map_err(|problem| job.error(problem))
     }
 
-    /// Computes some of the bytes of one element.
-    fn compute_fragment(
-        &mut self,
-        job: &Job<'_>,
-        bytes: Range<usize>,
-        out: &mut [u8],
-    ) -> Result<()> {
+    /// Computes the bytes `part`; a cut may fall inside an element where an input file was not aligned, and inside a row
+    /// that has to be blended whole.
+    fn compute_part(&mut self, job: &Job<'_>, part: Range<usize>, out: &mut [u8]) -> Result<()> {
         let size = job.dtype.size();
-        let element = bytes.start / size;
-        let mut whole = [0; LONGEST_ELEMENT];
-        self.compute_elements(job, element..element + 1, &mut whole[..size])?;
-        let offset = bytes.start - element * size;
-        out.copy_from_slice(&whole[offset..offset + out.len()]);
+        let elements = elements_of(&part, job.dtype);
+        // Without rows, sub-tiles start where the part does.
+        let (step, first) = match job.method.row() {
+            Some(row) => (row.max(1), elements.start / row.max(1) * row.max(1)),
+            None => (SUB_TILE, elements.start),
+        };
+        let end = job.tensor.range.len() / size;
+        for start in (first..elements.end).step_by(step) {
+            let stop = if job.method.row().is_some() { end } else { elements.end };
+            let unit = start..stop.min(start + step);
+            let bytes = unit.start * size..unit.end * size;
+            if part.start <= bytes.start && bytes.end <= part.end {
+                let place = bytes.start - part.start..bytes.end - part.start;
+                self.compute_elements(job, unit, &mut out[place])?;
+                continue;
+            }
+            let mut stored = std::mem::take(&mut self.stored);
+            stored.resize(bytes.len(), 0);
+            self.compute_elements(job, unit, &mut stored)?;
+            let wanted = bytes.start.max(part.start)..bytes.end.min(part.end);
+            out[wanted.start - part.start..wanted.end - part.start]
+                .copy_from_slice(&stored[wanted.start - bytes.start..wanted.end - bytes.start]);
+            self.stored = stored;
+        }
         Ok(())
     }
 
-    /// Computes at most [`SUB_TILE`] whole elements.
+    /// Loads elements of all operands.
+    fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) {
+        let count = elements.len();
+        self.operands.resize_with(self.operands.len().max(job.operands.len()), Vec::new);
+        for (number, (operand, values)) in job.operands.iter().zip(&mut self.operands).enumerate() {
+            if values.len() < count {
+                values.resize(count.max(SUB_TILE), 0.0);
+            }
+            self.loader.load(number, operand, elements.clone(), &mut values[..count]);
+        }
+    }
+
+    /// Computes whole elements: a sub-tile, or a row.
     fn compute_elements(
         &mut self,
         job: &Job<'_>,
         elements: Range<usize>,
         out: &mut [u8],
     ) -> Result<()> {
-        let count = elements.len();
-        while self.operands.len() < job.operands.len() {
-            self.operands.push(vec![0.0; SUB_TILE]);
+        self.load(job, &elements);
+        if self.blended.len() < elements.len() {
+            self.blended.resize(elements.len(), 0.0);
         }
-        for (number, (operand, values)) in job.operands.iter().zip(&mut self.operands).enumerate() {
-            self.loader.load(number, operand, elements.clone(), &mut values[..count]);
-        }
-        let loaded: Vec<&[f32]> =
-            self.operands[..job.operands.len()].iter().map(|values| &values[..count]).collect();
-        let blended = &mut self.blended[..count];
-        job.method.blend(&self.kernels, &loaded, blended);
+        let blended = &mut self.blended[..elements.len()];
+        with_slice(&self.operands, job, &elements, |slice| {
+            job.method.blend(&self.kernels, job.facts, slice, blended)
+        })
+        .map_err(|problem| job.error(problem))?;
         if self.kernels.store(job.dtype, blended, out) {
             return Ok(());
         }
@@ -198,49 +245,75 @@ impl TileFiller {
     }
 }
 
-/// The tensors that a span of the shard's file cuts, each with the bytes of it that lie in the span.
+/// Gives the loaded elements to `work`.
+fn with_slice<R>(
+    loaded: &[Vec<f32>],
+    job: &Job<'_>,
+    elements: &Range<usize>,
+    work: impl FnOnce(&Slice<'_>) -> R,
+) -> R {
+    let all: Vec<&[f32]> =
+        loaded[..job.operands.len()].iter().map(|values| &values[..elements.len()]).collect();
+    let (operands, base) = all.split_at(all.len() - usize::from(job.has_base));
+    work(&Slice { operands, base: base.first().copied(), first: elements.start })
+}
+
+/// The elements that some bytes of a tensor are part of.
+fn elements_of(bytes: &Range<usize>, dtype: Float) -> Range<usize> {
+    bytes.start / dtype.size()..bytes.end.div_ceil(dtype.size())
+}
+
+/// The numbers of the tensors that a span of the shard's file cuts, each with the bytes of it that lie in the span.
 fn parts<'a>(
     shard: &'a PlannedShard,
     span: &Range<usize>,
-) -> impl Iterator<Item = (&'a OutputTensor, Range<usize>)> {
+) -> impl Iterator<Item = (usize, Range<usize>)> + 'a {
     let span = span.clone();
     let first = shard.tensors.partition_point(|tensor| tensor.range.end <= span.start);
-    shard.tensors[first..].iter().map_while(move |tensor| {
+    shard.tensors.iter().enumerate().skip(first).map_while(move |(number, tensor)| {
         let start = tensor.range.start.max(span.start);
         let stop = tensor.range.end.min(span.end);
         (tensor.range.start < span.end).then(|| {
             let offset = tensor.range.start;
-            (tensor, start - offset..stop.max(start) - offset)
+            (number, start - offset..stop.max(start) - offset)
         })
     })
 }
 
 /// Starts to read what a span of the shard's file is made of.
-pub(super) fn prefetch(shard: &PlannedShard, span: &Range<usize>) {
-    for (tensor, part) in parts(shard, span) {
+pub(super) fn prefetch_tile(shard: &PlannedShard, span: &Range<usize>) {
+    for (number, part) in parts(shard, span) {
+        let tensor = &shard.tensors[number];
         match &tensor.operation {
             Operation::Copy(input) => input.prefetch(part),
-            Operation::Compute { operands, dtype, .. } => {
-                for operand in operands {
-                    let size = operand.tensor.dtype.size();
-                    let elements = part.start / dtype.size()..part.end.div_ceil(dtype.size());
-                    operand.tensor.input.prefetch(elements.start * size..elements.end * size);
-                }
+            Operation::Compute { dtype, .. } => {
+                prefetch_elements(tensor, &elements_of(&part, *dtype));
             }
         }
     }
 }
 
-/// Gives the pages back that these elements of an operand were read from.
-fn release(operand: &Operand, elements: &Range<usize>) {
-    let size = operand.tensor.dtype.size();
-    operand.tensor.input.release(elements.start * size..elements.end * size);
-    for term in &operand.low_rank {
-        // The pages of the other factor went back when it was decoded.
-        let left = if term.transpose { &term.a } else { &term.b };
-        left.input.release(0..left.input.range.len());
+/// Starts to read what some elements of a tensor are computed from.
+pub(super) fn prefetch_elements(tensor: &OutputTensor, elements: &Range<usize>) {
+    let Operation::Compute { operands, .. } = &tensor.operation else { return };
+    for operand in operands {
+        let size = operand.tensor.dtype.size();
+        operand.tensor.input.prefetch(elements.start * size..elements.end * size);
     }
-    if let Some(rows) = &operand.rows {
-        rows.tensor.input.release(0..rows.tensor.input.range.len());
+}
+
+/// Gives the pages back that these elements of the operands were read from.
+fn release(operands: &[Operand], elements: &Range<usize>) {
+    for operand in operands {
+        let size = operand.tensor.dtype.size();
+        operand.tensor.input.release(elements.start * size..elements.end * size);
+        for term in &operand.low_rank {
+            // The pages of the other factor went back when it was decoded.
+            let left = if term.transpose { &term.a } else { &term.b };
+            left.input.release(0..left.input.range.len());
+        }
+        if let Some(rows) = &operand.rows {
+            rows.tensor.input.release(0..rows.tensor.input.range.len());
+        }
     }
 }

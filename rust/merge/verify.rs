@@ -1,9 +1,11 @@
 //! Verification: the plan is evaluated again and compared with the bytes on disk.
 
 use super::Progress;
+use super::observation::Observations;
+use super::queue::{Item, Queue, Tile};
 use super::stream::DEFAULT_TILE;
 use super::tile::TileFiller;
-use super::workers::{self, TileQueue};
+use super::workers;
 use crate::checkpoint::MappedFile;
 use crate::kernels::Kernels;
 use crate::plan::PlannedShard;
@@ -67,7 +69,9 @@ pub fn verify(
         .iter()
         .map(|shard| open_output(directory, shard))
         .collect::<Result<Vec<MappedFile>>>()?;
-    let queue = TileQueue::new(shards, DEFAULT_TILE);
+    let wanted = |tile: &Tile| sampled(options, &shards[tile.shard].file, tile.span.start);
+    let queue = Queue::new(shards, DEFAULT_TILE, &wanted);
+    let observations = Observations::new(shards);
     let states = workers::run(
         &queue,
         options.threads.max(1),
@@ -81,11 +85,18 @@ pub fn verify(
                 Verification::default(),
             ))
         },
-        |(buffer, filler, found), tile| {
+        |(buffer, filler, found), item, stopped| {
+            let tile = match item {
+                Item::Tile(tile) => tile,
+                Item::Chunk(chunk) => {
+                    return filler.observe(shards[chunk.shard], &chunk, &observations, stopped);
+                }
+            };
             let (shard, file) = (shards[tile.shard], &files[tile.shard]);
-            if sampled(options, &shard.file, tile.span.start) {
+            if wanted(&tile) {
                 let expected = &mut buffer[..tile.span.len()];
-                filler.fill(shard, tile.span.clone(), expected)?;
+                let known = observations.of_shard(tile.shard);
+                filler.fill(shard, known, tile.span.clone(), expected, stopped)?;
                 let stored = &file.bytes()[tile.span.clone()];
                 if expected != stored {
                     let differs = expected.iter().zip(stored).position(|(a, b)| a != b);

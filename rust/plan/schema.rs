@@ -141,21 +141,28 @@ pub struct Rows {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Merge {
-    /// Name of the method, see [`crate::merge::METHODS`].
+    /// Name of the method, see [`crate::methods::METHODS`].
     pub method: String,
     /// The method's parameters.
     #[serde(default)]
     pub parameters: serde_json::Map<String, serde_json::Value>,
+    /// What task vectors are taken against, or where an interpolation starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Operand>,
     /// What is merged, in the order in which it is accumulated.
     pub operands: Vec<WeightedOperand>,
 }
 
-/// An operand and its weight.
+/// An operand, its weight and what else the method wants to know of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WeightedOperand {
     /// The tensor.
     pub operand: Operand,
-    /// Its weight; rounded to f32 before use.
-    pub weight: f64,
+    /// Its weight, if the method takes one; rounded to f32 before use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
+    /// Its other parameters.
+    #[serde(default, skip_serializing_if = "serde_json::Map::is_empty")]
+    pub parameters: serde_json::Map<String, serde_json::Value>,
 }

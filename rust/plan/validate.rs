@@ -5,8 +5,9 @@ use super::operand::{Input, Inputs, Operand};
 use super::schema;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
-use crate::merge::{Convert, Method, method};
+use crate::methods::{self, Convert, Method};
 use crate::{Error, Result};
+use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::Path;
@@ -44,6 +45,17 @@ pub struct OutputTensor {
     pub operation: Operation,
 }
 
+impl OutputTensor {
+    /// Observe passes at most that come before its first byte can be made.
+    #[must_use]
+    pub fn passes(&self) -> usize {
+        match &self.operation {
+            Operation::Copy(_) => 0,
+            Operation::Compute { method, .. } => method.passes(),
+        }
+    }
+}
+
 /// What fills a tensor.
 #[derive(Debug)]
 pub enum Operation {
@@ -53,8 +65,10 @@ pub enum Operation {
     Compute {
         /// How the operands become one.
         method: Box<dyn Method>,
-        /// What it reads.
+        /// What it reads; the base, if there is one, is the last.
         operands: Vec<Operand>,
+        /// Whether there is a base.
+        has_base: bool,
         /// The dtype of the result.
         dtype: Float,
     },
@@ -208,7 +222,9 @@ fn plan_shard(
                 let operands = merge
                     .operands
                     .iter()
-                    .map(|weighted| inputs.open_operand(&weighted.operand, tensor))
+                    .map(|weighted| &weighted.operand)
+                    .chain(&merge.base)
+                    .map(|operand| inputs.open_operand(operand, tensor))
                     .collect::<Result<Vec<_>>>()?;
                 self::merge(tensor, merge, operands)?
             }
@@ -232,6 +248,7 @@ fn copy(tensor: &schema::Tensor, input: Input) -> Result<Operation> {
     Ok(Operation::Compute {
         method: Box::new(Convert),
         operands: vec![Operand::plain(input, tensor)?],
+        has_base: false,
         dtype: output_float(tensor)?,
     })
 }
@@ -241,10 +258,21 @@ fn merge(
     merge: &schema::Merge,
     operands: Vec<Operand>,
 ) -> Result<Operation> {
-    let weights: Vec<f64> = merge.operands.iter().map(|weighted| weighted.weight).collect();
-    let method = method(&merge.method, &merge.parameters, &weights)
+    let has_base = merge.base.is_some();
+    let parameters: Vec<_> = merge.operands.iter().map(operand_parameters).collect();
+    let (shared, shape) = (&merge.parameters, &tensor.shape);
+    let method = methods::build(&merge.method, shared, &parameters, has_base, &tensor.name, shape)
         .map_err(|problem| Error::Plan(format!("tensor `{}`: {problem}", tensor.name)))?;
-    Ok(Operation::Compute { method, operands, dtype: output_float(tensor)? })
+    Ok(Operation::Compute { method, operands, has_base, dtype: output_float(tensor)? })
+}
+
+/// The weight is a parameter like any other, but for its place in the plan.
+fn operand_parameters(weighted: &schema::WeightedOperand) -> Map<String, Value> {
+    let mut parameters = weighted.parameters.clone();
+    if let Some(weight) = weighted.weight {
+        parameters.insert("weight".to_owned(), weight.into());
+    }
+    parameters
 }
 
 fn output_float(tensor: &schema::Tensor) -> Result<Float> {

@@ -1,0 +1,162 @@
+//! What methods learn of whole tensors before they blend: sums over chunks that many workers take.
+//!
+//! The sums of each chunk are kept by its number and added up in that order once the pass is complete, so that neither
+//! the number of threads nor their timing changes a bit. Counts are whole numbers; their order does not matter.
+
+use super::queue::chunks;
+use crate::methods::{Finding, Method};
+use crate::plan::{Operation, OutputTensor, PlannedShard};
+use crate::{Error, Result};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How often a worker that waits for others looks whether they have given up.
+const POLL: Duration = Duration::from_millis(20);
+
+/// The observations of all tensors of several shards.
+pub(super) struct Observations(Vec<Vec<Option<Observation>>>);
+
+impl Observations {
+    pub(super) fn new(shards: &[&PlannedShard]) -> Self {
+        let of_shard = |shard: &&PlannedShard| -> Vec<Option<Observation>> {
+            shard.tensors.iter().map(Observation::of).collect()
+        };
+        Self(shards.iter().map(of_shard).collect())
+    }
+
+    /// The observation of a tensor, if its method observes.
+    pub(super) fn get(&self, shard: usize, tensor: usize) -> Option<&Observation> {
+        self.0[shard][tensor].as_ref()
+    }
+
+    /// The observations of a shard's tensors.
+    pub(super) fn of_shard(&self, shard: usize) -> &[Option<Observation>] {
+        &self.0[shard]
+    }
+}
+
+/// The observation of one tensor, over all passes.
+#[derive(Debug)]
+pub struct Observation {
+    passes: usize,
+    chunks: usize,
+    state: Mutex<State>,
+    advanced: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    /// The pass under way; `passes` once nothing is left to learn.
+    pass: usize,
+    facts: Arc<[f64]>,
+    /// Sums of each chunk of the pass, as far as they are there.
+    sums: Vec<Option<Vec<f64>>>,
+    missing: usize,
+    counts: Arc<[AtomicU32]>,
+}
+
+/// What a worker needs to observe a chunk.
+pub(super) struct Assignment {
+    pub facts: Arc<[f64]>,
+    pub sums: Vec<f64>,
+    pub counts: Arc<[AtomicU32]>,
+    pub stride: usize,
+}
+
+impl Observation {
+    fn of(tensor: &OutputTensor) -> Option<Self> {
+        let Operation::Compute { method, dtype, .. } = &tensor.operation else { return None };
+        let passes = method.passes();
+        let chunks = chunks(tensor.range.len() / dtype.size(), method.row()).count();
+        if passes == 0 {
+            return None;
+        }
+        let facts: Arc<[f64]> = method.start().into();
+        // A tensor without elements has nothing to be learnt of, and nothing to be blended.
+        let pass = if chunks == 0 { passes } else { 0 };
+        let state =
+            State { pass, facts, sums: vec![None; chunks], missing: chunks, counts: [].into() };
+        Some(Self { passes, chunks, state: Mutex::new(state), advanced: Condvar::new() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `pass` has begun, or is over.
+    fn wait(&self, pass: usize, stopped: &dyn Fn() -> bool) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.lock();
+        while state.pass < pass {
+            if stopped() {
+                return Err(Error::Interrupted);
+            }
+            let waited = self.advanced.wait_timeout(state, POLL);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(state)
+    }
+
+    /// What the blend needs to know; waits for it.
+    pub(super) fn facts(&self, stopped: &dyn Fn() -> bool) -> Result<Arc<[f64]>> {
+        Ok(Arc::clone(&self.wait(self.passes, stopped)?.facts))
+    }
+
+    /// What to do for a chunk of a pass; `None` if that pass turned out not to be needed.
+    pub(super) fn begin(
+        &self,
+        method: &dyn Method,
+        pass: usize,
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<Option<Assignment>> {
+        let mut state = self.wait(pass, stopped)?;
+        if state.pass > pass {
+            return Ok(None);
+        }
+        let request = method.request(pass, &state.facts);
+        if state.counts.len() != request.counts {
+            state.counts = (0..request.counts).map(|_| AtomicU32::new(0)).collect();
+        }
+        Ok(Some(Assignment {
+            facts: Arc::clone(&state.facts),
+            sums: vec![0.0; request.sums],
+            counts: Arc::clone(&state.counts),
+            stride: request.stride,
+        }))
+    }
+
+    /// Hands in a chunk's sums. The last chunk of a pass draws its conclusion.
+    pub(super) fn finish(
+        &self,
+        method: &dyn Method,
+        pass: usize,
+        number: usize,
+        sums: Vec<f64>,
+    ) -> std::result::Result<(), String> {
+        let mut state = self.lock();
+        state.sums[number] = Some(sums);
+        state.missing -= 1;
+        if state.missing > 0 {
+            return Ok(());
+        }
+        let mut total: Vec<f64> = Vec::new();
+        for sums in state.sums.iter_mut().filter_map(Option::take) {
+            total.resize(sums.len(), 0.0);
+            total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+        }
+        if total.iter().any(|sum| !sum.is_finite()) {
+            return Err("its inputs hold NaN or infinity, or numbers so large that their squares do; repair \
+                        those checkpoints, or leave it out"
+                .to_owned());
+        }
+        let counts: Vec<u32> =
+            state.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
+        let Finding { facts, settled } = method.conclude(pass, &state.facts, &total, &counts)?;
+        state.facts = facts.into();
+        state.pass = if settled { self.passes } else { pass + 1 };
+        state.missing = self.chunks;
+        state.counts = [].into();
+        self.advanced.notify_all();
+        Ok(())
+    }
+}

@@ -1,0 +1,114 @@
+//! `karcher`: the Riemannian centre of mass of the models' directions on the unit sphere (Karcher 1977; as a merge,
+//! arXiv 2603.04972), times the mean of their norms.
+//!
+//! Every iterate lies in the span of the models, so that the iteration runs on coefficients.
+
+use super::Method;
+use super::gram::{Coefficients, Combination, Gram, Vectors};
+use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+
+/// `karcher` in the table of methods.
+pub(super) const KARCHER: Specification = Specification {
+    name: "karcher",
+    title: "Karcher mean",
+    summary: "Riemannian mean of the models' directions, of any number and with equal weights.",
+    reference: "https://arxiv.org/abs/2603.04972",
+    base: Base::None,
+    operands: (1, None),
+    passes: 1,
+    parameters: &[&[
+        Parameter {
+            name: "max_iter",
+            scope: Scope::Shared,
+            kind: Kind::Integer(1, 1000),
+            default: Default::Integer(10),
+            help: "Iterations at most.",
+        },
+        Parameter {
+            name: "tol",
+            scope: Scope::Shared,
+            kind: Kind::Number(0.0, 1.0),
+            default: Default::Number(1e-5),
+            help: "Angles, and norms, below this count as zero.",
+        },
+    ]],
+    make,
+};
+
+#[derive(Debug)]
+struct Karcher {
+    count: usize,
+    iterations: u64,
+    tolerance: f64,
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the signature of all methods")]
+fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
+    let operands = settings.operands();
+    let rule = Karcher {
+        count: operands,
+        iterations: settings.integer("max_iter"),
+        tolerance: settings.number("tol"),
+    };
+    Ok(Box::new(Combination { rule, vectors: Vectors::Operands, operands, row: None }))
+}
+
+impl Coefficients for Karcher {
+    fn coefficients(&self, gram: &Gram<'_>) -> Result<Vec<f64>, String> {
+        if self.count == 1 {
+            return Ok(vec![1.0]);
+        }
+        let norms: Vec<f64> = (0..self.count).map(|i| gram.norm(i)).collect();
+        let valid: Vec<usize> = (0..self.count).filter(|&i| norms[i] > self.tolerance).collect();
+        let mut coefficients = vec![0.0; self.count];
+        let Some(&first) = valid.first() else { return Ok(coefficients) };
+        let cosine = |i: usize, j: usize| gram.dot(i, j) / (norms[i] * norms[j]);
+        // The mean as coefficients over the valid units, and its product with each of them.
+        let share = 1.0 / f64::from(u32::try_from(valid.len()).unwrap_or(u32::MAX));
+        let mut mean: Vec<f64> = vec![share; valid.len()];
+        let dots = |vector: &[f64]| -> Vec<f64> {
+            let sum = |&j: &usize| vector.iter().zip(&valid).map(|(a, &i)| a * cosine(i, j)).sum();
+            valid.iter().map(sum).collect()
+        };
+        let length = |vector: &[f64]| -> f64 {
+            vector.iter().zip(dots(vector)).map(|(a, b)| a * b).sum::<f64>().max(0.0).sqrt()
+        };
+        let norm = length(&mean);
+        if norm < self.tolerance {
+            mean.fill(0.0);
+            mean[valid.iter().position(|&i| i == first).unwrap_or_default()] = 1.0;
+        } else {
+            mean.iter_mut().for_each(|value| *value /= norm);
+        }
+        for _ in 0..self.iterations {
+            let mut tangent = vec![0.0; valid.len()];
+            for (number, dot) in dots(&mean).into_iter().enumerate() {
+                let dot = dot.clamp(-1.0, 1.0);
+                let angle = dot.acos();
+                if angle < self.tolerance {
+                    continue;
+                }
+                let factor = share * angle / angle.sin();
+                tangent[number] += factor;
+                tangent.iter_mut().zip(&mean).for_each(|(t, m)| *t -= factor * dot * m);
+            }
+            let angle = length(&tangent);
+            if angle < self.tolerance {
+                break;
+            }
+            for (mean, tangent) in mean.iter_mut().zip(&tangent) {
+                *mean = angle.cos() * *mean + angle.sin() * tangent / angle;
+            }
+            let norm = length(&mean);
+            if norm > self.tolerance {
+                mean.iter_mut().for_each(|value| *value /= norm);
+            }
+        }
+        let size =
+            norms.iter().sum::<f64>() / f64::from(u32::try_from(self.count).unwrap_or(u32::MAX));
+        for (&place, value) in valid.iter().zip(&mean) {
+            coefficients[place] = size * value / norms[place];
+        }
+        Ok(coefficients)
+    }
+}

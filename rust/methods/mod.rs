@@ -1,0 +1,166 @@
+//! Merge methods: how operands become one tensor. One file each; the table [`METHODS`] lists them.
+//!
+//! A method sees its operands in slices, as f32. What it needs to know of whole tensors first (a norm, a quantile) it
+//! gathers in *observe* passes; then it *blends*. The result for an element depends on that knowledge, the operands at
+//! that element and the element's index alone (on the whole row for methods that say so), so that any cut into tiles,
+//! by any number of threads, gives the same bits.
+
+mod breadcrumbs;
+mod dare;
+mod della;
+mod gram;
+mod karcher;
+mod linear;
+mod model_stock;
+mod multislerp;
+mod nearswap;
+mod nuslerp;
+mod passthrough;
+mod quantile;
+mod random;
+mod sce;
+mod slerp;
+mod specification;
+mod table;
+mod task_arithmetic;
+mod task_vectors;
+mod ties;
+
+pub use random::uniforms;
+pub use specification::{Base, Kind, Parameter, Scope, Settings, Specification};
+pub use table::{METHODS, build};
+
+use crate::kernels::Kernels;
+use std::fmt::Debug;
+use std::sync::atomic::AtomicU32;
+
+/// Equally long parts of all operands.
+#[derive(Debug, Clone, Copy)]
+pub struct Slice<'a> {
+    /// The operands.
+    pub operands: &'a [&'a [f32]],
+    /// The base, for methods that have one.
+    pub base: Option<&'a [f32]>,
+    /// Index within the tensor of the first element.
+    pub first: usize,
+}
+
+impl Slice<'_> {
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.operands.first().map_or(0, |operand| operand.len())
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What an observe pass adds up.
+#[derive(Debug)]
+pub struct Tally<'a> {
+    /// Sums of the chunk in hand; chunks are added up in their order.
+    pub sums: &'a mut [f64],
+    /// Counts of the whole tensor, which all workers increment.
+    pub counts: &'a [AtomicU32],
+}
+
+/// How many numbers a pass adds up, and how much of the tensor it has to see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Request {
+    /// Length of [`Tally::sums`].
+    pub sums: usize,
+    /// Length of [`Tally::counts`].
+    pub counts: usize,
+    /// Only every n-th sub-tile is needed; 1 for all of them.
+    pub stride: usize,
+}
+
+/// What a pass has taught.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Finding {
+    /// Numbers for the next pass and for the blend; their meaning is the method's own.
+    pub facts: Vec<f64>,
+    /// Whether the remaining passes may be left out.
+    pub settled: bool,
+}
+
+/// How operands become one tensor. Made for one tensor, see [`build`].
+pub trait Method: Debug + Send + Sync {
+    /// Observe passes at most.
+    fn passes(&self) -> usize {
+        0
+    }
+
+    /// Length of the rows that must be given whole to `blend`, and to `observe`; `None` if any slice will do.
+    fn row(&self) -> Option<usize> {
+        None
+    }
+
+    /// The facts of the first pass.
+    fn start(&self) -> Vec<f64> {
+        Vec::new()
+    }
+
+    /// What a pass adds up, given what earlier ones found.
+    fn request(&self, _pass: usize, _facts: &[f64]) -> Request {
+        Request { sums: 0, counts: 0, stride: 1 }
+    }
+
+    /// Adds a slice to the tally.
+    fn observe(
+        &self,
+        _kernels: &Kernels,
+        _pass: usize,
+        _facts: &[f64],
+        _slice: &Slice<'_>,
+        _tally: &mut Tally<'_>,
+    ) {
+    }
+
+    /// Draws the conclusion of a pass from the sums over the whole tensor.
+    ///
+    /// # Errors
+    /// A sentence if the tensors cannot be merged this way.
+    fn conclude(
+        &self,
+        _pass: usize,
+        facts: &[f64],
+        _sums: &[f64],
+        _counts: &[u32],
+    ) -> Result<Finding, String> {
+        Ok(Finding { facts: facts.to_vec(), settled: true })
+    }
+
+    /// Blends a slice into `out`, which is as long.
+    ///
+    /// # Errors
+    /// A sentence if the slice's rows cannot be merged this way.
+    fn blend(
+        &self,
+        kernels: &Kernels,
+        facts: &[f64],
+        slice: &Slice<'_>,
+        out: &mut [f32],
+    ) -> Result<(), String>;
+}
+
+/// The only operand, unchanged: what a copy to another dtype does.
+#[derive(Debug)]
+pub(crate) struct Convert;
+
+impl Method for Convert {
+    fn blend(
+        &self,
+        _: &Kernels,
+        _: &[f64],
+        slice: &Slice<'_>,
+        out: &mut [f32],
+    ) -> Result<(), String> {
+        out.copy_from_slice(slice.operands[0]);
+        Ok(())
+    }
+}

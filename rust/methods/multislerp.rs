@@ -1,0 +1,114 @@
+//! `multislerp`: the weighted mean of any number of models on a sphere, in the tangent space at their Euclidean mean
+//! (Goddard, "Multi-SLERP").
+//!
+//! With units `u_i = v_i / (‖v_i‖ + ε)` and `m = Σ w_i u_i / ‖Σ w_i u_i‖`, the tangent `τ = Σ w_i (u_i - ⟨u_i, m⟩ m)`
+//! gives `(cos(‖τ‖+ε) m + sin(‖τ‖+ε)/(‖τ‖+ε) τ) · Σ w_i ‖v_i‖`. With a base, the `v_i` are task vectors.
+
+use super::Method;
+use super::gram::{Coefficients, Combination, Gram, Vectors};
+use super::linear::WEIGHT;
+use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+
+/// `multislerp` in the table of methods.
+pub(super) const MULTISLERP: Specification = Specification {
+    name: "multislerp",
+    title: "Multi-SLERP",
+    summary: "Barycentre of any number of models, or task vectors, on a sphere.",
+    reference: "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    base: Base::Optional,
+    operands: (1, None),
+    passes: 1,
+    parameters: &[&[
+        WEIGHT,
+        Parameter {
+            name: "normalize_weights",
+            scope: Scope::Shared,
+            kind: Kind::Flag,
+            default: Default::Flag(true),
+            help: "Divide the weights by their sum.",
+        },
+        Parameter {
+            name: "eps",
+            scope: Scope::Shared,
+            kind: Kind::Number(0.0, 1.0),
+            default: Default::Number(1e-8),
+            help: "Keeps divisions by norms finite.",
+        },
+    ]],
+    make,
+};
+
+/// Relative to the inputs' products, what of a difference of f64 sums is noise.
+const NOISE: f64 = 1e-14;
+
+#[derive(Debug)]
+struct MultiSlerp {
+    weights: Vec<f64>,
+    epsilon: f64,
+}
+
+fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
+    let mut weights = settings.numbers("weight");
+    if settings.flag("normalize_weights") {
+        let sum: f64 = weights.iter().sum();
+        if sum == 0.0 {
+            return Err(
+                "`multislerp` cannot normalise weights that sum to zero; set normalize_weights to \
+                        false"
+                    .to_owned(),
+            );
+        }
+        weights.iter_mut().for_each(|weight| *weight /= sum);
+    }
+    let operands = weights.len();
+    let vectors = if settings.base { Vectors::Deltas } else { Vectors::Operands };
+    let rule = MultiSlerp { weights, epsilon: settings.number("eps") };
+    Ok(Box::new(Combination { rule, vectors, operands, row: None }))
+}
+
+impl Coefficients for MultiSlerp {
+    fn coefficients(&self, gram: &Gram<'_>) -> Result<Vec<f64>, String> {
+        let count = self.weights.len();
+        if count == 1 {
+            return Ok(vec![1.0]);
+        }
+        let lengths: Vec<f64> = (0..count).map(|i| gram.norm(i) + self.epsilon).collect();
+        // A vector is given by its coefficients over the units.
+        let dot = |left: &[f64], right: &[f64]| -> f64 {
+            let pairs = (0..count).flat_map(|i| (0..count).map(move |j| (i, j)));
+            pairs
+                .map(|(i, j)| left[i] * right[j] * (gram.dot(i, j) / (lengths[i] * lengths[j])))
+                .sum()
+        };
+        let mean_square = dot(&self.weights, &self.weights);
+        let scale: f64 = self.weights.iter().map(|weight| weight * weight).sum();
+        if mean_square <= (self.epsilon * self.epsilon).max(NOISE * scale) {
+            if count == 2 {
+                return Ok(self.weights.clone());
+            }
+            return Err(
+                "the weighted sum of the normalised models is zero, so that `multislerp` has no \
+                        direction; use other weights"
+                    .to_owned(),
+            );
+        }
+        let mean: Vec<f64> =
+            self.weights.iter().map(|weight| weight / mean_square.sqrt()).collect();
+        let mut tangent = self.weights.clone();
+        let mut unit = vec![0.0; count];
+        let along: f64 = (0..count)
+            .map(|i| {
+                unit.fill(0.0);
+                unit[i] = 1.0;
+                self.weights[i] * dot(&unit, &mean)
+            })
+            .sum();
+        tangent.iter_mut().zip(&mean).for_each(|(tangent, mean)| *tangent -= along * mean);
+        let angle = dot(&tangent, &tangent).max(0.0).sqrt() + self.epsilon;
+        let size: f64 = (0..count).map(|i| self.weights[i] * gram.norm(i)).sum();
+        let ratio = angle.sin() / angle;
+        Ok((0..count)
+            .map(|i| (angle.cos() * mean[i] + ratio * tangent[i]) * size / lengths[i])
+            .collect())
+    }
+}

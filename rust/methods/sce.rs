@@ -1,0 +1,245 @@
+//! `sce`: elements on which the task vectors vary most, weighted by each model's energy there, without those of the
+//! minority's sign (Wan et al., "FuseChat", arXiv 2408.07990).
+//!
+//! Of the elements whose variance over the models is not zero, `⌊select_topk·count⌋` of largest variance are selected.
+//! A model's weight is the share of its mean square there (equal shares where all are tiny); the sign is that of the
+//! plain sum, zero counting as positive.
+
+use super::gram::difference;
+use super::quantile::{self, Search, magnitude};
+use super::random::{floor, uniforms};
+use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+use super::task_vectors::SEED;
+use super::{Finding, Method, Request, Slice, Tally};
+use crate::kernels::Kernels;
+
+/// `sce` in the table of methods.
+pub(super) const SCE: Specification = Specification {
+    name: "sce",
+    title: "SCE",
+    summary: "Selects elements on which models differ most, weighs models by their energy there, erases minority signs.",
+    reference: "https://arxiv.org/abs/2408.07990",
+    base: Base::Required,
+    operands: (1, None),
+    passes: 3,
+    parameters: &[&[
+        Parameter {
+            name: "select_topk",
+            scope: Scope::Shared,
+            kind: Kind::Number(0.0, f64::INFINITY),
+            default: Default::Number(1.0),
+            help: "Share of the elements that differ that are selected; 1 selects all.",
+        },
+        SEED,
+    ]],
+    make,
+};
+
+/// Below this the sum of mean squares gives equal weights.
+const LEAST_ENERGY: f64 = 1e-6;
+/// Least divisor of the weighted sum.
+const LEAST_DIVISOR: f32 = 1e-6;
+/// Below this share an element's variance is rounding: the f32 difference of equal numbers.
+const PART: usize = 256;
+
+#[derive(Debug)]
+struct Sce {
+    count: usize,
+    elements: usize,
+    /// Share that is selected; `None` for all.
+    share: Option<f64>,
+    key: [u32; 2],
+}
+
+// Facts: the number of elements to select (-1 before it is known), the search, a weight for each model.
+const SEARCH: std::ops::Range<usize> = 1..1 + quantile::FACTS;
+const WEIGHTS: usize = SEARCH.end;
+
+fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
+    super::ties::check_size(settings)?;
+    let share = settings.number("select_topk");
+    Ok(Box::new(Sce {
+        count: settings.operands(),
+        elements: settings.elements(),
+        share: (share < 1.0).then_some(share),
+        key: settings.key,
+    }))
+}
+
+impl Sce {
+    fn deltas(&self, kernels: &Kernels, slice: &Slice<'_>) -> Vec<f32> {
+        let length = slice.len();
+        let mut deltas = vec![0.0; self.count * length];
+        for (delta, operand) in deltas.chunks_exact_mut(length.max(1)).zip(slice.operands) {
+            difference(kernels, operand, slice.base.unwrap_or_default(), delta);
+        }
+        deltas
+    }
+
+    /// The task vectors where they are selected, zero elsewhere.
+    fn selected(&self, kernels: &Kernels, facts: &[f64], slice: &Slice<'_>) -> Vec<f32> {
+        let mut deltas = self.deltas(kernels, slice);
+        if self.share.is_none() {
+            return deltas;
+        }
+        let Search::Found(cut) = Search::from_facts(&facts[SEARCH]) else { return deltas };
+        let length = slice.len();
+        let variances = variances(kernels, &deltas, self.count, length);
+        let mut numbers = vec![0; length];
+        if cut.draws() {
+            uniforms(self.key, 0, slice.first, &mut numbers);
+        }
+        kernels.run(|| {
+            for delta in deltas.chunks_exact_mut(length.max(1)) {
+                for ((value, variance), &random) in delta.iter_mut().zip(&variances).zip(&numbers) {
+                    *value = if cut.takes(magnitude(*variance), random) { *value } else { 0.0 };
+                }
+            }
+        });
+        deltas
+    }
+}
+
+/// The variance over the models of each element, as the mean of squared deviations, in f32.
+fn variances(kernels: &Kernels, deltas: &[f32], count: usize, length: usize) -> Vec<f32> {
+    let mut means = vec![0.0; length];
+    let mut variances = vec![0.0; length];
+    kernels.run(|| {
+        let share = 1.0 / f32::from(u16::try_from(count).unwrap_or(u16::MAX));
+        for delta in deltas.chunks_exact(length.max(1)) {
+            means.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
+        }
+        means.iter_mut().for_each(|mean| *mean *= share);
+        for delta in deltas.chunks_exact(length.max(1)) {
+            for ((sum, value), mean) in variances.iter_mut().zip(delta).zip(&means) {
+                *sum += (value - mean) * (value - mean);
+            }
+        }
+        variances.iter_mut().for_each(|variance| *variance *= share);
+    });
+    variances
+}
+
+impl Method for Sce {
+    fn passes(&self) -> usize {
+        if self.share.is_some() { 3 } else { 1 }
+    }
+
+    fn start(&self) -> Vec<f64> {
+        let mut facts = vec![-1.0];
+        let search = if self.share.is_some() {
+            Search::of_all()
+        } else {
+            Search::start(self.elements, self.elements)
+        };
+        facts.extend(search.facts());
+        facts.extend(vec![0.0; self.count]);
+        facts
+    }
+
+    fn request(&self, _: usize, facts: &[f64]) -> Request {
+        match Search::from_facts(&facts[SEARCH]) {
+            Search::Counting { .. } => Request { sums: 1, counts: quantile::COUNTS, stride: 1 },
+            Search::Found(_) => Request { sums: self.count, counts: 0, stride: 1 },
+        }
+    }
+
+    fn observe(
+        &self,
+        kernels: &Kernels,
+        _: usize,
+        facts: &[f64],
+        slice: &Slice<'_>,
+        tally: &mut Tally<'_>,
+    ) {
+        let length = slice.len();
+        let search = Search::from_facts(&facts[SEARCH]);
+        if matches!(search, Search::Found(_)) {
+            let deltas = self.selected(kernels, facts, slice);
+            for (sum, delta) in tally.sums.iter_mut().zip(deltas.chunks_exact(length.max(1))) {
+                *sum += kernels.dot(delta, delta);
+            }
+            return;
+        }
+        let deltas = self.deltas(kernels, slice);
+        let variances = variances(kernels, &deltas, self.count, length);
+        let mut differing = 0.0;
+        for part in variances.chunks(PART) {
+            let found = part.iter().filter(|&&variance| variance != 0.0).count();
+            differing += f64::from(u32::try_from(found).unwrap_or(u32::MAX));
+        }
+        tally.sums[0] += differing;
+        kernels.run(|| search.count(&variances, tally.counts));
+    }
+
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "numbers of elements, below 2^32"
+    )]
+    fn conclude(
+        &self,
+        _: usize,
+        facts: &[f64],
+        sums: &[f64],
+        counts: &[u32],
+    ) -> Result<Finding, String> {
+        let mut next = facts.to_vec();
+        let search = Search::from_facts(&facts[SEARCH]);
+        if matches!(search, Search::Found(_)) {
+            let energies = sums.iter().map(|sum| sum / self.elements.max(1) as f64);
+            let total: f64 = energies.clone().sum();
+            for (weight, energy) in next[WEIGHTS..].iter_mut().zip(energies) {
+                *weight =
+                    if total < LEAST_ENERGY { 1.0 / self.count as f64 } else { energy / total };
+            }
+            return Ok(Finding { facts: next, settled: true });
+        }
+        if facts[0] < 0.0 {
+            next[0] = floor(self.share.unwrap_or(1.0), sums[0] as usize) as f64;
+        }
+        let top = next[0] as usize;
+        let found = match Search::start(top, self.elements) {
+            Search::Found(cut) => Search::Found(cut),
+            Search::Counting { .. } => search.conclude(counts, top, self.elements),
+        };
+        next[SEARCH].copy_from_slice(&found.facts());
+        Ok(Finding { facts: next, settled: false })
+    }
+
+    fn blend(
+        &self,
+        kernels: &Kernels,
+        facts: &[f64],
+        slice: &Slice<'_>,
+        out: &mut [f32],
+    ) -> Result<(), String> {
+        let length = slice.len();
+        let deltas = self.selected(kernels, facts, slice);
+        let weights: Vec<f32> =
+            facts[WEIGHTS..].iter().map(|&weight| crate::dtype::f64_to_f32(weight)).collect();
+        let mut votes = vec![0.0_f32; length];
+        let mut divisors = vec![0.0_f32; length];
+        kernels.run(|| {
+            for delta in deltas.chunks_exact(length.max(1)) {
+                votes.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
+            }
+            out.fill(0.0);
+            for (delta, &weight) in deltas.chunks_exact(length.max(1)).zip(&weights) {
+                let places = out.iter_mut().zip(&mut divisors).zip(delta.iter().zip(&votes));
+                for ((sum, divisor), (&value, &vote)) in places {
+                    let agrees = if vote >= 0.0 { value > 0.0 } else { value < 0.0 };
+                    *sum += if agrees { value * weight } else { 0.0 };
+                    *divisor += if agrees { weight } else { 0.0 };
+                }
+            }
+            for ((value, base), divisor) in
+                out.iter_mut().zip(slice.base.unwrap_or_default()).zip(&divisors)
+            {
+                *value = base + *value / divisor.max(LEAST_DIVISOR);
+            }
+        });
+        Ok(())
+    }
+}
