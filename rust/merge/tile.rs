@@ -90,7 +90,7 @@ impl TileFiller {
                 Operation::Compute { method, operands, has_base, dtype } => {
                     let facts = match &known[number] {
                         Some(observation) => observation.facts(stopped)?,
-                        None => [].into(),
+                        None => method.start().into(),
                     };
                     self.loader.enter(tensor);
                     let (method, has_base, dtype) = (&**method, *has_base, *dtype);

@@ -43,7 +43,7 @@ pub(super) const BREADCRUMBS_TIES: Specification = Specification {
 fn make(settings: &Settings, consensus: bool) -> Result<Box<dyn Method>, String> {
     check_size(settings)?;
     let elements = settings.elements();
-    let gammas = settings.numbers("gamma");
+    let gammas = settings.numbers("gamma", 0.0);
     TaskVectors::make(settings, consensus, None, |number, density| {
         let kept = floor(density, elements);
         let dropped = floor(gammas[number], elements).min(elements - kept);

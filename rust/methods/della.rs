@@ -47,7 +47,7 @@ pub(super) const DELLA_LINEAR: Specification = Specification {
 
 fn make(settings: &Settings, consensus: bool) -> Result<Box<dyn Method>, String> {
     let rescale = settings.choice("rescale") == "probability";
-    let epsilons = settings.numbers("epsilon");
+    let epsilons = settings.numbers("epsilon", 0.0);
     TaskVectors::make(settings, consensus, rows(settings)?, |number, density| {
         let epsilon = epsilons[number];
         if density - epsilon <= 0.0 || density + epsilon >= 1.0 {

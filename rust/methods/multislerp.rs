@@ -2,7 +2,8 @@
 //! (Goddard, "Multi-SLERP").
 //!
 //! With units `u_i = v_i / (‖v_i‖ + ε)` and `m = Σ w_i u_i / ‖Σ w_i u_i‖`, the tangent `τ = Σ w_i (u_i - ⟨u_i, m⟩ m)`
-//! gives `(cos(‖τ‖+ε) m + sin(‖τ‖+ε)/(‖τ‖+ε) τ) · Σ w_i ‖v_i‖`. With a base, the `v_i` are task vectors.
+//! gives `(cos(‖τ‖+ε) m + sin(‖τ‖+ε)/(‖τ‖+ε) τ) · Σ w_i ‖v_i‖`. With a base, the `v_i` are task vectors. Vectors that
+//! are all zero have a mean of zero, which mergekit refuses.
 
 use super::Method;
 use super::gram::{Coefficients, Combination, Gram, Vectors};
@@ -48,7 +49,7 @@ struct MultiSlerp {
 }
 
 fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let mut weights = settings.numbers("weight");
+    let mut weights = settings.numbers("weight", 1.0);
     if settings.flag("normalize_weights") {
         let sum: f64 = weights.iter().sum();
         if sum == 0.0 {
@@ -82,6 +83,9 @@ impl Coefficients for MultiSlerp {
         };
         let mean_square = dot(&self.weights, &self.weights);
         let scale: f64 = self.weights.iter().map(|weight| weight * weight).sum();
+        if (0..count).all(|i| gram.norm(i) == 0.0) {
+            return Ok(vec![0.0; count]);
+        }
         if mean_square <= (self.epsilon * self.epsilon).max(NOISE * scale) {
             if count == 2 {
                 return Ok(self.weights.clone());

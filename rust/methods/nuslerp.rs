@@ -52,7 +52,7 @@ struct NuSlerp {
 }
 
 fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let weights = settings.numbers("weight");
+    let weights = settings.numbers("weight", 1.0);
     let sum: f64 = weights.iter().sum();
     let t = if sum.abs() < LEAST_SUM { 0.5 } else { weights[1] / sum };
     let rule = NuSlerp { t };

@@ -30,7 +30,7 @@ struct Passthrough {
 
 #[expect(clippy::unnecessary_wraps, reason = "the signature of all methods")]
 fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let scale = settings.numbers("scale").first().copied().unwrap_or(1.0);
+    let scale = settings.numbers("scale", 1.0).first().copied().unwrap_or(1.0);
     Ok(Box::new(Passthrough { scale: crate::dtype::f64_to_f32(scale) }))
 }
 

@@ -172,11 +172,11 @@ impl Settings {
         self.shared.get(name).and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// A number of every operand.
+    /// A number of every operand; `otherwise` if the method has no such parameter.
     #[must_use]
-    pub fn numbers(&self, name: &str) -> Vec<f64> {
+    pub fn numbers(&self, name: &str, otherwise: f64) -> Vec<f64> {
         let values = self.operands.iter().map(|operand| operand.get(name).and_then(Value::as_f64));
-        values.map(Option::unwrap_or_default).collect()
+        values.map(|value| value.unwrap_or(otherwise)).collect()
     }
 
     /// The weights, in f32.
@@ -184,7 +184,7 @@ impl Settings {
     /// # Errors
     /// A sentence if one is not finite in f32.
     pub fn weights(&self) -> Result<Vec<f32>, String> {
-        let weights = self.numbers("weight").into_iter().map(crate::dtype::f64_to_f32);
+        let weights = self.numbers("weight", 1.0).into_iter().map(crate::dtype::f64_to_f32);
         weights
             .map(|weight| {
                 weight.is_finite().then_some(weight).ok_or_else(|| {

@@ -139,7 +139,8 @@ const LEAST_SUM: f64 = 1e-7;
 const LEAST_DIVISOR: f32 = 1e-8;
 
 impl TaskVectors {
-    /// Reads the common parameters; `sparsifier` makes that of each operand from its number and density.
+    /// Reads the common parameters; `sparsifier` makes that of each operand from its number and density, which count as
+    /// 1 where the method has no densities.
     ///
     /// # Errors
     /// A sentence if a parameter does not fit.
@@ -150,7 +151,7 @@ impl TaskVectors {
         sparsifier: impl Fn(usize, f64) -> Result<Box<dyn Sparsify>, String>,
     ) -> Result<Box<dyn Method>, String> {
         let sparsifiers = settings
-            .numbers("density")
+            .numbers("density", 1.0)
             .into_iter()
             .enumerate()
             .map(|(number, density)| {

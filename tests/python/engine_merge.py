@@ -1,0 +1,84 @@
+"""Merges tensors through the engine alone: checkpoints of one file each, and a plan written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import DTYPE_NAMES, write_safetensors
+from safetensors.torch import load_file
+
+from safemerge_fast import _engine
+
+
+def engine_merge(
+    directory: Path,
+    method: str,
+    operands: Sequence[Mapping[str, torch.Tensor]],
+    base: Mapping[str, torch.Tensor] | None = None,
+    *,
+    shared: Mapping[str, Any] | None = None,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Merges tensors of equal names.
+
+    Args:
+        directory: Where to write inputs and output; made if it is missing, reused if not.
+        method: The method.
+        operands: The models.
+        base: The base model.
+        shared: Parameters of the method.
+        each: Parameters of each operand, weight among them.
+        dtype: Output dtype; the operands' by default.
+        **options: Options of Plan.execute.
+
+    Returns:
+        The merged tensors by name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    models = {f"model{number}": tensors for number, tensors in enumerate(operands)}
+    if base is not None:
+        models["base"] = base
+    sources = {}
+    for name, tensors in models.items():
+        path = directory / name
+        path.mkdir(exist_ok=True)
+        write_safetensors(path / "model.safetensors", tensors)
+        sources[name] = {"path": str(path), "files": _engine.Checkpoint(path).identity()}
+    each = each or [{} for _ in operands]
+    planned = []
+    for name, tensor in operands[0].items():
+        merge: dict[str, Any] = {"method": method, "parameters": dict(shared or {}), "operands": []}
+        for number, parameters in enumerate(each):
+            rest = {key: value for key, value in parameters.items() if key != "weight"}
+            entry: dict[str, Any] = {
+                "operand": {"source": f"model{number}", "tensor": name},
+                "parameters": rest,
+            }
+            if "weight" in parameters:
+                entry["weight"] = parameters["weight"]
+            merge["operands"].append(entry)
+        if base is not None:
+            merge["base"] = {"source": "base", "tensor": name}
+        planned.append(
+            {
+                "name": name,
+                "dtype": DTYPE_NAMES[str(dtype or tensor.dtype)],
+                "shape": list(tensor.shape),
+                "merge": merge,
+            }
+        )
+    plan = {"version": 1, "sources": sources, "shards": [{"file": "out.safetensors", "tensors": planned}]}
+    parsed = _engine.Plan(json.dumps(plan))
+    output = _engine.Output(directory / "out", overwrite=True)
+    parsed.execute(output, **options)
+    output.finish()
+    merged = load_file(directory / "out" / "out.safetensors")
+    checked = parsed.verify(directory / "out")
+    assert checked["mismatches"] == [] and checked["bytes_checked"] == checked["bytes_total"]
+    return merged
