@@ -148,6 +148,32 @@ proptest! {
     }
 
     #[test]
+    fn dot_has_the_same_bits_at_every_level(
+        values in prop::collection::vec((any::<f32>(), any::<f32>()), 0..200),
+    ) {
+        let (left, right): (Vec<f32>, Vec<f32>) = values.into_iter().unzip();
+        let expected = Kernels::named("scalar").unwrap().dot(&left, &right);
+        for kernels in levels() {
+            let found = kernels.dot(&left, &right);
+            prop_assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()));
+        }
+    }
+
+    #[test]
+    fn dot_is_the_sum_of_the_products(
+        values in prop::collection::vec((-1e3_f32..1e3, -1e3_f32..1e3), 0..200),
+    ) {
+        let (left, right): (Vec<f32>, Vec<f32>) = values.iter().copied().unzip();
+        let products: Vec<f64> = values.iter().map(|&(x, y)| f64::from(x) * f64::from(y)).collect();
+        let sizes: f64 = products.iter().map(|product| product.abs()).sum();
+        // From the last to the first, and no sum is off by more than this.
+        let expected: f64 = products.iter().rev().sum();
+        for kernels in levels() {
+            prop_assert!((kernels.dot(&left, &right) - expected).abs() <= 200.0 * f64::EPSILON * sizes);
+        }
+    }
+
+    #[test]
     fn every_level_loads_wide_floats_alike(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
         let scalar = Kernels::named("scalar").unwrap();
         for kernels in levels() {
