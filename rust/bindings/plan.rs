@@ -2,6 +2,7 @@
 
 use super::error::{detached, interruptible, to_python};
 use super::output::Output;
+use crate::checkpoint::ReadBackend;
 use crate::kernels::Kernels;
 use crate::merge::{self, stream, verify};
 use crate::writer::WriteMode;
@@ -54,8 +55,9 @@ pub struct Plan {
 #[pymethods]
 impl Plan {
     #[new]
-    fn new(py: Python<'_>, json: &str) -> PyResult<Self> {
-        let inner = detached(py, || plan::Plan::from_json(json))?;
+    #[pyo3(signature = (json, *, read_backend = "auto"))]
+    fn new(py: Python<'_>, json: &str, read_backend: &str) -> PyResult<Self> {
+        let inner = detached(py, || plan::Plan::open(json, ReadBackend::named(read_backend)?))?;
         Ok(Self { inner })
     }
 

@@ -84,7 +84,7 @@ impl TileFiller {
             let out = &mut out[start..start + part.len()];
             match &tensor.operation {
                 Operation::Copy(input) => {
-                    out.copy_from_slice(&input.bytes()[part.clone()]);
+                    input.read(&part, out)?;
                     input.release(part);
                 }
                 Operation::Compute { method, operands, has_base, dtype } => {
@@ -133,7 +133,7 @@ impl TileFiller {
                 continue;
             }
             let elements = start..chunk.elements.end.min(start + step);
-            self.load(&job, &elements);
+            self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
             with_slice(&self.operands, &job, &elements, |slice| {
                 method.observe(&self.kernels, chunk.pass, facts, slice, &mut tally);
@@ -176,15 +176,16 @@ impl TileFiller {
     }
 
     /// Loads elements of all operands.
-    fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) {
+    fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) -> Result<()> {
         let count = elements.len();
         self.operands.resize_with(self.operands.len().max(job.operands.len()), Vec::new);
         for (number, (operand, values)) in job.operands.iter().zip(&mut self.operands).enumerate() {
             if values.len() < count {
                 values.resize(count.max(SUB_TILE), 0.0);
             }
-            self.loader.load(number, operand, elements.clone(), &mut values[..count]);
+            self.loader.load(number, operand, elements.clone(), &mut values[..count])?;
         }
+        Ok(())
     }
 
     /// Computes whole elements: a sub-tile, or a row.
@@ -194,7 +195,7 @@ impl TileFiller {
         elements: Range<usize>,
         out: &mut [u8],
     ) -> Result<()> {
-        self.load(job, &elements);
+        self.load(job, &elements)?;
         if self.blended.len() < elements.len() {
             self.blended.resize(elements.len(), 0.0);
         }
