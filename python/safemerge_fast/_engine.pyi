@@ -72,7 +72,7 @@ class ShardFacts(TypedDict):
     file: str
     bytes_written: int
     seconds: float
-    write: Literal["direct", "buffered"]
+    write: Literal["direct", "buffered", "cloned"]
     resumed: bool
     nonfinite_inputs: list[str]
 

@@ -117,7 +117,7 @@ impl Plan {
             fact.set_item("file", shard.file)?;
             fact.set_item("bytes_written", shard.bytes_written)?;
             fact.set_item("seconds", shard.seconds)?;
-            fact.set_item("write", if shard.direct { "direct" } else { "buffered" })?;
+            fact.set_item("write", shard.write)?;
             fact.set_item("resumed", shard.resumed)?;
             fact.set_item("nonfinite_inputs", shard.nonfinite_inputs)?;
             Ok(fact)

@@ -45,6 +45,7 @@ impl ReadBackend {
 pub struct InputFile {
     path: PathBuf,
     file: File,
+    size: u64,
     mapping: Option<MappedFile>,
 }
 
@@ -65,7 +66,19 @@ impl InputFile {
             ReadBackend::Auto if !is_remote(&file) => MappedFile::open(path, size).ok(),
             ReadBackend::Auto | ReadBackend::Pread => None,
         };
-        Ok(Self { path: path.to_owned(), file, mapping })
+        Ok(Self { path: path.to_owned(), file, size, mapping })
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The open file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// The mapping, if the file is mapped.

@@ -35,6 +35,32 @@ pub struct PlannedShard {
     reads: BTreeSet<(String, String)>,
 }
 
+impl PlannedShard {
+    /// The input file that this output file equals byte for byte, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::read`].
+    pub fn equal_input(&self) -> Result<Option<&InputFile>> {
+        let mut file: Option<&Arc<InputFile>> = None;
+        for tensor in &self.tensors {
+            let Operation::Copy(input) = &tensor.operation else { return Ok(None) };
+            if file.is_some_and(|file| !Arc::ptr_eq(file, &input.file))
+                || input.range != tensor.range
+            {
+                return Ok(None);
+            }
+            file = Some(&input.file);
+        }
+        let Some(file) = file else { return Ok(None) };
+        if file.size() != self.layout.size as u64 {
+            return Ok(None);
+        }
+        let mut header = vec![0; self.layout.header.len()];
+        file.read(&(0..header.len()), &mut header)?;
+        Ok((header == self.layout.header).then_some(&**file))
+    }
+}
+
 /// One output tensor.
 #[derive(Debug)]
 pub struct OutputTensor {

@@ -1,8 +1,8 @@
 //! Operands that adapters change, against dense arithmetic in f64.
 
 use crate::fixtures::{Tensor, random_floats, source, write};
-use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::checkpoint::ReadBackend;
+use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::plan::Plan;

@@ -2,8 +2,8 @@
 
 use crate::fixtures::{Pair, Tensor, WEIGHTS, source, write, write_raw};
 use half::{bf16, f16};
-use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::checkpoint::ReadBackend;
+use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::merge::verify::{self, Mismatch, verify};
