@@ -4,7 +4,7 @@
 //! the number of threads nor their timing changes a bit. Counts are whole numbers; their order does not matter.
 
 use super::queue::chunks;
-use crate::methods::{Finding, Method};
+use crate::methods::{Finding, Method, NONFINITE_SUMS};
 use crate::plan::{Operation, OutputTensor, PlannedShard};
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -145,9 +145,7 @@ impl Observation {
             total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
         }
         if total.iter().any(|sum| !sum.is_finite()) {
-            return Err("its inputs hold NaN or infinity, or numbers so large that their squares do; repair \
-                        those checkpoints, or leave it out"
-                .to_owned());
+            return Err(NONFINITE_SUMS.to_owned());
         }
         let counts: Vec<u32> =
             state.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();

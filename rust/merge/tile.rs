@@ -203,10 +203,22 @@ impl TileFiller {
             job.method.blend(&self.kernels, job.facts, slice, blended)
         })
         .map_err(|problem| job.error(problem))?;
-        if self.kernels.store(job.dtype, blended, out) {
+        let finite = self.kernels.store(job.dtype, blended, out);
+        if finite && (!job.method.leaves_out() || self.operands_finite(job, elements.len())) {
             return Ok(());
         }
         self.explain_nonfinite(job, elements)
+    }
+
+    /// Whether the operands' first loaded elements hold neither NaN nor infinity.
+    fn operands_finite(&self, job: &Job<'_>, count: usize) -> bool {
+        let operands = &self.operands[..job.operands.len()];
+        self.kernels.run(|| {
+            let finite = |values: &Vec<f32>| {
+                values[..count].iter().fold(true, |finite, value| finite & value.is_finite())
+            };
+            operands.iter().all(finite)
+        })
     }
 
     /// Says where NaN or infinity came from; an error unless the inputs had it and that is allowed.
