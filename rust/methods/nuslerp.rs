@@ -43,7 +43,7 @@ pub(super) const NUSLERP: Specification = Specification {
 const LEAST_NORM: f64 = 1e-7;
 const LEAST_SINE_SQUARED: f64 = 1e-16;
 const LEAST_SUM: f64 = 1e-6;
-/// Most vectors along the first dimension; each worker holds three sums for each.
+/// Most vectors along the first dimension; each worker holds three sums for each, 12 MiB.
 const MOST_COLUMNS: usize = 1 << 19;
 
 #[derive(Debug)]
