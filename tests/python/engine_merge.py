@@ -80,5 +80,6 @@ def engine_merge(
     output.finish()
     merged = load_file(directory / "out" / "out.safetensors")
     checked = parsed.verify(directory / "out")
-    assert checked["mismatches"] == [] and checked["bytes_checked"] == checked["bytes_total"]
+    assert checked["mismatches"] == []
+    assert checked["bytes_checked"] == checked["bytes_total"]
     return merged
