@@ -5,5 +5,6 @@ mod checkpoint;
 mod fixtures;
 mod kernels;
 mod merge;
+mod methods;
 mod plan;
 mod writer;
