@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from engine_merge import engine_merge
+from engine_merge import engine_merge, engine_plan
 
 from safemerge_fast import PlanError, _engine
 
@@ -88,45 +88,39 @@ def valid(parameter: ParameterInfo) -> Any:
     return 0.5 if parameter["default"] is None else parameter["default"]
 
 
-def merge_one(
-    directory: Path, method: MethodInfo, shared: dict[str, Any], each: dict[str, Any]
-) -> torch.Tensor:
-    models = [{"x": torch.tensor([[1.0, 2.0], [3.0, 5.0]])}] * method["least_operands"]
-    base = {"x": torch.ones(2, 2)} if method["base"] == "required" else None
-    merged = engine_merge(directory, method["name"], models, base, shared=shared, each=[each] * len(models))
-    return merged["x"]
-
-
 @by_method
 def test_defaults_and_bounds_pass_validation_and_what_lies_beyond_does_not(
     tmp_path: Path, method: MethodInfo
 ) -> None:
-    def given(scope: str, **change: Any) -> dict[str, Any]:
+    models = [{"x": torch.tensor([[1.0, 2.0], [3.0, 5.0]])}] * method["least_operands"]
+    base = {"x": torch.ones(2, 2)} if method["base"] == "required" else None
+
+    def given(scope: str, change: dict[str, Any]) -> dict[str, Any]:
         values = {p["name"]: valid(p) for p in method["parameters"] if p["scope"] == scope}
         return {**values, **{name: value for name, value in change.items() if name in values}}
 
-    written_out = merge_one(tmp_path, method, given("shared"), given("operand"))
-    required = {name: 0.5 for name in ("weight", "t")}
-    left_out = [
-        {
-            p["name"]: required[p["name"]]
-            for p in method["parameters"]
-            if p["scope"] == scope and p["default"] is None
-        }
-        for scope in ("shared", "operand")
+    def validate(**change: Any) -> None:
+        each = [given("operand", change)] * len(models)
+        engine_plan(tmp_path, method["name"], models, base, shared=given("shared", change), each=each)
+
+    # The defaults written out are the defaults left out.
+    required = {p["name"]: p["scope"] for p in method["parameters"] if p["default"] is None}
+    merged = [
+        engine_merge(tmp_path, method["name"], models, base, shared=shared, each=[each] * len(models))["x"]
+        for shared, each in [
+            (given("shared", {}), given("operand", {})),
+            tuple({n: 0.5 for n, s in required.items() if s == scope} for scope in ("shared", "operand")),
+        ]
     ]
-    assert torch.equal(merge_one(tmp_path, method, left_out[0], left_out[1]), written_out)
+    assert torch.equal(*merged)
     for parameter in method["parameters"]:
         name, least, most = parameter["name"], parameter["least"], parameter["most"]
         wrong: list[Any] = ["much", None, [1]]
         if parameter["kind"] in ("number", "integer"):
             wrong += [True, *([] if least is None else [least - 1]), *([] if most is None else [most + 1])]
-            # Without the epsilon that comes with it, DELLA's density may not be zero or one.
             for bound in (least, most):
-                if bound is not None and name != "epsilon":
-                    merge_one(
-                        tmp_path, method, given("shared", **{name: bound}), given("operand", **{name: bound})
-                    )
+                if bound is not None:
+                    validate(**{name: bound})
         else:
             wrong += [0]
         for value in wrong:
@@ -134,9 +128,7 @@ def test_defaults_and_bounds_pass_validation_and_what_lies_beyond_does_not(
                 continue  # the same as no weight
             # A weight has a place of its own in the plan, which has a type.
             with pytest.raises(PlanError, match="expected f64" if name == "weight" else f"`{name}`"):
-                merge_one(
-                    tmp_path, method, given("shared", **{name: value}), given("operand", **{name: value})
-                )
+                validate(**{name: value})
 
 
 def sections() -> dict[str, str]:
