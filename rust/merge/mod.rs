@@ -34,7 +34,7 @@ impl Progress {
         self.shards.load(Ordering::Relaxed)
     }
 
-    /// Asks the workers to stop after the tile in hand.
+    /// Asks the workers to stop, within a tile.
     pub fn cancel(&self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }

@@ -1,12 +1,14 @@
 //! What methods learn of whole tensors before they blend: sums over chunks that many workers take.
 //!
-//! The sums of each chunk are kept by its number and added up in that order once the pass is complete, so that neither
-//! the number of threads nor their timing changes a bit. Counts are whole numbers; their order does not matter.
+//! The sums of chunks are added up in the order of the chunks, those that come too early being kept until their turn, so
+//! that neither the number of threads nor their timing changes a bit, and what is kept grows with the number of threads,
+//! not of chunks. Counts are whole numbers; their order does not matter.
 
 use super::queue::chunks;
-use crate::methods::{Finding, Method};
+use crate::methods::{Finding, Method, NONFINITE_SUMS};
 use crate::plan::{Operation, OutputTensor, PlannedShard};
 use crate::{Error, Result};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -50,9 +52,11 @@ struct State {
     /// The pass under way; `passes` once nothing is left to learn.
     pass: usize,
     facts: Arc<[f64]>,
-    /// Sums of each chunk of the pass, as far as they are there.
-    sums: Vec<Option<Vec<f64>>>,
-    missing: usize,
+    /// Sums of the chunks before this one have been added up.
+    next: usize,
+    total: Vec<f64>,
+    /// Sums of chunks that are ahead of their turn.
+    early: BTreeMap<usize, Vec<f64>>,
     counts: Arc<[AtomicU32]>,
 }
 
@@ -75,8 +79,14 @@ impl Observation {
         let facts: Arc<[f64]> = method.start().into();
         // A tensor without elements has nothing to be learnt of, and nothing to be blended.
         let pass = if chunks == 0 { passes } else { 0 };
-        let state =
-            State { pass, facts, sums: vec![None; chunks], missing: chunks, counts: [].into() };
+        let state = State {
+            pass,
+            facts,
+            next: 0,
+            total: Vec::new(),
+            early: BTreeMap::new(),
+            counts: [].into(),
+        };
         Some(Self { passes, chunks, state: Mutex::new(state), advanced: Condvar::new() })
     }
 
@@ -134,27 +144,26 @@ impl Observation {
         sums: Vec<f64>,
     ) -> std::result::Result<(), String> {
         let mut state = self.lock();
-        state.sums[number] = Some(sums);
-        state.missing -= 1;
-        if state.missing > 0 {
-            return Ok(());
-        }
-        let mut total: Vec<f64> = Vec::new();
-        for sums in state.sums.iter_mut().filter_map(Option::take) {
+        let State { next, total, early, .. } = &mut *state;
+        early.insert(number, sums);
+        while let Some(sums) = early.remove(next) {
             total.resize(sums.len(), 0.0);
             total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+            *next += 1;
         }
+        if *next < self.chunks {
+            return Ok(());
+        }
+        *next = 0;
+        let total = std::mem::take(total);
         if total.iter().any(|sum| !sum.is_finite()) {
-            return Err("its inputs hold NaN or infinity, or numbers so large that their squares do; repair \
-                        those checkpoints, or leave it out"
-                .to_owned());
+            return Err(NONFINITE_SUMS.to_owned());
         }
         let counts: Vec<u32> =
             state.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
         let Finding { facts, settled } = method.conclude(pass, &state.facts, &total, &counts)?;
         state.facts = facts.into();
         state.pass = if settled { self.passes } else { pass + 1 };
-        state.missing = self.chunks;
         state.counts = [].into();
         self.advanced.notify_all();
         Ok(())

@@ -13,6 +13,33 @@ use std::ops::Range;
 /// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
 const SUB_TILE: usize = 1024;
 
+/// Elements after which a worker looks whether it is to stop: a chunk or a tile of a slow method takes long.
+const PATIENCE: usize = 1 << 16;
+
+/// Looks from time to time whether to stop.
+struct Watch<'a> {
+    stopped: &'a dyn Fn() -> bool,
+    elements: usize,
+}
+
+impl<'a> Watch<'a> {
+    fn new(stopped: &'a dyn Fn() -> bool) -> Self {
+        Self { stopped, elements: 0 }
+    }
+
+    /// Called before so many elements are worked on.
+    fn pass(&mut self, elements: usize) -> Result<()> {
+        self.elements += elements;
+        if self.elements >= PATIENCE {
+            self.elements = 0;
+            if (self.stopped)() {
+                return Err(Error::Interrupted);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Fills tiles. Each worker owns one; its buffers are reused for every tile.
 #[derive(Debug)]
 pub struct TileFiller {
@@ -96,7 +123,7 @@ impl TileFiller {
                     let (method, has_base, dtype) = (&**method, *has_base, *dtype);
                     let job =
                         Job { shard, tensor, method, operands, has_base, dtype, facts: &facts };
-                    self.compute_part(&job, part.clone(), out)?;
+                    self.compute_part(&job, part.clone(), out, &mut Watch::new(stopped))?;
                     release(operands, &elements_of(&part, dtype));
                 }
             }
@@ -128,11 +155,13 @@ impl TileFiller {
         let job = Job { shard, tensor, method, operands, has_base, dtype, facts };
         self.loader.enter(tensor);
         let step = method.row().unwrap_or(SUB_TILE).max(1);
+        let mut watch = Watch::new(stopped);
         for start in chunk.elements.clone().step_by(step) {
             if !(start / step).is_multiple_of(assignment.stride) {
                 continue;
             }
             let elements = start..chunk.elements.end.min(start + step);
+            watch.pass(elements.len())?;
             self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
             with_slice(&self.operands, &job, &elements, |slice| {
@@ -146,7 +175,13 @@ impl TileFiller {
 
     /// Computes the bytes `part`; a cut may fall inside an element where an input file was not aligned, and inside a row
     /// that has to be blended whole.
-    fn compute_part(&mut self, job: &Job<'_>, part: Range<usize>, out: &mut [u8]) -> Result<()> {
+    fn compute_part(
+        &mut self,
+        job: &Job<'_>,
+        part: Range<usize>,
+        out: &mut [u8],
+        watch: &mut Watch<'_>,
+    ) -> Result<()> {
         let size = job.dtype.size();
         let elements = elements_of(&part, job.dtype);
         // Without rows, sub-tiles start where the part does.
@@ -159,6 +194,7 @@ impl TileFiller {
             let stop = if job.method.row().is_some() { end } else { elements.end };
             let unit = start..stop.min(start + step);
             let bytes = unit.start * size..unit.end * size;
+            watch.pass(unit.len())?;
             if part.start <= bytes.start && bytes.end <= part.end {
                 let place = bytes.start - part.start..bytes.end - part.start;
                 self.compute_elements(job, unit, &mut out[place])?;
@@ -204,10 +240,25 @@ impl TileFiller {
             job.method.blend(&self.kernels, job.facts, slice, blended)
         })
         .map_err(|problem| job.error(problem))?;
-        if self.kernels.store(job.dtype, blended, out) {
+        let finite = self.kernels.store(job.dtype, blended, out);
+        if finite && (!job.method.leaves_out() || self.operands_finite(job, elements.len())) {
             return Ok(());
         }
         self.explain_nonfinite(job, elements)
+    }
+
+    /// Whether the operands' first loaded elements hold neither NaN nor infinity.
+    fn operands_finite(&self, job: &Job<'_>, count: usize) -> bool {
+        let operands = &self.operands[..job.operands.len()];
+        self.kernels.run(
+            #[inline(always)]
+            || {
+                let finite = |values: &Vec<f32>| {
+                    values[..count].iter().fold(true, |finite, value| finite & value.is_finite())
+                };
+                operands.iter().all(finite)
+            },
+        )
     }
 
     /// Says where NaN or infinity came from; an error unless the inputs had it and that is allowed.

@@ -188,6 +188,10 @@ impl<C: Coefficients> Method for Combination<C> {
         }
         let mut sums = vec![0.0; triangle(self.vectors.count(self.operands))];
         self.vectors.observe(kernels, slice, &mut Tally { sums: &mut sums, counts: &[] });
+        // One bad value would spoil the row, and the rest of it be blamed.
+        if sums.iter().any(|sum| !sum.is_finite()) {
+            return Err(super::NONFINITE_SUMS.to_owned());
+        }
         let coefficients = self.rule.coefficients(&Gram(&sums))?;
         self.vectors.combine(kernels, &coefficients, slice, out);
         Ok(())
@@ -205,7 +209,8 @@ pub(super) fn rows(settings: &super::Settings) -> Result<Option<usize>, String> 
     let columns = settings.columns();
     if columns > LONGEST_ROW {
         return Err(format!(
-            "its rows have {columns} elements; row by row, at most {LONGEST_ROW} can be merged"
+            "its rows have {columns} elements; row by row, at most {LONGEST_ROW} can be merged: choose a method, \
+             or parameters, that take whole tensors"
         ));
     }
     Ok(Some(columns))

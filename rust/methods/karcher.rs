@@ -35,6 +35,9 @@ pub(super) const KARCHER: Specification = Specification {
     make,
 };
 
+/// Products that were summed in f64 do not tell lengths of units below this from zero, nor such angles from 0 or π.
+const LEAST_LENGTH: f64 = 1e-6;
+
 #[derive(Debug)]
 struct Karcher {
     count: usize,
@@ -74,7 +77,7 @@ impl Coefficients for Karcher {
             vector.iter().zip(dots(vector)).map(|(a, b)| a * b).sum::<f64>().max(0.0).sqrt()
         };
         let norm = length(&mean);
-        if norm < self.tolerance {
+        if norm < self.tolerance.max(LEAST_LENGTH) {
             mean.fill(0.0);
             mean[valid.iter().position(|&i| i == first).unwrap_or_default()] = 1.0;
         } else {
@@ -85,7 +88,8 @@ impl Coefficients for Karcher {
             for (number, dot) in dots(&mean).into_iter().enumerate() {
                 let dot = dot.clamp(-1.0, 1.0);
                 let angle = dot.acos();
-                if angle < self.tolerance {
+                // From a point to itself there is no way to go, and to its opposite every way is as good.
+                if angle < self.tolerance || angle.sin() < LEAST_LENGTH {
                     continue;
                 }
                 let factor = share * angle / angle.sin();
@@ -93,7 +97,7 @@ impl Coefficients for Karcher {
                 tangent.iter_mut().zip(&mean).for_each(|(t, m)| *t -= factor * dot * m);
             }
             let angle = length(&tangent);
-            if angle < self.tolerance {
+            if angle <= self.tolerance {
                 break;
             }
             for (mean, tangent) in mean.iter_mut().zip(&tangent) {

@@ -88,6 +88,10 @@ pub struct Finding {
     pub settled: bool,
 }
 
+/// What is wrong where sums over whole tensors, or rows, are not finite; sums of f32 in f64 do not overflow.
+pub(crate) const NONFINITE_SUMS: &str = "its inputs hold NaN or infinity, or numbers so large that their \
+                                         differences do; repair those checkpoints, or leave it out";
+
 /// How operands become one tensor. Made for one tensor, see [`build`].
 pub trait Method: Debug + Send + Sync {
     /// Observe passes at most.
@@ -98,6 +102,11 @@ pub trait Method: Debug + Send + Sync {
     /// Length of the rows that must be given whole to `blend`, and to `observe`; `None` if any slice will do.
     fn row(&self) -> Option<usize> {
         None
+    }
+
+    /// Whether it leaves elements of operands out, so that its result may be finite where an operand is not.
+    fn leaves_out(&self) -> bool {
+        false
     }
 
     /// The facts of the first pass.

@@ -77,6 +77,8 @@ impl Coefficients for MultiSlerp {
         // A vector is given by its coefficients over the units.
         let dot = |left: &[f64], right: &[f64]| -> f64 {
             let pairs = (0..count).flat_map(|i| (0..count).map(move |j| (i, j)));
+            // Without an epsilon, vectors of length zero have no unit.
+            let pairs = pairs.filter(|&(i, j)| lengths[i] > 0.0 && lengths[j] > 0.0);
             pairs
                 .map(|(i, j)| left[i] * right[j] * (gram.dot(i, j) / (lengths[i] * lengths[j])))
                 .sum()
@@ -110,9 +112,11 @@ impl Coefficients for MultiSlerp {
         tangent.iter_mut().zip(&mean).for_each(|(tangent, mean)| *tangent -= along * mean);
         let angle = dot(&tangent, &tangent).max(0.0).sqrt() + self.epsilon;
         let size: f64 = (0..count).map(|i| self.weights[i] * gram.norm(i)).sum();
-        let ratio = angle.sin() / angle;
-        Ok((0..count)
-            .map(|i| (angle.cos() * mean[i] + ratio * tangent[i]) * size / lengths[i])
-            .collect())
+        let ratio = if angle > 0.0 { angle.sin() / angle } else { 1.0 };
+        let coefficient = |i: usize| {
+            let unit = angle.cos() * mean[i] + ratio * tangent[i];
+            if lengths[i] > 0.0 { unit * size / lengths[i] } else { 0.0 }
+        };
+        Ok((0..count).map(coefficient).collect())
     }
 }

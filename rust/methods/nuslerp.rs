@@ -41,9 +41,11 @@ pub(super) const NUSLERP: Specification = Specification {
 };
 
 const LEAST_NORM: f64 = 1e-7;
-const LEAST_SINE_SQUARED: f64 = 1e-16;
+/// Below this, vectors count as parallel or antiparallel. Rounding the inputs to f32 gives sines of 1e-7; between vectors
+/// that are nearly opposite, the arc's coefficients are 1/sine and would magnify nothing but that.
+const LEAST_SINE_SQUARED: f64 = 1e-12;
 const LEAST_SUM: f64 = 1e-6;
-/// Most vectors along the first dimension; each worker holds three sums for each.
+/// Most vectors along the first dimension; each worker holds three sums for each, 12 MiB.
 const MOST_COLUMNS: usize = 1 << 19;
 
 #[derive(Debug)]

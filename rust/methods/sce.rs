@@ -134,6 +134,10 @@ impl Method for Sce {
         if self.share.is_some() { 3 } else { 1 }
     }
 
+    fn leaves_out(&self) -> bool {
+        true
+    }
+
     fn start(&self) -> Vec<f64> {
         let mut facts = vec![-1.0];
         let search = if self.share.is_some() {

@@ -131,6 +131,8 @@ pub(super) struct TaskVectors {
     /// Where each sparsifier's facts start; the l1 factors come last.
     places: Vec<usize>,
     row: Option<usize>,
+    /// Whether any operand is sparsified.
+    sparse: bool,
 }
 
 /// Below this a sum of magnitudes is not scaled to, as in mergekit.
@@ -164,6 +166,7 @@ impl TaskVectors {
                 }
             })
             .collect::<Result<Vec<_>, _>>()?;
+        let sparse = settings.numbers("density", 1.0).iter().any(|&density| density < 1.0);
         let mut places = vec![1];
         for sparsifier in &sparsifiers {
             places.push(places[places.len() - 1] + sparsifier.start().len());
@@ -177,6 +180,7 @@ impl TaskVectors {
             sparsifiers,
             places,
             row,
+            sparse,
         }))
     }
 
@@ -232,6 +236,10 @@ impl Method for TaskVectors {
 
     fn row(&self) -> Option<usize> {
         self.row
+    }
+
+    fn leaves_out(&self) -> bool {
+        self.sparse || self.consensus
     }
 
     fn start(&self) -> Vec<f64> {

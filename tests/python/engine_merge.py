@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from safemerge_fast import _engine
 
 
-def engine_merge(
+def engine_plan(
     directory: Path,
     method: str,
     operands: Sequence[Mapping[str, torch.Tensor]],
@@ -23,23 +23,8 @@ def engine_merge(
     shared: Mapping[str, Any] | None = None,
     each: Sequence[Mapping[str, Any]] | None = None,
     dtype: torch.dtype | None = None,
-    **options: Any,
-) -> dict[str, torch.Tensor]:
-    """Merges tensors of equal names.
-
-    Args:
-        directory: Where to write inputs and output; made if it is missing, reused if not.
-        method: The method.
-        operands: The models.
-        base: The base model.
-        shared: Parameters of the method.
-        each: Parameters of each operand, weight among them.
-        dtype: Output dtype; the operands' by default.
-        **options: Options of Plan.execute.
-
-    Returns:
-        The merged tensors by name.
-    """
+) -> _engine.Plan:
+    """Writes the models and makes the plan of `engine_merge`, which the engine validates."""
     directory.mkdir(parents=True, exist_ok=True)
     models = {f"model{number}": tensors for number, tensors in enumerate(operands)}
     if base is not None:
@@ -74,11 +59,41 @@ def engine_merge(
             }
         )
     plan = {"version": 1, "sources": sources, "shards": [{"file": "out.safetensors", "tensors": planned}]}
-    parsed = _engine.Plan(json.dumps(plan))
+    return _engine.Plan(json.dumps(plan))
+
+
+def engine_merge(
+    directory: Path,
+    method: str,
+    operands: Sequence[Mapping[str, torch.Tensor]],
+    base: Mapping[str, torch.Tensor] | None = None,
+    *,
+    shared: Mapping[str, Any] | None = None,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
+    """Merges tensors of equal names.
+
+    Args:
+        directory: Where to write inputs and output; made if it is missing, reused if not.
+        method: The method.
+        operands: The models.
+        base: The base model.
+        shared: Parameters of the method.
+        each: Parameters of each operand, weight among them.
+        dtype: Output dtype; the operands' by default.
+        **options: Options of Plan.execute.
+
+    Returns:
+        The merged tensors by name.
+    """
+    parsed = engine_plan(directory, method, operands, base, shared=shared, each=each, dtype=dtype)
     output = _engine.Output(directory / "out", overwrite=True)
     parsed.execute(output, **options)
     output.finish()
     merged = load_file(directory / "out" / "out.safetensors")
     checked = parsed.verify(directory / "out")
-    assert checked["mismatches"] == [] and checked["bytes_checked"] == checked["bytes_total"]
+    assert checked["mismatches"] == []
+    assert checked["bytes_checked"] == checked["bytes_total"]
     return merged

@@ -3,7 +3,8 @@
 The engine computes in float32 (sums of whole tensors in float64) and rounds once; mergekit rounds every step to the
 working dtype. In float32 the two differ by the order of operations; in 16 bits the engine must lie as near to
 mergekit's float32 result as rounding once can be. Where whole tensors are summed, mergekit runs in float64: in float32
-its sums of 10⁵ elements were seen 4.5e-6 off, ten times the engine's error. Ties in magnitudes are left out: which of equal elements TIES keeps is not defined.
+its sums of 10⁵ elements were seen 4.5e-6 off, ten times the engine's error. Ties in magnitudes are left out: which of
+equal elements TIES keeps is not defined.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def test_equals_mergekit(
             assert torch.equal(result, inputs[0]), name
             continue
         expected = mergekit(method, inputs, base[name] if base else None, shared, each)
-        assert result.dtype == dtype and result.shape == expected.shape
+        assert result.dtype == dtype
+        assert result.shape == expected.shape
         if method == "linear":
             assert torch.equal(result, expected.to(dtype)), name
             continue

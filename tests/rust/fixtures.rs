@@ -55,12 +55,17 @@ pub fn noise(mut seed: u64, length: usize) -> Vec<u8> {
         .collect()
 }
 
-/// Random finite values of moderate size in this dtype.
-pub fn random_floats(seed: u64, dtype: Dtype, count: usize) -> Vec<u8> {
+/// Random finite values of moderate size.
+pub fn random_values(seed: u64, count: usize) -> impl Iterator<Item = f32> {
     let values = noise(seed, 2 * count);
-    let values = values.chunks_exact(2).map(|pair| {
-        f32::from(i16::from_le_bytes([pair[0], pair[1]])) / 4096.0 + f32::from(pair[0]) * 1e-4
-    });
+    (0..count).map(move |place| {
+        let pair = [values[2 * place], values[2 * place + 1]];
+        f32::from(i16::from_le_bytes(pair)) / 4096.0 + f32::from(pair[0]) * 1e-4
+    })
+}
+
+/// Values as the bytes of this dtype, little-endian.
+pub fn encode(dtype: Dtype, values: impl Iterator<Item = f32>) -> Vec<u8> {
     match dtype {
         Dtype::BF16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
         Dtype::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
@@ -68,6 +73,11 @@ pub fn random_floats(seed: u64, dtype: Dtype, count: usize) -> Vec<u8> {
         Dtype::F64 => values.flat_map(|v| (f64::from(v) * 1.000_000_1).to_le_bytes()).collect(),
         _ => unreachable!("only floats"),
     }
+}
+
+/// Random finite values of moderate size in this dtype.
+pub fn random_floats(seed: u64, dtype: Dtype, count: usize) -> Vec<u8> {
+    encode(dtype, random_values(seed, count))
 }
 
 /// The identity section of a plan for these files of a directory.

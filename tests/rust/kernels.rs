@@ -148,14 +148,19 @@ proptest! {
     }
 
     #[test]
-    fn dot_has_the_same_bits_at_every_level(
-        values in prop::collection::vec((any::<f32>(), any::<f32>()), 0..200),
+    fn dot_products_are_summed_in_one_order_at_every_level(
+        pairs in prop::collection::vec((any::<f32>(), any::<f32>()), 0..200),
     ) {
-        let (left, right): (Vec<f32>, Vec<f32>) = values.into_iter().unzip();
-        let expected = Kernels::named("scalar").unwrap().dot(&left, &right);
+        let (left, right): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
+        // 32 sums side by side, then from the first to the last.
+        let mut sums = [0.0_f64; 32];
+        for (place, (x, y)) in left.iter().zip(&right).enumerate() {
+            sums[place % 32] += f64::from(*x) * f64::from(*y);
+        }
+        let expected = sums.iter().fold(0.0, |total, sum| total + sum);
         for kernels in levels() {
             let found = kernels.dot(&left, &right);
-            prop_assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()));
+            prop_assert_eq!(found.to_bits(), expected.to_bits(), "{:?}", kernels);
         }
     }
 
@@ -170,6 +175,27 @@ proptest! {
         let expected: f64 = products.iter().rev().sum();
         for kernels in levels() {
             prop_assert!((kernels.dot(&left, &right) - expected).abs() <= 200.0 * f64::EPSILON * sizes);
+        }
+    }
+
+    #[test]
+    fn work_of_every_level_gives_the_same_bits(
+        values in prop::collection::vec((any::<f32>(), any::<f32>()), 0..100),
+    ) {
+        // What methods do in `run`: products that are not fused with sums, quotients, choices.
+        let work = |kernels: &Kernels| -> Vec<u32> {
+            kernels.run(|| {
+                let step = |&(x, y): &(f32, f32)| {
+                    let sum = x * 0.7 + y * 0.3;
+                    let chosen = if sum >= 0.0 { sum / y } else { x - y };
+                    if chosen.is_nan() { 0 } else { chosen.to_bits() }
+                };
+                values.iter().map(step).collect()
+            })
+        };
+        let expected = work(&Kernels::named("scalar").unwrap());
+        for kernels in levels() {
+            prop_assert_eq!(work(&kernels), expected.clone());
         }
     }
 

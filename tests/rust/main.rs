@@ -6,5 +6,6 @@ mod difference;
 mod fixtures;
 mod kernels;
 mod merge;
+mod methods;
 mod plan;
 mod writer;
