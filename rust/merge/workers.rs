@@ -67,10 +67,16 @@ pub(super) fn run<State: Send>(
         let workers: Vec<_> = (0..threads)
             .map(|_| {
                 let finished = finished.clone();
-                scope.spawn(move || {
+                let work = move || {
                     let state = worker();
                     drop(finished);
                     state
+                };
+                // Spawned the short way, a thread that cannot start is a panic, which in turn may find no memory.
+                std::thread::Builder::new().spawn_scoped(scope, work).inspect_err(|error| {
+                    fail(Error::Option(format!(
+                        "cannot start {threads} worker threads: {error}; ask for fewer with --threads"
+                    )));
                 })
             })
             .collect();
@@ -83,7 +89,12 @@ pub(super) fn run<State: Send>(
         }
         workers
             .into_iter()
-            .map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .map(|worker| match worker {
+                Ok(worker) => {
+                    worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                }
+                Err(_) => None,
+            })
             .collect()
     });
     if let Some(error) = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {

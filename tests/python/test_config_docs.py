@@ -10,7 +10,7 @@ import pytest
 from invoke import run
 from lora import write_lora
 
-from safemerge_fast.recipes.mergekit.methods import Parameter, known_methods
+from safemerge_fast.plan.methods import Parameter, known_methods
 
 TEXT = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
 EXAMPLES = dict(re.findall(r"^```yaml\n# (\S+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))

@@ -10,7 +10,7 @@ import pytest
 from configurations import merged, write_llama
 
 from safemerge_fast import _engine
-from safemerge_fast.recipes.mergekit.methods import known_methods
+from safemerge_fast.plan.methods import known_methods
 
 NAME = "model.layers.1.self_attn.q_proj.weight"
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import _engine
 from .options import (
     analysis_options,
     compose,
     finite,
+    resource_options,
     role_options,
     select,
     size,
@@ -23,6 +25,13 @@ if TYPE_CHECKING:
     from ..pipeline.configuration import MergeConfiguration
     from ..pipeline.dry_run import Preview
     from ..report.merge_report import MergeReport
+
+# recipes.safemerge.METHODS, without what that imports: this line runs for --help.
+_METHODS = [
+    method["name"]
+    for method in _engine.methods()
+    if method["name"] == "slerp" or any(parameter["name"] == "weight" for parameter in method["parameters"])
+]
 
 _decision_options = compose(
     threshold_option("τ: modules whose ρ is strictly below it are merged."),
@@ -74,10 +83,25 @@ _merge_options = compose(
     ),
     click.option(
         "--method",
-        type=click.Choice(["linear"]),
+        type=click.Choice(_METHODS),
         default="linear",
         show_default=True,
-        help="How tensors are merged.",
+        help="How tensors are merged; docs/methods.md explains each. All but linear and slerp merge updates of the "
+        "aligned model.",
+    ),
+    click.option(
+        "--density",
+        type=click.FloatRange(0.0, 1.0),
+        callback=finite,
+        help="Share of each update's elements that is kept, for methods that make it sparse.  [default: 1]",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(min=0), help="Seed of methods that draw random numbers.  [default: 0]"
+    ),
+    click.option(
+        "--parameters",
+        metavar="NAME=VALUE,...",
+        help="Further parameters of the method, like lambda=0.9,normalize=false.",
     ),
     click.option(
         "--dtype",
@@ -113,15 +137,7 @@ _merge_options = compose(
 )
 
 _run_options = compose(
-    click.option(
-        "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]"
-    ),
-    click.option(
-        "--memory-budget",
-        callback=size,
-        metavar="SIZE",
-        help="Most bytes for the merge's buffers and input windows, like 1GB.",
-    ),
+    resource_options,
     click.option(
         "--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing."
     ),

@@ -18,6 +18,7 @@ __all__ = [
     "compose",
     "finite",
     "output_file",
+    "resource_options",
     "role_options",
     "select",
     "size",
@@ -117,6 +118,25 @@ def role_options(*, with_safe: bool) -> Callable[[_Function], _Function]:
         )
     return compose(*options)
 
+
+resource_options = compose(
+    click.option(
+        "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]"
+    ),
+    click.option(
+        "--memory-budget",
+        callback=size,
+        metavar="SIZE",
+        help="Most bytes for the merge's buffers and input windows, like 1GB.",
+    ),
+    click.option(
+        "--read-backend",
+        type=click.Choice(["auto", "mmap", "pread"]),
+        default="auto",
+        show_default=True,
+        help="Map inputs, or read them by position; auto maps all but network file systems.",
+    ),
+)
 
 analysis_options = compose(
     click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import size, terminal_options
+from .options import resource_options, terminal_options
 from .terminal import Terminal
 
 
@@ -15,12 +15,7 @@ from .terminal import Terminal
 @click.option(
     "-o", "--output", required=True, type=click.Path(), metavar="DIR", help="Output directory; new or empty."
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]"
-)
-@click.option(
-    "--memory-budget", callback=size, metavar="SIZE", help="Most bytes for the engine's buffers, like 1GB."
-)
+@resource_options
 @click.option("--resume", is_flag=True, help="Continue an unfinished run in the output.")
 @click.option("--overwrite", is_flag=True, help="Replace what the output holds.")
 @terminal_options
@@ -31,6 +26,7 @@ def command(
     output: str,
     threads: int | None,
     memory_budget: int | None,
+    read_backend: str,
     resume: bool,
     overwrite: bool,
 ) -> None:
@@ -59,6 +55,7 @@ def command(
         output=output,
         threads=threads,
         memory_budget=memory_budget,
+        read_backend=read_backend,
         resume=resume,
         overwrite=overwrite,
     )

@@ -16,19 +16,20 @@ from ..sizes import parse_size
 __all__ = [
     "COMPATIBILITIES",
     "DTYPES",
-    "METHODS",
     "OUTPUT_FORMATS",
+    "READ_BACKENDS",
     "MergeConfiguration",
     "check_dtype",
+    "check_read_backend",
     "check_sizes",
     "check_threads",
 ]
 
-METHODS = ("linear",)
-"""Merge methods that a recipe may use."""
-
 OUTPUT_FORMATS = ("auto", "adapter", "checkpoint")
 """What can be written; "auto" is an adapter if all that is merged are adapters."""
+
+READ_BACKENDS = ("auto", "mmap", "pread")
+"""How the engine reads inputs; "auto" reads network file systems by position and maps the others."""
 
 COMPATIBILITIES = ("peft-linear",)
 """Other programs' ways to combine adapters that can be reproduced."""
@@ -37,7 +38,9 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Output dtypes that can be asked for, and their names in safetensors; "auto" keeps each tensor's own."""
 
 # These change how the work is done, or whether it may start, but not one byte of the weights.
-_NOT_SHOWN = frozenset({"resume", "overwrite", "threads", "memory_budget", "scores", "device"})
+_NOT_SHOWN = frozenset(
+    {"resume", "overwrite", "threads", "memory_budget", "read_backend", "scores", "device"}
+)
 
 
 def check_sizes(configuration: Any) -> None:
@@ -64,6 +67,12 @@ def check_threads(threads: int | None) -> None:
         raise PlanError(f"threads should be at least 1, not {threads}")
 
 
+def check_read_backend(name: str) -> None:
+    """Raises PlanError if a read backend is none of READ_BACKENDS."""
+    if name not in READ_BACKENDS:
+        raise PlanError(f"read_backend should be {', '.join(READ_BACKENDS)}, not {name!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeConfiguration:
     """A merge, as asked for. `merge` documents each field.
@@ -81,6 +90,9 @@ class MergeConfiguration:
     threshold: float = 0.35
     alpha: float = 0.8
     method: str = "linear"
+    density: float | None = None
+    seed: int | None = None
+    parameters: str | None = None
     select: str = "threshold"
     granularity: str = "module"
     delta_reference: str = "aligned"
@@ -96,6 +108,7 @@ class MergeConfiguration:
     max_shard_size: int | str | None = None
     threads: int | None = None
     memory_budget: int | str | None = None
+    read_backend: str = "auto"
     scores: str | None = None
     resume: bool = False
     overwrite: bool = False
@@ -109,12 +122,11 @@ class MergeConfiguration:
         check_sizes(self)
         if not 0.0 <= self.alpha <= 1.0:
             raise PlanError(f"alpha should lie between 0 and 1, not at {self.alpha}")
-        if self.method not in METHODS:
-            raise PlanError(f"method should be {' or '.join(METHODS)}, not {self.method!r}")
         check_dtype(self.dtype)
         if self.delta_reference not in ("aligned", "base"):
             raise PlanError(f"delta_reference should be aligned or base, not {self.delta_reference!r}")
         check_threads(self.threads)
+        check_read_backend(self.read_backend)
         self._check_output_format()
         if self.resume and self.overwrite:
             raise PlanError("resume continues an output and overwrite starts it anew; give one of them")
@@ -135,6 +147,11 @@ class MergeConfiguration:
             raise PlanError(f"compat should be {' or '.join(COMPATIBILITIES)}, not {self.compat!r}")
         if self.adapter_rank is not None and self.adapter_rank < 1:
             raise PlanError(f"adapter_rank should be at least 1, not {self.adapter_rank}")
+        if self.output_format == "adapter" and self.method != "linear":
+            raise PlanError(
+                f"an adapter holds sums of products, which {self.method} does not make; leave the method linear or "
+                f"pass --output-format checkpoint"
+            )
         if self.adapter_rank is not None and self.compat is not None:
             raise PlanError("adapter_rank truncates, and compat reproduces what PEFT makes; give one of them")
 

@@ -14,7 +14,7 @@ from ..errors import AdapterError, AnalysisError, PlanError
 from ..output.adapter.layout import require_linear
 from ..pairing.rows import Pairing, Row, pair
 from ..plan.shards import Blend, Shard, lay_out
-from ..recipes.safemerge import safemerge
+from ..recipes.safemerge import method_parameters, safemerge
 from .configuration import MergeConfiguration
 
 __all__ = ["Job", "open_job", "open_models", "require_finite"]
@@ -57,7 +57,9 @@ class Job:
     def writes_adapter(self) -> bool:
         """Whether the output is an adapter, not a checkpoint."""
         return self.configuration.output_format == "adapter" or (
-            self.configuration.output_format == "auto" and not _checkpoints(self.models)
+            self.configuration.output_format == "auto"
+            and self.configuration.method == "linear"
+            and not _checkpoints(self.models)
         )
 
     def reused_scores(self) -> dict[str, Score]:
@@ -106,6 +108,12 @@ def open_job(configuration: MergeConfiguration) -> Job:
         PlanError: A setting is of no use to the output's format.
         AnalysisError: The scores to reuse cannot be read, or are not of these models.
     """
+    parameters = method_parameters(
+        configuration.method,
+        density=configuration.density,
+        seed=configuration.seed,
+        parameters=configuration.parameters,
+    )
     models = open_models(configuration.roles())
     pairing = pair(models, include=configuration.include, exclude=configuration.exclude)
     scores = None
@@ -120,6 +128,7 @@ def open_job(configuration: MergeConfiguration) -> Job:
             configuration.alpha,
             safe_role="safe" if "safe" in models else "aligned",
             method=configuration.method,
+            parameters=parameters,
         ),
         layout=tuple(
             lay_out(

@@ -37,6 +37,9 @@ def merge(
     threshold: float = 0.35,
     alpha: float = 0.8,
     method: str = "linear",
+    density: float | None = None,
+    seed: int | None = None,
+    parameters: str | None = None,
     select: str = "threshold",
     granularity: str = "module",
     delta_reference: str = "aligned",
@@ -52,6 +55,7 @@ def merge(
     max_shard_size: int | str | None = None,
     threads: int | None = None,
     memory_budget: int | str | None = None,
+    read_backend: str = "auto",
     scores: str | os.PathLike[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -68,7 +72,11 @@ def merge(
         output: Output directory; must be new or empty unless resume or overwrite is given.
         threshold: τ: modules whose ρ is strictly below it are merged.
         alpha: α: weight of the fine-tuned update; the safe one gets 1-α.
-        method: How tensors are merged: "linear".
+        method: How tensors are merged: "linear", "slerp", "ties", "dare_ties" or another method of docs/methods.md that
+            weighs two models.
+        density: The method's density, for both updates: the share of elements that is kept.
+        seed: The method's seed.
+        parameters: Further parameters of the method, like "lambda=0.9,normalize=false".
         select: "threshold", "lowest:N" (the N lowest ρ) or "fraction:F" (that share of them).
         granularity: "module", or "layer" to decide by the mean ρ of a layer.
         delta_reference: What Δ is taken against: "aligned", or "base" (then Δ contains V and ρ rises).
@@ -87,6 +95,7 @@ def merge(
             model's files.
         threads: Worker threads of the merge; None is two more than there are processors, at most 16.
         memory_budget: Most bytes for the merge's buffers, as a number or like "1GB".
+        read_backend: "mmap", "pread" (positioned reads), or "auto": pread on network file systems.
         scores: scores.json to reuse; torch is then not needed.
         resume: Continue an unfinished merge in the output.
         overwrite: Replace what the output holds.
@@ -188,6 +197,7 @@ def _shard_writer(job: Job, output: _engine.Output, tell: ProgressCallback) -> S
         output,
         threads=configuration.threads,
         memory_budget=None if configuration.memory_budget is None else int(configuration.memory_budget),
+        read_backend=configuration.read_backend,
         allow_nonfinite=configuration.allow_nonfinite,
         # The engine counts headers too, which the total leaves out.
         on_bytes=lambda done, file: tell(ProgressEvent("merge", min(done, total), total, file)),

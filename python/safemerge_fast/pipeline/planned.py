@@ -33,6 +33,10 @@ class Run(Protocol):
         """Most bytes for the engine's buffers."""
 
     @property
+    def read_backend(self) -> str:
+        """How inputs are read."""
+
+    @property
     def allow_nonfinite(self) -> bool:
         """Whether NaN and infinity of the inputs may get through."""
 
@@ -68,7 +72,10 @@ def write_planned(
     """
     tell = progress or (lambda event: None)
     # All of them before the output is touched.
-    plans = [_engine.Plan(json.dumps(plan_document(models, [shard]))) for shard in planned]
+    plans = [
+        _engine.Plan(json.dumps(plan_document(models, [shard])), read_backend=run.read_backend)
+        for shard in planned
+    ]
     total = int(index_document(planned)["metadata"]["total_size"])
     output = _engine.Output(
         run.output,

@@ -31,6 +31,7 @@ class ShardWriter:
         *,
         threads: int | None = None,
         memory_budget: int | None = None,
+        read_backend: str = "auto",
         allow_nonfinite: bool = False,
         on_bytes: Callable[[int, str], None],
     ) -> None:
@@ -40,6 +41,7 @@ class ShardWriter:
             output: Where shards go.
             threads: As `_engine.Plan.execute` takes it.
             memory_budget: As `_engine.Plan.execute` takes it, in bytes.
+            read_backend: As `_engine.Plan` takes it.
             allow_nonfinite: As `_engine.Plan.execute` takes it.
             on_bytes: Called by poll and finish, on their thread, with the bytes done and a file name.
         """
@@ -49,6 +51,7 @@ class ShardWriter:
         self._output = output
         self._threads = threads
         self._memory_budget = memory_budget
+        self._read_backend = read_backend
         self._allow_nonfinite = allow_nonfinite
         self._on_bytes = on_bytes
         self._progress = _engine.Progress()
@@ -62,7 +65,7 @@ class ShardWriter:
             PlanError: The engine finds fault with it.
             CheckpointError: An input cannot be opened.
         """
-        self.submit_checked(_engine.Plan(json.dumps(plan)))
+        self.submit_checked(_engine.Plan(json.dumps(plan), read_backend=self._read_backend))
 
     def submit_checked(self, checked: _engine.Plan) -> None:
         """Queues the execution of a plan of one shard."""

@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.model import FLOATS, Model
 from ..decision import Decision
-from ..errors import PairingError
-from ..pairing.operand import references
+from ..errors import AdapterError, PairingError
+from ..pairing.operand import Operand, references
 from ..pairing.rows import Row
 from ..pipeline.configuration import DTYPES
 from .composition import Composition, combine
+from .invocation import Argument, Invocation
 
 __all__ = [
     "Blend",
     "Shard",
     "compose",
+    "compose_sum",
     "index_document",
     "lay_out",
     "output_dtype",
@@ -59,14 +61,18 @@ class Blend:
     Attributes:
         method: Name of the engine's method.
         parameters: The method's parameters.
-        weights: Weight by role, in the order in which the roles are accumulated.
+        weights: Weight by role, in the order in which the roles are accumulated; None where the method takes none.
         kept: The role that tensors which are not merged come from.
+        base: The role that is the method's base; None if it has none.
+        each: Parameters that each of the roles in weights gets.
     """
 
     method: str
     parameters: Mapping[str, Any]
-    weights: Mapping[str, float]
+    weights: Mapping[str, float | None]
     kept: str = "finetuned"
+    base: str | None = None
+    each: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +171,7 @@ def plan_shard(
     }
 
 
-def compose(row: Row, decision: Decision, blend: Blend) -> Composition:
+def compose(row: Row, decision: Decision, blend: Blend) -> Composition | Invocation:
     """Says what one tensor is made of.
 
     Args:
@@ -174,19 +180,55 @@ def compose(row: Row, decision: Decision, blend: Blend) -> Composition:
         blend: What merged tensors are made of, and where the others come from.
 
     Returns:
-        The composition. What comes down to one tensor as it is stored is a copy of it.
+        What the plan and the report need. What comes down to one tensor as it is stored is a copy of it.
+
+    Raises:
+        PairingError: It is to be merged, and one of the blend's models does not have it.
+        AdapterError: It is to be merged by a method that is no sum, and an adapter makes it one.
+    """
+    if blend.base is None or not decision.merge:
+        return compose_sum(row, decision, blend)
+    _require_terms(row, [*blend.weights, blend.base])
+    arguments = [
+        Argument(_single(row, role, blend.method), weight, blend.each)
+        for role, weight in blend.weights.items()
+    ]
+    base = _single(row, blend.base, blend.method)
+    return Invocation(blend.method, tuple(arguments), base, blend.parameters)
+
+
+def compose_sum(row: Row, decision: Decision, blend: Blend) -> Composition:
+    """As compose, for a blend that is a weighted sum.
 
     Raises:
         PairingError: It is to be merged, and one of the blend's models does not have it.
     """
     weights = blend.weights if decision.merge else {blend.kept: 1.0}
-    if missing := [role for role in weights if role not in row.terms]:
+    _require_terms(row, weights)
+    terms = combine((1.0 if weight is None else weight, row.terms[role]) for role, weight in weights.items())
+    # A tensor that is not merged is a sum, too, where an adapter adds to it.
+    sums = blend.base is None
+    parameters = blend.parameters if sums else {"normalize": False}
+    return Composition(blend.method if sums else "linear", parameters, terms)
+
+
+def _require_terms(row: Row, roles: Iterable[str]) -> None:
+    if missing := [role for role in roles if role not in row.terms]:
         raise PairingError(
             f"{row.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
             f"leave it out with --exclude"
         )
-    terms = combine((weight, row.terms[role]) for role, weight in weights.items())
-    return Composition(blend.method, blend.parameters, terms)
+
+
+def _single(row: Row, role: str, method: str) -> Operand:
+    """The one operand that a method other than a sum takes of a role."""
+    terms = row.terms[role]
+    if len(terms) > 1 or terms[0].weight != 1.0:
+        raise AdapterError(
+            f"the {role} adapter adds a vector to {row.name} (lora_bias), which {method} cannot take as one tensor; "
+            f"use the method linear, or fold the adapter first (recipe: fold)"
+        )
+    return terms[0].operand
 
 
 def plan_document(models: Mapping[str, Model], shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..decision import Decision
 from ..errors import PlanError
 from ..output.publication import describe_inputs, peak_memory, publish, versions
 from ..pairing.rows import pair_adapter
-from ..pipeline.configuration import check_dtype, check_sizes, check_threads
+from ..pipeline.configuration import check_dtype, check_read_backend, check_sizes, check_threads
 from ..pipeline.planned import write_planned
 from ..pipeline.progress import ProgressCallback
 from ..plan.shards import Blend, compose, lay_out, output_dtype, plan_shard
@@ -49,6 +49,7 @@ class FoldConfiguration:
     max_shard_size: int | str | None = None
     threads: int | None = None
     memory_budget: int | str | None = None
+    read_backend: str = "auto"
     resume: bool = False
     overwrite: bool = False
     allow_nonfinite: bool = False
@@ -59,6 +60,7 @@ class FoldConfiguration:
         check_sizes(self)
         check_dtype(self.dtype)
         check_threads(self.threads)
+        check_read_backend(self.read_backend)
         if self.resume and self.overwrite:
             raise PlanError("resume continues an output and overwrite starts it anew; give one of them")
 
@@ -130,6 +132,7 @@ def fold(
     max_shard_size: int | str | None = None,
     threads: int | None = None,
     memory_budget: int | str | None = None,
+    read_backend: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -146,6 +149,7 @@ def fold(
         max_shard_size: Most bytes per output file, as a number or like "5GB"; None keeps the checkpoint's files.
         threads: Worker threads; None is two more than there are processors, at most 16.
         memory_budget: Most bytes for the engine's buffers, as a number or like "1GB".
+        read_backend: "mmap", "pread" (positioned reads), or "auto": pread on network file systems.
         resume: Continue an unfinished fold in the output.
         overwrite: Replace what the output holds.
         allow_nonfinite: Let NaN and infinity of the inputs through.

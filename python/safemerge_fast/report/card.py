@@ -198,7 +198,7 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
         f"{sum(tensor.analysed and tensor.merged for tensor in report.tensors)} were merged.",
         reference=configuration.delta_reference,
         rule=_rule(report),
-        blend=_blend(configuration.alpha, blended[1]),
+        blend=_blend(configuration.alpha, blended[1], configuration.method),
         method=configuration.method,
         roles="\n".join(
             f"| {role} | {_display_name(model)}{_kind(model)} |" for role, model in models.items()
@@ -261,7 +261,14 @@ def _rule(report: MergeReport) -> str:
             return f"A {unit} with ρ strictly below τ = {configuration.threshold:g} is merged."
 
 
-def _blend(alpha: float, safe_role: str) -> str:
+def _blend(alpha: float, safe_role: str, method: str) -> str:
+    if method == "slerp":
+        return f"the point at {alpha:g} of the arc from W_{safe_role} to W_finetuned"
+    if method != "linear":
+        return (
+            f"W_aligned plus what the method makes of its updates in the fine-tuned model, with weight {alpha:g}, and "
+            f"in the {safe_role} model, with weight {1 - alpha:.6g}"
+        )
     return f"{alpha:g} · W_finetuned + {1 - alpha:.6g} · W_{safe_role}"
 
 

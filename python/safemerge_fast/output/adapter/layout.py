@@ -14,7 +14,7 @@ from ...decision import Decision
 from ...errors import AdapterError
 from ...pairing.operand import LowRank, Operand, Term
 from ...pairing.rows import Row
-from ...plan.shards import Blend, compose
+from ...plan.shards import Blend, compose_sum
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
 
@@ -141,7 +141,7 @@ def lay_out_adapter(
     for row in rows:
         if (module := _module(row, adapters, module_of_key)) is not None:
             modules.setdefault(_parent(row), module)
-        terms = compose(row, decisions[row.name], blend).terms
+        terms = compose_sum(row, decisions[row.name], blend).terms
         operand = terms[0].operand
         if len(terms) > 1 or terms[0].weight != 1.0 or operand.source != "aligned":
             whole.append((row, terms))

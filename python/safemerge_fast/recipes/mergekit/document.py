@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from ...errors import PlanError
 from ...pipeline.configuration import DTYPES
+from ...plan.methods import Method, known_methods
 from ...sizes import parse_size
-from .methods import Method, known_methods
 from .references import Reference, read_reference
 from .values import Parameters, read_parameters
 

@@ -13,7 +13,7 @@ from ...checkpoint.model import Model
 from ...errors import PlanError
 from ...output.companions import configuration_file
 from ...output.publication import describe_inputs, peak_memory, publish, versions
-from ...pipeline.configuration import check_threads
+from ...pipeline.configuration import check_read_backend, check_threads
 from ...pipeline.planned import write_planned
 from ...pipeline.progress import ProgressCallback
 from ...plan.invocation import Invocation
@@ -49,6 +49,7 @@ class MergekitConfiguration:
     output: str
     threads: int | None = None
     memory_budget: int | str | None = None
+    read_backend: str = "auto"
     resume: bool = False
     overwrite: bool = False
 
@@ -56,6 +57,7 @@ class MergekitConfiguration:
         if self.memory_budget is not None:
             object.__setattr__(self, "memory_budget", parse_size(self.memory_budget))
         check_threads(self.threads)
+        check_read_backend(self.read_backend)
         if self.resume and self.overwrite:
             raise PlanError("resume continues an output and overwrite starts it anew; give one of them")
 

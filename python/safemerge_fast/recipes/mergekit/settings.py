@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...errors import PlanError
-from .methods import Method, Parameter
+from ...plan.methods import Method, Parameter
 from .values import Entry, Parameters, Scalar
 
 __all__ = ["Settings"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...errors import PlanError
+from ...plan.methods import Method
 from .document import Document, Slice, Source
-from .methods import Method
 from .references import Participant, Participants
 from .values import Parameters
 

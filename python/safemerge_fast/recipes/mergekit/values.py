@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from ...errors import PlanError
-from .methods import Method, Parameter
+from ...plan.methods import Method, Parameter
 
 __all__ = ["Entry", "Parameters", "Scalar", "Value", "interpolate", "read_parameters"]
 

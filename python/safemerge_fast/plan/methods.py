@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from ... import _engine
+from .. import _engine
 
 __all__ = ["Method", "Parameter", "known_methods"]
 
