@@ -72,7 +72,7 @@ class ShardFacts(TypedDict):
     file: str
     bytes_written: int
     seconds: float
-    write: Literal["direct", "buffered"]
+    write: Literal["direct", "buffered", "cloned"]
     resumed: bool
     nonfinite_inputs: list[str]
 
@@ -235,7 +235,7 @@ class Output:
 class Plan:
     """A validated plan: what every output tensor is made of."""
 
-    def __new__(cls, json: str) -> Plan: ...
+    def __new__(cls, json: str, *, read_backend: Literal["auto", "mmap", "pread"] = "auto") -> Plan: ...
     @property
     def shards(self) -> list[str]: ...
     @property

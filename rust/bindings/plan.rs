@@ -2,6 +2,7 @@
 
 use super::error::{detached, interruptible, to_python};
 use super::output::Output;
+use crate::checkpoint::ReadBackend;
 use crate::kernels::Kernels;
 use crate::merge::{self, stream, verify};
 use crate::writer::WriteMode;
@@ -54,8 +55,9 @@ pub struct Plan {
 #[pymethods]
 impl Plan {
     #[new]
-    fn new(py: Python<'_>, json: &str) -> PyResult<Self> {
-        let inner = detached(py, || plan::Plan::from_json(json))?;
+    #[pyo3(signature = (json, *, read_backend = "auto"))]
+    fn new(py: Python<'_>, json: &str, read_backend: &str) -> PyResult<Self> {
+        let inner = detached(py, || plan::Plan::open(json, ReadBackend::named(read_backend)?))?;
         Ok(Self { inner })
     }
 
@@ -115,7 +117,7 @@ impl Plan {
             fact.set_item("file", shard.file)?;
             fact.set_item("bytes_written", shard.bytes_written)?;
             fact.set_item("seconds", shard.seconds)?;
-            fact.set_item("write", if shard.direct { "direct" } else { "buffered" })?;
+            fact.set_item("write", shard.write)?;
             fact.set_item("resumed", shard.resumed)?;
             fact.set_item("nonfinite_inputs", shard.nonfinite_inputs)?;
             Ok(fact)

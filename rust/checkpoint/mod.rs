@@ -2,9 +2,11 @@
 
 mod header;
 mod index;
+mod input_file;
 mod mapping;
 
 pub use header::{FileIdentity, Header, TensorEntry};
+pub use input_file::{InputFile, ReadBackend};
 pub use mapping::MappedFile;
 
 use crate::{Error, Result};

@@ -8,6 +8,7 @@ mod queue;
 pub mod stream;
 pub mod tile;
 pub mod verify;
+mod windows;
 mod workers;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

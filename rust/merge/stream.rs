@@ -96,8 +96,8 @@ pub struct ShardFacts {
     pub bytes_written: usize,
     /// Seconds from its first tile to its commit.
     pub seconds: f64,
-    /// Whether writes bypassed the page cache.
-    pub direct: bool,
+    /// How it was written: "direct" or "buffered", or "cloned" from an input of the same bytes.
+    pub write: &'static str,
     /// Whether the journal had it, so that nothing was done.
     pub resumed: bool,
     /// Input tensors that were merged though they hold NaN or infinity, if that was allowed.
@@ -162,6 +162,7 @@ pub fn execute(
         progress.advance(shard.layout.size);
         progress.finish_shard();
     }
+    let (cloned, pending) = clone_equal(plan, pending, output, options.write, progress)?;
     let operands = pending
         .iter()
         .flat_map(|shard| &shard.tensors)
@@ -178,7 +179,7 @@ pub fn execute(
             nonfinite_inputs: Mutex::default(),
         })
         .collect();
-    let facts = Mutex::new(Vec::new());
+    let facts = Mutex::new(cloned);
     workers::run(
         &queue,
         threads,
@@ -222,12 +223,56 @@ pub fn execute(
         file: shard.file.clone(),
         bytes_written: 0,
         seconds: 0.0,
-        direct: false,
+        write: "buffered",
         resumed: true,
         nonfinite_inputs: Vec::new(),
     }));
     written.sort_by_key(|fact| shards.iter().position(|shard| shard.file == fact.file));
     Ok(written)
+}
+
+/// Clones the shards that equal an input file, where the file system shares blocks. Returns what was done, and the
+/// shards that are left.
+fn clone_equal<'a>(
+    plan: &Plan,
+    shards: Vec<&'a PlannedShard>,
+    output: &Output,
+    write: WriteMode,
+    progress: &Progress,
+) -> Result<(Vec<ShardFacts>, Vec<&'a PlannedShard>)> {
+    if write != WriteMode::Auto {
+        return Ok((Vec::new(), shards));
+    }
+    let (mut facts, mut left) = (Vec::new(), Vec::new());
+    // One refusal is enough: the others lie in the same directories.
+    let mut refused = false;
+    for shard in shards {
+        let started = Instant::now();
+        let input = if refused { None } else { shard.equal_input()? };
+        let Some(input) = input else {
+            left.push(shard);
+            continue;
+        };
+        let size = shard.layout.size;
+        let Some(file) = output.clone_shard(&shard.file, size, input.file())? else {
+            refused = true;
+            left.push(shard);
+            continue;
+        };
+        plan.check_inputs_unchanged(shard)?;
+        output.commit_shard(&file, &shard.digest)?;
+        progress.advance(size);
+        progress.finish_shard();
+        facts.push(ShardFacts {
+            file: shard.file.clone(),
+            bytes_written: size,
+            seconds: started.elapsed().as_secs_f64(),
+            write: "cloned",
+            resumed: false,
+            nonfinite_inputs: Vec::new(),
+        });
+    }
+    Ok((facts, left))
 }
 
 /// Makes a fully written shard durable and visible, provided that its inputs held still meanwhile.
@@ -247,7 +292,7 @@ fn commit(
         file: shard.file.clone(),
         bytes_written: shard.layout.size,
         seconds: started.elapsed().as_secs_f64(),
-        direct: file.is_direct(),
+        write: if file.is_direct() { "direct" } else { "buffered" },
         resumed: false,
         nonfinite_inputs: slot.nonfinite_inputs(),
     })

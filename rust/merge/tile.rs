@@ -111,7 +111,7 @@ impl TileFiller {
             let out = &mut out[start..start + part.len()];
             match &tensor.operation {
                 Operation::Copy(input) => {
-                    out.copy_from_slice(&input.bytes()[part.clone()]);
+                    input.read(&part, out)?;
                     input.release(part);
                 }
                 Operation::Compute { method, operands, has_base, dtype } => {
@@ -162,7 +162,7 @@ impl TileFiller {
             }
             let elements = start..chunk.elements.end.min(start + step);
             watch.pass(elements.len())?;
-            self.load(&job, &elements);
+            self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
             with_slice(&self.operands, &job, &elements, |slice| {
                 method.observe(&self.kernels, chunk.pass, facts, slice, &mut tally);
@@ -212,15 +212,16 @@ impl TileFiller {
     }
 
     /// Loads elements of all operands.
-    fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) {
+    fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) -> Result<()> {
         let count = elements.len();
         self.operands.resize_with(self.operands.len().max(job.operands.len()), Vec::new);
         for (number, (operand, values)) in job.operands.iter().zip(&mut self.operands).enumerate() {
             if values.len() < count {
                 values.resize(count.max(SUB_TILE), 0.0);
             }
-            self.loader.load(number, operand, elements.clone(), &mut values[..count]);
+            self.loader.load(number, operand, elements.clone(), &mut values[..count])?;
         }
+        Ok(())
     }
 
     /// Computes whole elements: a sub-tile, or a row.
@@ -230,7 +231,7 @@ impl TileFiller {
         elements: Range<usize>,
         out: &mut [u8],
     ) -> Result<()> {
-        self.load(job, &elements);
+        self.load(job, &elements)?;
         if self.blended.len() < elements.len() {
             self.blended.resize(elements.len(), 0.0);
         }
@@ -249,12 +250,15 @@ impl TileFiller {
     /// Whether the operands' first loaded elements hold neither NaN nor infinity.
     fn operands_finite(&self, job: &Job<'_>, count: usize) -> bool {
         let operands = &self.operands[..job.operands.len()];
-        self.kernels.run(|| {
-            let finite = |values: &Vec<f32>| {
-                values[..count].iter().fold(true, |finite, value| finite & value.is_finite())
-            };
-            operands.iter().all(finite)
-        })
+        self.kernels.run(
+            #[inline(always)]
+            || {
+                let finite = |values: &Vec<f32>| {
+                    values[..count].iter().fold(true, |finite, value| finite & value.is_finite())
+                };
+                operands.iter().all(finite)
+            },
+        )
     }
 
     /// Says where NaN or infinity came from; an error unless the inputs had it and that is allowed.

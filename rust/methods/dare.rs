@@ -5,6 +5,8 @@ use super::Method;
 use super::random::{probability, uniforms};
 use super::specification::{Base, Settings, Specification};
 use super::task_vectors::{COMMON, KEEP_SCALE, RESCALE_RANDOM, SEED, Sparsify, TaskVectors};
+use super::ties::masked;
+use crate::kernels::Kernels;
 
 /// `dare_linear` in the table of methods.
 pub(super) const DARE_LINEAR: Specification = Specification {
@@ -32,7 +34,8 @@ fn make(settings: &Settings, consensus: bool) -> Result<Box<dyn Method>, String>
     let rescale = settings.choice("rescale") == "probability";
     TaskVectors::make(settings, consensus, None, |number, density| {
         Ok(Box::new(Dropout {
-            below: probability(density),
+            // A density is below 1, if only just.
+            below: u32::try_from(probability(density)).unwrap_or(u32::MAX),
             scale: if rescale { crate::dtype::f64_to_f32(1.0 / density) } else { 1.0 },
             key: settings.key,
             stream: u32::try_from(number).unwrap_or(u32::MAX),
@@ -43,7 +46,7 @@ fn make(settings: &Settings, consensus: bool) -> Result<Box<dyn Method>, String>
 /// Keeps an element if its random number is below a bound.
 #[derive(Debug)]
 struct Dropout {
-    below: u64,
+    below: u32,
     scale: f32,
     key: [u32; 2],
     stream: u32,
@@ -53,15 +56,23 @@ struct Dropout {
 const PART: usize = 256;
 
 impl Sparsify for Dropout {
-    #[inline(always)]
-    fn apply(&self, _: &[f64], first: usize, delta: &mut [f32]) {
-        for (number, part) in delta.chunks_mut(PART).enumerate() {
-            let mut numbers = [0; PART];
-            uniforms(self.key, self.stream, first + number * PART, &mut numbers[..part.len()]);
-            for (value, random) in part.iter_mut().zip(numbers) {
-                let kept = u64::from(random) < self.below;
-                *value = if kept { *value * self.scale } else { 0.0 };
-            }
-        }
+    fn apply(&self, kernels: &Kernels, _: &[f64], first: usize, delta: &mut [f32]) {
+        kernels.run(
+            #[inline(always)]
+            || {
+                for (number, part) in delta.chunks_mut(PART).enumerate() {
+                    let mut numbers = [0; PART];
+                    uniforms(
+                        self.key,
+                        self.stream,
+                        first + number * PART,
+                        &mut numbers[..part.len()],
+                    );
+                    for (value, &random) in part.iter_mut().zip(&numbers) {
+                        *value = masked(*value * self.scale, u32::from(random < self.below));
+                    }
+                }
+            },
+        );
     }
 }

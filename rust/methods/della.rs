@@ -12,6 +12,7 @@ use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Spec
 use super::task_vectors::{
     COMMON, KEEP_SCALE, NORMALIZE, RESCALE_RANDOM, SEED, Sparsify, TaskVectors,
 };
+use crate::kernels::Kernels;
 
 const EPSILON: Parameter = Parameter {
     name: "epsilon",
@@ -78,7 +79,7 @@ struct RankedDropout {
 }
 
 impl Sparsify for RankedDropout {
-    fn apply(&self, _: &[f64], first: usize, delta: &mut [f32]) {
+    fn apply(&self, _: &Kernels, _: &[f64], first: usize, delta: &mut [f32]) {
         let mut numbers = vec![0; self.columns];
         let mut order = Vec::with_capacity(self.columns);
         for (number, row) in delta.chunks_mut(self.columns.max(1)).enumerate() {

@@ -109,11 +109,14 @@ impl Vectors {
 
 /// `left - right`, element by element.
 pub(super) fn difference(kernels: &Kernels, left: &[f32], right: &[f32], out: &mut [f32]) {
-    kernels.run(|| {
-        for ((out, left), right) in out.iter_mut().zip(left).zip(right) {
-            *out = left - right;
-        }
-    });
+    kernels.run(
+        #[inline(always)]
+        || {
+            for ((out, left), right) in out.iter_mut().zip(left).zip(right) {
+                *out = left - right;
+            }
+        },
+    );
 }
 
 /// Coefficients of a combination, from the Gram matrix of the vectors.

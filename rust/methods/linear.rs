@@ -70,11 +70,14 @@ impl Method for Linear {
             kernels.multiply_add(out, operand, weight);
         }
         if let Some(divisor) = self.divisor {
-            kernels.run(|| {
-                for value in out {
-                    *value /= divisor;
-                }
-            });
+            kernels.run(
+                #[inline(always)]
+                || {
+                    for value in out {
+                        *value /= divisor;
+                    }
+                },
+            );
         }
         Ok(())
     }

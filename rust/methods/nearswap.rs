@@ -47,12 +47,15 @@ impl Method for NearSwap {
         out: &mut [f32],
     ) -> Result<(), String> {
         let (base, other) = (slice.base.unwrap_or_default(), slice.operands[0]);
-        kernels.run(|| {
-            for ((value, &base), &other) in out.iter_mut().zip(base).zip(other) {
-                let weight = (self.t / (base - other).abs().max(LEAST_DIFFERENCE)).min(1.0);
-                *value = weight * other + (1.0 - weight) * base;
-            }
-        });
+        kernels.run(
+            #[inline(always)]
+            || {
+                for ((value, &base), &other) in out.iter_mut().zip(base).zip(other) {
+                    let weight = (self.t / (base - other).abs().max(LEAST_DIFFERENCE)).min(1.0);
+                    *value = weight * other + (1.0 - weight) * base;
+                }
+            },
+        );
         Ok(())
     }
 }

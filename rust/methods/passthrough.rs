@@ -42,11 +42,14 @@ impl Method for Passthrough {
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {
-        kernels.run(|| {
-            for (value, operand) in out.iter_mut().zip(slice.operands[0]) {
-                *value = operand * self.scale;
-            }
-        });
+        kernels.run(
+            #[inline(always)]
+            || {
+                for (value, operand) in out.iter_mut().zip(slice.operands[0]) {
+                    *value = operand * self.scale;
+                }
+            },
+        );
         Ok(())
     }
 }

@@ -3,6 +3,8 @@
 //! The bits of a magnitude, as an unsigned number, are ordered as the magnitudes are. A first pass over a sample counts
 //! them in wide bins and brackets the wanted one; a second, over all, counts what lies above the bracket and each value
 //! inside it. The few passes more that this may need, where the bracket was missed or is wide, narrow it for certain.
+//! A bin of several values is as good as one of a single value if the bits that it merges are zero in all that it holds:
+//! differences of bf16 weights have few significant bits.
 //!
 //! Equal magnitudes at the cut are told apart by a random number of each element, so that the share that is kept is
 //! the wanted one; in bf16 many are equal.
@@ -12,28 +14,33 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// Passes at most: the sample, the bracket, all values, one bin of them.
 pub(super) const PASSES: usize = 4;
 /// Numbers that a search needs from pass to pass.
-pub(super) const FACTS: usize = 4;
-/// Counts of a pass: what lies above the bins, then the bins.
-pub(super) const COUNTS: usize = 1 + BINS;
+pub(super) const FACTS: usize = 5;
 
-const BINS: usize = 1 << 18;
-/// Magnitudes are below 2³¹; this shift spreads all of them over the bins.
-const WIDEST: u32 = 13;
+/// Bins at most: one for each value of a bracket, if they are no more.
+const MOST_BINS: u64 = 1 << 20;
+/// Magnitudes are below this.
+const MAGNITUDES: u64 = 1 << 31;
+/// Binary logarithm of the values in a bin when nothing is known yet.
+const WIDEST: u32 = 15;
+/// Counts before those of the bins: of what lies above them, and the bits that any value inside them has.
+const EXTRA: usize = 2;
 /// Of a large tensor, the sample is one sub-tile in so many.
 const STRIDE: usize = 32;
 /// Smaller tensors are counted whole.
 const LEAST_SAMPLED: usize = 1 << 20;
 /// Neighbouring elements are alike: the bracket is wider than independent samples would need.
-const MARGIN_DEVIATIONS: f64 = 6.0;
-const MARGIN_SHARE: f64 = 0.002;
+const MARGIN_DEVIATIONS: f64 = 4.0;
+const MARGIN_SHARE: f64 = 0.001;
 
 /// Where a search stands; kept as [`FACTS`] numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Search {
-    /// Bins of `1 << shift` values from `low` on are to be counted, in a sample or in all elements.
+    /// So many bins of `1 << shift` values from `low` on are to be counted, in a sample or in all elements.
     Counting {
         /// The first value of the first bin.
         low: u32,
+        /// Number of bins.
+        bins: u32,
         /// Binary logarithm of the values in a bin.
         shift: u32,
         /// Whether a sample will do.
@@ -46,25 +53,39 @@ pub(super) enum Search {
 /// The border of the largest magnitudes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Cut {
-    /// Bits of the smallest magnitude among them.
-    pub threshold: u32,
-    /// Elements of that very magnitude belong to them if their random number is below this.
-    pub ties_below: u64,
+    /// Bits from which on all magnitudes belong to them.
+    from: u32,
+    /// Bits of magnitudes of which some belong to them.
+    tie: u32,
+    /// Those do whose elements have a random number below this.
+    below: u32,
 }
 
-/// One above the largest u32.
-const ALL: u64 = 1 << 32;
-
 impl Cut {
-    /// Whether an element with these magnitude bits and this random number is among the largest.
-    #[inline(always)]
-    pub(super) fn takes(self, bits: u32, random: u32) -> bool {
-        bits > self.threshold || (bits == self.threshold && u64::from(random) < self.ties_below)
+    const NOTHING: Self = Self { from: u32::MAX, tie: u32::MAX, below: 0 };
+    const ALL: Self = Self { from: 0, tie: u32::MAX, below: 0 };
+
+    /// A cut at magnitudes of these bits, `count` elements, of which `wanted` belong to the largest.
+    fn at(bits: u32, wanted: usize, count: usize) -> Self {
+        let share = ((wanted as u128) << 32) / (count.max(1) as u128);
+        match u32::try_from(share) {
+            Ok(below) => Self { from: bits + 1, tie: bits, below },
+            Err(_) => Self { from: bits, tie: u32::MAX, below: 0 },
+        }
     }
 
-    /// Whether equal magnitudes at the border are told apart by random numbers.
-    pub(super) fn draws(self) -> bool {
-        self.ties_below != 0 && self.ties_below != ALL
+    /// 1 if an element with these magnitude bits and this random number is among the largest, 0 if not: a number, since
+    /// the compiler vectorises operations on numbers more readily than on truth values.
+    #[inline(always)]
+    pub(super) fn takes(self, bits: u32, random: u32) -> u32 {
+        let tied = u32::from(bits == self.tie) & u32::from(random < self.below);
+        u32::from(bits >= self.from) | tied
+    }
+
+    /// Whether random numbers decide about magnitudes of these bits.
+    #[inline(always)]
+    pub(super) fn draws(self, bits: u32) -> bool {
+        bits == self.tie
     }
 }
 
@@ -78,17 +99,30 @@ impl Search {
     /// The start of the search for the `top` largest of `elements` magnitudes.
     pub(super) fn start(top: usize, elements: usize) -> Self {
         if top == 0 {
-            Self::Found(Cut { threshold: u32::MAX, ties_below: 0 })
+            Self::Found(Cut::NOTHING)
         } else if top >= elements {
-            Self::Found(Cut { threshold: 0, ties_below: ALL })
+            Self::Found(Cut::ALL)
         } else {
-            Self::Counting { low: 0, shift: WIDEST, sample: elements >= LEAST_SAMPLED }
+            Self::everything(elements >= LEAST_SAMPLED)
         }
     }
 
     /// A search of all elements from the start, whatever their number.
     pub(super) fn of_all() -> Self {
-        Self::Counting { low: 0, shift: WIDEST, sample: false }
+        Self::everything(false)
+    }
+
+    /// All magnitudes, in wide bins.
+    fn everything(sample: bool) -> Self {
+        Self::Counting { low: 0, bins: 1 << (31 - WIDEST), shift: WIDEST, sample }
+    }
+
+    /// Length of the counts of the next pass; none if the cut is known.
+    pub(super) fn counts(self) -> usize {
+        match self {
+            Self::Found(_) => 0,
+            Self::Counting { bins, .. } => EXTRA + bins as usize,
+        }
     }
 
     /// The search that these numbers stand for.
@@ -98,23 +132,22 @@ impl Search {
         reason = "they are the whole numbers that `facts` wrote"
     )]
     pub(super) fn from_facts(facts: &[f64]) -> Self {
-        let (first, second) = (facts[1] as u32, facts[2] as u64);
-        if facts[0] == 1.0 {
-            Self::Found(Cut { threshold: first, ties_below: second })
+        let number = |place: usize| facts[place] as u32;
+        if number(0) == 1 {
+            Self::Found(Cut { from: number(1), tie: number(2), below: number(3) })
         } else {
-            Self::Counting { low: first, shift: second as u32, sample: facts[3] == 1.0 }
+            let sample = number(4) == 1;
+            Self::Counting { low: number(1), bins: number(2), shift: number(3), sample }
         }
     }
 
     /// The numbers that stand for it; f64 holds all of them exactly.
-    #[expect(clippy::cast_precision_loss, reason = "at most 2^32")]
     pub(super) fn facts(self) -> [f64; FACTS] {
-        match self {
-            Self::Found(cut) => [1.0, f64::from(cut.threshold), cut.ties_below as f64, 0.0],
-            Self::Counting { low, shift, sample } => {
-                [0.0, f64::from(low), f64::from(shift), f64::from(u8::from(sample))]
-            }
-        }
+        let numbers = match self {
+            Self::Found(cut) => [1, cut.from, cut.tie, cut.below, 0],
+            Self::Counting { low, bins, shift, sample } => [0, low, bins, shift, u32::from(sample)],
+        };
+        numbers.map(f64::from)
     }
 
     /// Every how many sub-tiles have to be counted.
@@ -125,28 +158,38 @@ impl Search {
     /// Counts some values.
     #[inline(always)]
     pub(super) fn count(self, values: &[f32], counts: &[AtomicU32]) {
-        let Self::Counting { low, shift, .. } = self else { return };
-        let Some((above, bins)) = counts.split_first() else { return };
-        let width = u32::try_from(u64::from(ALL_BINS) << shift).unwrap_or(u32::MAX);
-        let mut higher = 0_u32;
-        for block in values.chunks(BLOCK) {
+        let Self::Counting { low, bins: number, shift, .. } = self else { return };
+        let Some(([above, present], bins)) = counts.split_first_chunk::<EXTRA>() else { return };
+        let width = number << shift;
+        let (mut higher, mut any) = (0_u32, 0_u32);
+        let mut recent = Recent::default();
+        let (blocks, rest) = values.as_chunks::<BLOCK>();
+        for block in blocks {
+            let offsets = block.map(|value| magnitude(value).wrapping_sub(low));
             let mut inside = 0_u32;
-            for &value in block {
-                let bits = magnitude(value);
-                let offset = bits.wrapping_sub(low);
-                higher += u32::from(bits >= low && offset >= width);
-                inside |= u32::from(offset < width);
+            for (place, (value, offset)) in block.iter().zip(offsets).enumerate() {
+                higher += u32::from(magnitude(*value) >= low) & u32::from(offset >= width);
+                inside |= u32::from(offset < width) << place;
             }
-            // Most blocks have nothing inside a narrow bracket.
-            if inside != 0 {
-                for &value in block {
-                    let offset = magnitude(value).wrapping_sub(low);
-                    if offset < width {
-                        bins[(offset >> shift) as usize].fetch_add(1, Ordering::Relaxed);
-                    }
-                }
+            // A bit for each value inside; most blocks have few inside a narrow bracket.
+            while inside != 0 {
+                let offset = offsets[inside.trailing_zeros() as usize % BLOCK];
+                inside &= inside - 1;
+                any |= offset;
+                recent.add(offset >> shift, bins);
             }
         }
+        for &value in rest {
+            let offset = magnitude(value).wrapping_sub(low);
+            if offset < width {
+                any |= offset;
+                recent.add(offset >> shift, bins);
+            } else {
+                higher += u32::from(magnitude(value) >= low);
+            }
+        }
+        recent.flush(bins);
+        present.fetch_or(any, Ordering::Relaxed);
         if higher > 0 {
             above.fetch_add(higher, Ordering::Relaxed);
         }
@@ -154,17 +197,16 @@ impl Search {
 
     /// Draws the conclusion of a pass in the search for the `top` largest of `elements`.
     pub(super) fn conclude(self, counts: &[u32], top: usize, elements: usize) -> Self {
-        let Self::Counting { low, shift, sample } = self else { return self };
-        let (above, bins) = (counts[0] as usize, &counts[1..]);
+        let Self::Counting { low, bins: number, shift, sample } = self else { return self };
+        let (extra, bins) = counts.split_at(EXTRA);
         if sample {
             return Self::bracket(bins, top, elements);
         }
         let start = |bin: usize| low + (u32::try_from(bin).unwrap_or(u32::MAX) << shift);
-        let mut higher = above;
+        let mut higher = extra[0] as usize;
         if higher >= top {
-            // Above the bracket: what lies there, in bins as narrow as fit.
-            let low = u32::try_from((u64::from(ALL_BINS) << shift) + u64::from(low));
-            return Self::over(low.unwrap_or(u32::MAX), MAGNITUDES);
+            // Above the bracket.
+            return Self::over(low + (number << shift), MAGNITUDES);
         }
         for (bin, &count) in bins.iter().enumerate().rev() {
             let count = count as usize;
@@ -172,11 +214,11 @@ impl Search {
                 higher += count;
                 continue;
             }
-            if shift > 0 {
+            let merged = (1_u32 << shift) - 1;
+            if extra[1] & merged != 0 {
                 return Self::over(start(bin), u64::from(start(bin)) + (1 << shift));
             }
-            let ties_below = share(top - higher, count);
-            return Self::Found(Cut { threshold: start(bin), ties_below });
+            return Self::Found(Cut::at(start(bin), top - higher, count));
         }
         Self::over(0, u64::from(low))
     }
@@ -188,38 +230,71 @@ impl Search {
         let wanted = top as f64 / elements as f64;
         let deviation = (wanted * (1.0 - wanted) / sampled.max(1.0)).sqrt();
         let margin = MARGIN_DEVIATIONS * deviation + MARGIN_SHARE;
+        let (first, last) = ((wanted - margin) * sampled, (wanted + margin) * sampled);
         let (mut high, mut low) = (MAGNITUDES, 0);
         let mut higher = 0.0;
         for (bin, &count) in bins.iter().enumerate().rev() {
             let start = (bin as u64) << WIDEST;
-            let next = higher + f64::from(count);
-            if higher <= (wanted - margin) * sampled {
+            if count == 0 {
+                continue;
+            }
+            if higher <= first {
                 high = start + (1 << WIDEST);
             }
-            if next >= (wanted + margin) * sampled && higher < (wanted + margin) * sampled {
-                low = u32::try_from(start).unwrap_or_default();
+            higher += f64::from(count);
+            if higher >= last {
+                low = start;
+                break;
             }
-            higher = next;
         }
-        Self::over(low, high)
+        Self::over(u32::try_from(low).unwrap_or_default(), high)
     }
 
     /// All elements, in the narrowest bins that reach from `low` to `high`.
     fn over(low: u32, high: u64) -> Self {
-        let values = high.saturating_sub(u64::from(low));
-        let shift = (0..=WIDEST).find(|&shift| u64::from(ALL_BINS) << shift >= values);
-        Self::Counting { low, shift: shift.unwrap_or(WIDEST), sample: false }
+        let values = high.saturating_sub(u64::from(low)).max(1);
+        let shift = (0..=WIDEST).find(|&shift| values.div_ceil(1 << shift) <= MOST_BINS);
+        let shift = shift.unwrap_or(WIDEST);
+        let bins = u32::try_from(values.div_ceil(1 << shift)).unwrap_or(u32::MAX);
+        Self::Counting { low, bins, shift, sample: false }
     }
 }
 
-/// One above the largest magnitude.
-const MAGNITUDES: u64 = 1 << 31;
-const ALL_BINS: u32 = 1 << 18;
-/// Elements that are looked at together.
-const BLOCK: usize = 16;
-
-/// `part / whole` of all u32, to be compared with random ones.
-fn share(part: usize, whole: usize) -> u64 {
-    let share = ((part as u128) << 32) / (whole.max(1) as u128);
-    u64::try_from(share).unwrap_or(ALL)
+/// Counts that were not handed on yet. Differences of bf16 weights take few values, and workers that all increment the
+/// count of one of them would wait for each other.
+#[derive(Default)]
+struct Recent {
+    /// Bin and count by the bin's hash.
+    counts: [(u32, u32); RECENT],
 }
+
+const RECENT: usize = 16;
+
+impl Recent {
+    #[inline(always)]
+    fn add(&mut self, bin: u32, bins: &[AtomicU32]) {
+        // Hashed, since the low bits of differences of bf16 weights are zero.
+        let place = bin.wrapping_mul(0x9E37_79B9) >> (u32::BITS - RECENT.ilog2());
+        let slot = &mut self.counts[place as usize];
+        if slot.0 == bin {
+            slot.1 += 1;
+            return;
+        }
+        let (old, count) = std::mem::replace(slot, (bin, 1));
+        if count > 0 {
+            bins[old as usize].fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    #[inline(always)]
+    fn flush(self, bins: &[AtomicU32]) {
+        for (bin, count) in self.counts {
+            if count > 0 {
+                bins[bin as usize].fetch_add(count, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Elements that are looked at together.
+const BLOCK: usize = 32;

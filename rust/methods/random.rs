@@ -41,6 +41,25 @@ pub fn uniforms(key: [u32; 2], stream: u32, first: usize, out: &mut [u32]) {
     }
 }
 
+/// Fills `out` with numbers that tell equal magnitudes apart: a hash of element and key (Wellons' lowbias32), which costs
+/// a fraction of [`uniforms`].
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the hash takes both halves of the index")]
+pub(super) fn tie_breakers(key: [u32; 2], stream: u32, first: usize, out: &mut [u32]) {
+    let salt = key[0] ^ stream.wrapping_mul(WEYL[0]);
+    for (number, element) in out.iter_mut().zip(first as u64..) {
+        let high = ((element >> 32) as u32).wrapping_mul(WEYL[1]);
+        *number = hash(hash(element as u32 ^ salt) ^ key[1] ^ high);
+    }
+}
+
+#[inline(always)]
+fn hash(mut x: u32) -> u32 {
+    x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
+    x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
+    x ^ (x >> 16)
+}
+
 /// The words of [`LANES`] consecutive counters.
 #[inline(always)]
 #[expect(clippy::cast_possible_truncation, reason = "halves of 64-bit numbers")]

@@ -7,9 +7,10 @@
 
 use super::gram::difference;
 use super::quantile::{self, Search, magnitude};
-use super::random::{floor, uniforms};
+use super::random::{floor, tie_breakers};
 use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
 use super::task_vectors::SEED;
+use super::ties::masked;
 use super::{Finding, Method, Request, Slice, Tally};
 use crate::kernels::Kernels;
 
@@ -86,16 +87,21 @@ impl Sce {
         let length = slice.len();
         let variances = variances(kernels, &deltas, self.count, length);
         let mut numbers = vec![0; length];
-        if cut.draws() {
-            uniforms(self.key, 0, slice.first, &mut numbers);
+        if variances.iter().any(|&variance| cut.draws(magnitude(variance))) {
+            tie_breakers(self.key, 0, slice.first, &mut numbers);
         }
-        kernels.run(|| {
-            for delta in deltas.chunks_exact_mut(length.max(1)) {
-                for ((value, variance), &random) in delta.iter_mut().zip(&variances).zip(&numbers) {
-                    *value = if cut.takes(magnitude(*variance), random) { *value } else { 0.0 };
+        kernels.run(
+            #[inline(always)]
+            || {
+                for delta in deltas.chunks_exact_mut(length.max(1)) {
+                    for ((value, variance), &random) in
+                        delta.iter_mut().zip(&variances).zip(&numbers)
+                    {
+                        *value = masked(*value, cut.takes(magnitude(*variance), random));
+                    }
                 }
-            }
-        });
+            },
+        );
         deltas
     }
 }
@@ -104,19 +110,22 @@ impl Sce {
 fn variances(kernels: &Kernels, deltas: &[f32], count: usize, length: usize) -> Vec<f32> {
     let mut means = vec![0.0; length];
     let mut variances = vec![0.0; length];
-    kernels.run(|| {
-        let share = 1.0 / f32::from(u16::try_from(count).unwrap_or(u16::MAX));
-        for delta in deltas.chunks_exact(length.max(1)) {
-            means.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
-        }
-        means.iter_mut().for_each(|mean| *mean *= share);
-        for delta in deltas.chunks_exact(length.max(1)) {
-            for ((sum, value), mean) in variances.iter_mut().zip(delta).zip(&means) {
-                *sum += (value - mean) * (value - mean);
+    kernels.run(
+        #[inline(always)]
+        || {
+            let share = 1.0 / f32::from(u16::try_from(count).unwrap_or(u16::MAX));
+            for delta in deltas.chunks_exact(length.max(1)) {
+                means.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
             }
-        }
-        variances.iter_mut().for_each(|variance| *variance *= share);
-    });
+            means.iter_mut().for_each(|mean| *mean *= share);
+            for delta in deltas.chunks_exact(length.max(1)) {
+                for ((sum, value), mean) in variances.iter_mut().zip(delta).zip(&means) {
+                    *sum += (value - mean) * (value - mean);
+                }
+            }
+            variances.iter_mut().for_each(|variance| *variance *= share);
+        },
+    );
     variances
 }
 
@@ -143,7 +152,9 @@ impl Method for Sce {
 
     fn request(&self, _: usize, facts: &[f64]) -> Request {
         match Search::from_facts(&facts[SEARCH]) {
-            Search::Counting { .. } => Request { sums: 1, counts: quantile::COUNTS, stride: 1 },
+            search @ Search::Counting { .. } => {
+                Request { sums: 1, counts: search.counts(), stride: 1 }
+            }
             Search::Found(_) => Request { sums: self.count, counts: 0, stride: 1 },
         }
     }
@@ -173,7 +184,10 @@ impl Method for Sce {
             differing += f64::from(u32::try_from(found).unwrap_or(u32::MAX));
         }
         tally.sums[0] += differing;
-        kernels.run(|| search.count(&variances, tally.counts));
+        kernels.run(
+            #[inline(always)]
+            || search.count(&variances, tally.counts),
+        );
     }
 
     #[expect(
@@ -225,25 +239,28 @@ impl Method for Sce {
             facts[WEIGHTS..].iter().map(|&weight| crate::dtype::f64_to_f32(weight)).collect();
         let mut votes = vec![0.0_f32; length];
         let mut divisors = vec![0.0_f32; length];
-        kernels.run(|| {
-            for delta in deltas.chunks_exact(length.max(1)) {
-                votes.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
-            }
-            out.fill(0.0);
-            for (delta, &weight) in deltas.chunks_exact(length.max(1)).zip(&weights) {
-                let places = out.iter_mut().zip(&mut divisors).zip(delta.iter().zip(&votes));
-                for ((sum, divisor), (&value, &vote)) in places {
-                    let agrees = if vote >= 0.0 { value > 0.0 } else { value < 0.0 };
-                    *sum += if agrees { value * weight } else { 0.0 };
-                    *divisor += if agrees { weight } else { 0.0 };
+        kernels.run(
+            #[inline(always)]
+            || {
+                for delta in deltas.chunks_exact(length.max(1)) {
+                    votes.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
                 }
-            }
-            for ((value, base), divisor) in
-                out.iter_mut().zip(slice.base.unwrap_or_default()).zip(&divisors)
-            {
-                *value = base + *value / divisor.max(LEAST_DIVISOR);
-            }
-        });
+                out.fill(0.0);
+                for (delta, &weight) in deltas.chunks_exact(length.max(1)).zip(&weights) {
+                    let places = out.iter_mut().zip(&mut divisors).zip(delta.iter().zip(&votes));
+                    for ((sum, divisor), (&value, &vote)) in places {
+                        let agrees = if vote >= 0.0 { value > 0.0 } else { value < 0.0 };
+                        *sum += if agrees { value * weight } else { 0.0 };
+                        *divisor += if agrees { weight } else { 0.0 };
+                    }
+                }
+                for ((value, base), divisor) in
+                    out.iter_mut().zip(slice.base.unwrap_or_default()).zip(&divisors)
+                {
+                    *value = base + *value / divisor.max(LEAST_DIVISOR);
+                }
+            },
+        );
         Ok(())
     }
 }

@@ -89,7 +89,7 @@ pub(super) trait Sparsify: Debug + Send + Sync {
     }
 
     /// Counts a part of the task vector.
-    fn observe(&self, _facts: &[f64], _delta: &[f32], _counts: &[AtomicU32]) {}
+    fn observe(&self, _kernels: &Kernels, _facts: &[f64], _delta: &[f32], _counts: &[AtomicU32]) {}
 
     /// Draws the conclusion of a pass.
     fn conclude(&self, facts: &[f64], _counts: &[u32]) -> Vec<f64> {
@@ -97,7 +97,7 @@ pub(super) trait Sparsify: Debug + Send + Sync {
     }
 
     /// Sets elements that fall out to zero, and scales the others if it knows how. `first` is the index of the first.
-    fn apply(&self, facts: &[f64], first: usize, delta: &mut [f32]);
+    fn apply(&self, kernels: &Kernels, facts: &[f64], first: usize, delta: &mut [f32]);
 }
 
 /// Keeps everything.
@@ -105,7 +105,7 @@ pub(super) trait Sparsify: Debug + Send + Sync {
 pub(super) struct KeepAll;
 
 impl Sparsify for KeepAll {
-    fn apply(&self, _: &[f64], _: usize, _: &mut [f32]) {}
+    fn apply(&self, _: &Kernels, _: &[f64], _: usize, _: &mut [f32]) {}
 }
 
 /// Keeps nothing.
@@ -113,7 +113,7 @@ impl Sparsify for KeepAll {
 pub(super) struct KeepNone;
 
 impl Sparsify for KeepNone {
-    fn apply(&self, _: &[f64], _: usize, delta: &mut [f32]) {
+    fn apply(&self, _: &Kernels, _: &[f64], _: usize, delta: &mut [f32]) {
         delta.fill(0.0);
     }
 }
@@ -213,9 +213,7 @@ impl TaskVectors {
         delta: &mut [f32],
     ) {
         difference(kernels, slice.operands[number], slice.base.unwrap_or_default(), delta);
-        kernels.run(|| {
-            self.sparsifiers[number].apply(self.facts(facts, number), slice.first, delta);
-        });
+        self.sparsifiers[number].apply(kernels, self.facts(facts, number), slice.first, delta);
     }
 
     /// Adds up magnitudes before and after.
@@ -279,9 +277,7 @@ impl Method for TaskVectors {
                 continue;
             }
             difference(kernels, slice.operands[number], slice.base.unwrap_or_default(), &mut delta);
-            kernels.run(|| {
-                self.sparsifiers[number].observe(self.facts(facts, number), &delta, own);
-            });
+            self.sparsifiers[number].observe(kernels, self.facts(facts, number), &delta, own);
         }
     }
 
@@ -331,25 +327,31 @@ impl Method for TaskVectors {
             self.sparse(kernels, facts, slice, number, delta);
             let weight = self.weights[number];
             let factor = crate::dtype::f64_to_f32(factors[number]);
-            kernels.run(|| delta.iter_mut().for_each(|value| *value = *value * factor * weight));
+            kernels.run(
+                #[inline(always)]
+                || delta.iter_mut().for_each(|value| *value = *value * factor * weight),
+            );
         }
         let base = slice.base.unwrap_or_default();
-        kernels.run(|| {
-            out.fill(0.0);
-            for delta in deltas.chunks_exact(length.max(1)) {
-                out.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
-            }
-            if self.consensus {
-                self.elect(&deltas, out);
-            } else if self.normalize {
-                let sum: f32 = self.weights.iter().sum();
-                let divisor = if sum.abs() < LEAST_DIVISOR { 1.0 } else { sum };
-                out.iter_mut().for_each(|sum| *sum /= divisor);
-            }
-            for (value, base) in out.iter_mut().zip(base) {
-                *value = base + *value * self.lambda;
-            }
-        });
+        kernels.run(
+            #[inline(always)]
+            || {
+                out.fill(0.0);
+                for delta in deltas.chunks_exact(length.max(1)) {
+                    out.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
+                }
+                if self.consensus {
+                    self.elect(&deltas, out);
+                } else if self.normalize {
+                    let sum: f32 = self.weights.iter().sum();
+                    let divisor = if sum.abs() < LEAST_DIVISOR { 1.0 } else { sum };
+                    out.iter_mut().for_each(|sum| *sum /= divisor);
+                }
+                for (value, base) in out.iter_mut().zip(base) {
+                    *value = base + *value * self.lambda;
+                }
+            },
+        );
         Ok(())
     }
 }
@@ -359,15 +361,18 @@ const LANES: usize = 32;
 
 /// The sum of magnitudes, in f64, in an order that no SIMD level changes.
 fn sum_of_magnitudes(kernels: &Kernels, values: &[f32]) -> f64 {
-    kernels.run(|| {
-        let mut sums = [0.0_f64; LANES];
-        for block in values.chunks(LANES) {
-            for (sum, value) in sums.iter_mut().zip(block) {
-                *sum += f64::from(value.abs());
+    kernels.run(
+        #[inline(always)]
+        || {
+            let mut sums = [0.0_f64; LANES];
+            for block in values.chunks(LANES) {
+                for (sum, value) in sums.iter_mut().zip(block) {
+                    *sum += f64::from(value.abs());
+                }
             }
-        }
-        sums.iter().sum()
-    })
+            sums.iter().sum()
+        },
+    )
 }
 
 /// Elements whose divisors are held at a time.
@@ -396,8 +401,8 @@ impl TaskVectors {
                 }
             }
             if self.normalize {
-                for (sum, divisor) in sums.iter_mut().zip(divisors) {
-                    *sum /= if divisor == 0.0 { 1.0 } else { divisor };
+                for (sum, divisor) in sums.iter_mut().zip(&divisors) {
+                    *sum /= if *divisor == 0.0 { 1.0 } else { *divisor };
                 }
             }
         }

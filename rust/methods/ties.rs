@@ -5,10 +5,11 @@
 //! random numbers decide, see [`super::quantile`].
 
 use super::quantile::{self, Cut, Search, magnitude};
-use super::random::uniforms;
+use super::random::tie_breakers;
 use super::specification::{Base, Settings, Specification};
 use super::task_vectors::{COMMON, NORMALIZE, RESCALE, SEED, Sparsify, TaskVectors};
 use super::{Method, random};
+use crate::kernels::Kernels;
 use std::sync::atomic::AtomicU32;
 
 /// `ties` in the table of methods.
@@ -67,11 +68,29 @@ impl Band {
         [&facts[..quantile::FACTS], &facts[quantile::FACTS..]].map(Search::from_facts)
     }
 
-    /// Whether the element lies in the band.
+    /// Whether random numbers decide about any of the values.
     #[inline(always)]
-    fn takes([outer, inner]: [Cut; 2], bits: u32, random: u32) -> bool {
-        outer.takes(bits, random) && !inner.takes(bits, random)
+    fn tied([outer, inner]: [Cut; 2], values: &[f32]) -> bool {
+        let at_border = |found, value: &f32| {
+            let bits = magnitude(*value);
+            found | u32::from(outer.draws(bits)) | u32::from(inner.draws(bits))
+        };
+        values.iter().fold(0, at_border) != 0
     }
+
+    /// The value, or zero if it lies outside the band.
+    #[inline(always)]
+    fn take([outer, inner]: [Cut; 2], value: f32, random: u32) -> f32 {
+        let bits = magnitude(value);
+        let taken = outer.takes(bits, random) & !inner.takes(bits, random);
+        masked(value, taken)
+    }
+}
+
+/// The value if `taken` is 1, zero if it is 0.
+#[inline(always)]
+pub(super) fn masked(value: f32, taken: u32) -> f32 {
+    f32::from_bits(value.to_bits() & 0_u32.wrapping_sub(taken & 1))
 }
 
 impl Sparsify for Band {
@@ -89,44 +108,50 @@ impl Sparsify for Band {
         let open =
             Self::searches(facts).into_iter().filter(|search| !matches!(search, Search::Found(_)));
         let stride = open.map(Search::stride).min()?;
-        Some((2 * quantile::COUNTS, stride))
+        Some((Self::searches(facts).into_iter().map(Search::counts).sum(), stride))
     }
 
-    #[inline(always)]
-    fn observe(&self, facts: &[f64], delta: &[f32], counts: &[AtomicU32]) {
-        let searches = Self::searches(facts).into_iter();
-        for (search, counts) in searches.zip(counts.chunks_exact(quantile::COUNTS)) {
-            search.count(delta, counts);
+    fn observe(&self, kernels: &Kernels, facts: &[f64], delta: &[f32], counts: &[AtomicU32]) {
+        let mut rest = counts;
+        for search in Self::searches(facts) {
+            let (own, others) = rest.split_at(search.counts());
+            rest = others;
+            kernels.run(
+                #[inline(always)]
+                || search.count(delta, own),
+            );
         }
     }
 
     fn conclude(&self, facts: &[f64], counts: &[u32]) -> Vec<f64> {
-        let tops = [self.outer, self.inner].into_iter();
-        let searches = Self::searches(facts).into_iter().zip(counts.chunks_exact(quantile::COUNTS));
+        let mut rest = counts;
+        let searches = Self::searches(facts).into_iter().zip([self.outer, self.inner]);
         searches
-            .zip(tops)
-            .flat_map(|((search, counts), top)| search.conclude(counts, top, self.elements).facts())
+            .flat_map(|(search, top)| {
+                let (own, others) = rest.split_at(search.counts());
+                rest = others;
+                search.conclude(own, top, self.elements).facts()
+            })
             .collect()
     }
 
-    #[inline(always)]
-    fn apply(&self, facts: &[f64], first: usize, delta: &mut [f32]) {
+    fn apply(&self, kernels: &Kernels, facts: &[f64], first: usize, delta: &mut [f32]) {
         let [Search::Found(outer), Search::Found(inner)] = Self::searches(facts) else { return };
         let cuts = [outer, inner];
-        for (number, part) in delta.chunks_mut(PART).enumerate() {
-            let mut numbers = [0; PART];
-            let tied = cuts.into_iter().filter(|cut| cut.draws()).any(|cut| {
-                let equal =
-                    |found, value: &f32| found | u32::from(magnitude(*value) == cut.threshold);
-                part.iter().fold(0, equal) != 0
-            });
-            if tied {
-                let numbers = &mut numbers[..part.len()];
-                uniforms(self.key, self.stream, first + number * PART, numbers);
-            }
-            for (value, random) in part.iter_mut().zip(numbers) {
-                *value = if Self::takes(cuts, magnitude(*value), random) { *value } else { 0.0 };
-            }
-        }
+        kernels.run(
+            #[inline(always)]
+            || {
+                for (number, part) in delta.chunks_mut(PART).enumerate() {
+                    let mut numbers = [0; PART];
+                    if Self::tied(cuts, part) {
+                        let numbers = &mut numbers[..part.len()];
+                        tie_breakers(self.key, self.stream, first + number * PART, numbers);
+                    }
+                    for (value, &random) in part.iter_mut().zip(&numbers) {
+                        *value = Self::take(cuts, *value, random);
+                    }
+                }
+            },
+        );
     }
 }

@@ -1,20 +1,20 @@
 //! Operands: input tensors, found, checked and mapped, with what adapters do to them.
 
 use super::schema;
-use crate::checkpoint::{Checkpoint, MappedFile};
+use crate::checkpoint::{Checkpoint, InputFile, ReadBackend};
 use crate::dtype::Float;
 use crate::{Error, Result};
 use safetensors::Dtype;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-/// A mapped input tensor.
+/// An input tensor.
 #[derive(Debug)]
 pub struct Input {
     /// The shard it lies in.
-    pub file: Arc<MappedFile>,
+    pub file: Arc<InputFile>,
     /// Where that shard is, for messages.
     pub path: PathBuf,
     /// The tensor's name there.
@@ -28,10 +28,12 @@ pub struct Input {
 }
 
 impl Input {
-    /// Its bytes.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &self.file.bytes()[self.range.clone()]
+    /// Reads some of its bytes into `out`, which is as long.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::read`].
+    pub fn read(&self, bytes: &Range<usize>, out: &mut [u8]) -> Result<()> {
+        self.file.read(&(self.range.start + bytes.start..self.range.start + bytes.end), out)
     }
 
     /// Gives the pages of some of its bytes back.
@@ -72,11 +74,11 @@ impl FloatInput {
         Ok(Self { input, dtype })
     }
 
-    /// The bytes of some elements.
+    /// The place of some elements among its bytes.
     #[must_use]
-    pub fn elements(&self, elements: Range<usize>) -> &[u8] {
+    pub fn place(&self, elements: Range<usize>) -> Range<usize> {
         let size = self.dtype.size();
-        &self.input.bytes()[elements.start * size..elements.end * size]
+        elements.start * size..elements.end * size
     }
 }
 
@@ -161,6 +163,10 @@ pub(super) struct Inputs<'a> {
     pub sources: &'a BTreeMap<String, Checkpoint>,
     /// Source names and file names.
     pub reads: &'a mut BTreeSet<(String, String)>,
+    /// The files that are open, by their path.
+    pub files: &'a mut HashMap<PathBuf, Arc<InputFile>>,
+    /// How files are opened.
+    pub backend: ReadBackend,
 }
 
 impl Inputs<'_> {
@@ -282,8 +288,17 @@ impl Inputs<'_> {
         })?;
         let (shard, entry) = checkpoint.get(tensor)?;
         self.reads.insert((source.to_owned(), shard.name.clone()));
+        let file = match self.files.get(&shard.path) {
+            Some(file) => Arc::clone(file),
+            None => {
+                let size = shard.header.identity.size;
+                let file = Arc::new(InputFile::open(&shard.path, size, self.backend)?);
+                self.files.insert(shard.path.clone(), Arc::clone(&file));
+                file
+            }
+        };
         Ok(Input {
-            file: Arc::clone(shard.mapped()?),
+            file,
             path: shard.path.clone(),
             tensor: tensor.to_owned(),
             range: entry.range.clone(),

@@ -3,14 +3,15 @@
 use super::layout::Layout;
 use super::operand::{Input, Inputs, Operand};
 use super::schema;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, InputFile, ReadBackend};
 use crate::dtype::Float;
 use crate::methods::{self, Convert, Method};
 use crate::{Error, Result};
 use serde_json::{Map, Value};
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A validated plan with its inputs opened and mapped.
 #[derive(Debug)]
@@ -32,6 +33,32 @@ pub struct PlannedShard {
     pub digest: String,
     /// Source names and file names that it reads.
     reads: BTreeSet<(String, String)>,
+}
+
+impl PlannedShard {
+    /// The input file that this output file equals byte for byte, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::read`].
+    pub fn equal_input(&self) -> Result<Option<&InputFile>> {
+        let mut file: Option<&Arc<InputFile>> = None;
+        for tensor in &self.tensors {
+            let Operation::Copy(input) = &tensor.operation else { return Ok(None) };
+            if file.is_some_and(|file| !Arc::ptr_eq(file, &input.file))
+                || input.range != tensor.range
+            {
+                return Ok(None);
+            }
+            file = Some(&input.file);
+        }
+        let Some(file) = file else { return Ok(None) };
+        if file.size() != self.layout.size as u64 {
+            return Ok(None);
+        }
+        let mut header = vec![0; self.layout.header.len()];
+        file.read(&(0..header.len()), &mut header)?;
+        Ok((header == self.layout.header).then_some(&**file))
+    }
 }
 
 /// One output tensor.
@@ -95,12 +122,20 @@ impl Operation {
 }
 
 impl Plan {
-    /// Parses and validates a plan, opens its sources and maps what it reads.
+    /// As [`Plan::open`], with inputs read as seems best.
+    ///
+    /// # Errors
+    /// Those of [`Plan::open`].
+    pub fn from_json(json: &str) -> Result<Self> {
+        Self::open(json, ReadBackend::Auto)
+    }
+
+    /// Parses and validates a plan and opens what it reads.
     ///
     /// # Errors
     /// [`Error::Plan`] if the JSON or what it claims is wrong, [`Error::InputChanged`] if an input is not the one it
     /// was made for, and whatever opening a checkpoint raises.
-    pub fn from_json(json: &str) -> Result<Self> {
+    pub fn open(json: &str, backend: ReadBackend) -> Result<Self> {
         let plan: schema::Plan =
             serde_json::from_str(json).map_err(|e| Error::Plan(e.to_string()))?;
         if plan.version != schema::VERSION {
@@ -115,6 +150,7 @@ impl Plan {
             .iter()
             .map(|(name, source)| Ok((name.clone(), open_source(source)?)))
             .collect::<Result<BTreeMap<_, _>>>()?;
+        let mut open = HashMap::new();
         let mut files = HashSet::new();
         let mut names = HashSet::new();
         let mut shards = Vec::with_capacity(plan.shards.len());
@@ -134,7 +170,7 @@ impl Plan {
                     )));
                 }
             }
-            shards.push(plan_shard(&plan, &sources, shard)?);
+            shards.push(plan_shard(&plan, &sources, shard, &mut open, backend)?);
         }
         Ok(Self { sources, shards })
     }
@@ -210,12 +246,14 @@ fn plan_shard(
     plan: &schema::Plan,
     sources: &BTreeMap<String, Checkpoint>,
     shard: &schema::Shard,
+    files: &mut HashMap<PathBuf, Arc<InputFile>>,
+    backend: ReadBackend,
 ) -> Result<PlannedShard> {
     let layout = Layout::of(shard).map_err(Error::Plan)?;
     let mut reads = BTreeSet::new();
     let mut tensors = Vec::with_capacity(shard.tensors.len());
     for (tensor, range) in shard.tensors.iter().zip(&layout.ranges) {
-        let mut inputs = Inputs { sources, reads: &mut reads };
+        let mut inputs = Inputs { sources, reads: &mut reads, files, backend };
         let operation = match (&tensor.copy, &tensor.merge) {
             (Some(source), None) => copy(tensor, inputs.open(source, tensor)?)?,
             (None, Some(merge)) => {

@@ -117,6 +117,16 @@ impl Output {
         TileFile::create(self.partial(file), self.path.join(file), size, mode)
     }
 
+    /// Creates the partial file of a shard as a clone of an input file of the same bytes, which takes no time and no
+    /// room; `None` where the file system has no such thing.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn clone_shard(&self, file: &str, size: usize, source: &File) -> Result<Option<TileFile>> {
+        self.prepare()?;
+        TileFile::clone_of(source, self.partial(file), self.path.join(file), size)
+    }
+
     /// Syncs and names a fully written shard, and enters it into the journal.
     ///
     /// # Errors

@@ -87,6 +87,33 @@ impl TileFile {
         Ok(new)
     }
 
+    /// A file that shares the blocks of `source`, an input of the same size; `None` where the file system cannot do that.
+    pub(super) fn clone_of(
+        source: &File,
+        partial: PathBuf,
+        target: PathBuf,
+        size: usize,
+    ) -> Result<Option<Self>> {
+        let (file, direct) = open(&partial, WriteMode::Buffered)?;
+        let new = Self {
+            file,
+            partial,
+            target,
+            size,
+            mode: WriteMode::Buffered,
+            direct: AtomicBool::new(direct),
+            committed: AtomicBool::new(false),
+        };
+        #[cfg(target_os = "linux")]
+        let cloned = rustix::fs::ioctl_ficlone(&new.file, source).is_ok();
+        #[cfg(not(target_os = "linux"))]
+        let cloned = {
+            let _ = source;
+            false
+        };
+        Ok(cloned.then_some(new))
+    }
+
     /// Reserves the whole file at once: fewer extents, and a full disk shows before any work is done.
     fn allocate(&self) -> Result<()> {
         #[cfg(target_os = "linux")]

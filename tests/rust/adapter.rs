@@ -1,6 +1,7 @@
 //! Operands that adapters change, against dense arithmetic in f64.
 
 use crate::fixtures::{Tensor, random_floats, source, write};
+use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
@@ -101,7 +102,17 @@ impl Fixture {
                 "merge": {"method": "linear", "parameters": {"normalize": false}, "operands": operands},
             }]}],
         });
+        self.check_positioned_reads(&plan.to_string());
         Plan::from_json(&plan.to_string()).unwrap()
+    }
+
+    /// The plan must give the same values whether its inputs are mapped or read.
+    fn check_positioned_reads(&self, plan: &str) {
+        let options = Options { threads: 2, tile_bytes: 4096, ..Options::default() };
+        let values = [ReadBackend::Mmap, ReadBackend::Pread]
+            .map(|backend| self.run(&Plan::open(plan, backend).unwrap(), &options));
+        let bits = values.map(|values| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
+        assert_eq!(bits[0], bits[1]);
     }
 
     fn run(&self, plan: &Plan, options: &Options) -> Vec<f32> {

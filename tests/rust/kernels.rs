@@ -165,6 +165,20 @@ proptest! {
     }
 
     #[test]
+    fn dot_is_the_sum_of_the_products(
+        values in prop::collection::vec((-1e3_f32..1e3, -1e3_f32..1e3), 0..200),
+    ) {
+        let (left, right): (Vec<f32>, Vec<f32>) = values.iter().copied().unzip();
+        let products: Vec<f64> = values.iter().map(|&(x, y)| f64::from(x) * f64::from(y)).collect();
+        let sizes: f64 = products.iter().map(|product| product.abs()).sum();
+        // From the last to the first, and no sum is off by more than this.
+        let expected: f64 = products.iter().rev().sum();
+        for kernels in levels() {
+            prop_assert!((kernels.dot(&left, &right) - expected).abs() <= 200.0 * f64::EPSILON * sizes);
+        }
+    }
+
+    #[test]
     fn work_of_every_level_gives_the_same_bits(
         values in prop::collection::vec((any::<f32>(), any::<f32>()), 0..100),
     ) {

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod checkpoint;
+mod difference;
 mod fixtures;
 mod kernels;
 mod merge;

@@ -2,6 +2,7 @@
 
 use crate::fixtures::{Pair, Tensor, WEIGHTS, source, write, write_raw};
 use half::{bf16, f16};
+use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
@@ -108,6 +109,38 @@ fn bits_do_not_depend_on_threads_tiles_writes_or_simd() {
             }
         }
     }
+}
+
+#[test]
+fn positioned_reads_give_the_same_bytes() {
+    let pair = Pair::new(LAYOUT);
+    let json = pair.plan(2).to_string();
+    for backend in [ReadBackend::Mmap, ReadBackend::Pread] {
+        let plan = Plan::open(&json, backend).unwrap();
+        run(&plan, &pair.path(&format!("{backend:?}")), &Options::default()).unwrap();
+        let found = verify(
+            &plan.select(None).unwrap(),
+            &pair.path(&format!("{backend:?}")),
+            &verify::Options { threads: 2, sample: 1.0, seed: 0, kernels: Kernels::detect() },
+            &Progress::default(),
+            &mut || true,
+        );
+        assert_eq!(found.unwrap().mismatches, []);
+    }
+    let bytes = |name: &str| std::fs::read(pair.path(name).join("model-1.safetensors")).unwrap();
+    assert!(bytes("Mmap") == bytes("Pread"));
+}
+
+#[test]
+fn a_file_that_shrinks_under_positioned_reads_is_an_error() {
+    let pair = Pair::new(LAYOUT);
+    let plan = Plan::open(&pair.plan(1).to_string(), ReadBackend::Pread).unwrap();
+    let path = pair.path("first").join("model.safetensors");
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    let failed = run(&plan, &pair.path("out"), &Options::default());
+    assert!(matches!(failed, Err(Error::InputChanged { .. })), "{failed:?}");
+    assert!(!pair.path("out").join("model-0.safetensors").exists());
 }
 
 #[test]

@@ -1,12 +1,14 @@
 //! What stands in the output directory after success, failure, a crash, and in between.
 
-use crate::fixtures::Pair;
+use crate::fixtures::{Pair, source};
 use safemerge_fast::Error;
+use safemerge_fast::checkpoint::Checkpoint;
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::plan::Plan;
 use safemerge_fast::writer::{JOURNAL, Output, WriteMode};
 use safetensors::Dtype;
+use serde_json::json;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -172,11 +174,52 @@ fn a_forced_mode_is_kept_or_refused() {
         let output = Output::open(&pair.path("out"), [], false, true).unwrap();
         let options = Options { write, ..Options::default() };
         match execute(&plan, &shards, &output, &options, &Progress::default(), &mut || true) {
-            Ok(facts) => assert_eq!(facts[0].direct, direct),
+            Ok(facts) => assert_eq!(facts[0].write == "direct", direct),
             Err(error) => {
                 assert!(direct && error.to_string().contains("refuses direct writes"), "{error}")
             }
         }
         output.finish().unwrap();
     }
+}
+
+#[test]
+fn a_shard_that_equals_an_input_is_cloned_where_blocks_can_be_shared() {
+    let pair = Pair::new(&[("a", Dtype::BF16, &[40, 30]), ("b", Dtype::F32, &[7])]);
+    let input = pair.path("first").join("model.safetensors");
+    let checkpoint = Checkpoint::open(&pair.path("first")).unwrap();
+    let tensors: Vec<_> = checkpoint
+        .tensors()
+        .map(|(_, tensor)| {
+            json!({"name": tensor.name, "dtype": tensor.dtype.to_string(), "shape": tensor.shape,
+                   "copy": {"source": "first", "tensor": tensor.name}})
+        })
+        .collect();
+    let plan = json!({
+        "version": 1, "sources": {"first": source(&pair.path("first"))},
+        "shards": [{"file": "whole.safetensors", "tensors": tensors},
+                   {"file": "part.safetensors", "tensors": [
+                       {"name": "c", "dtype": "F32", "shape": [7],
+                        "copy": {"source": "first", "tensor": "b"}}]}],
+    });
+    let plan = Plan::from_json(&plan.to_string()).unwrap();
+    assert!(plan.shards()[0].equal_input().unwrap().is_some());
+    assert!(plan.shards()[1].equal_input().unwrap().is_none());
+    let output = Output::open(&pair.path("out"), [], false, false).unwrap();
+    let shards = plan.select(None).unwrap();
+    let done = |options: &Options| {
+        execute(&plan, &shards, &output, options, &Progress::default(), &mut || true).unwrap()
+    };
+    let facts = done(&Options::default());
+    // What coreutils can do in this directory, the engine must have done.
+    let copied = std::process::Command::new("cp")
+        .arg("--reflink=always")
+        .args([&input, &pair.path("cloned")])
+        .stderr(std::process::Stdio::null())
+        .status();
+    let shares = copied.is_ok_and(|status| status.success());
+    assert_eq!(facts[0].write == "cloned", shares);
+    assert_ne!(facts[1].write, "cloned");
+    let written = std::fs::read(pair.path("out").join("whole.safetensors")).unwrap();
+    assert!(written == std::fs::read(input).unwrap());
 }

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,7 +107,8 @@ def _update(models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]) -
     for factor in factors:
         a, b = (read_tensor(models[factor.source], name).double() for name in (factor.a, factor.b))
         for name, values in ((factor.a, a), (factor.b, b)):
-            if not bool(torch.isfinite(values).all()):
+            # The sum is a fortieth of the work of a look at every value, and finite only if all of them are.
+            if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
                 reason = f"non-finite values in {factor.source} tensor {name}"
                 return _Update(torch.empty(0, 0, dtype=torch.float64), math.nan), reason
         if factor.transpose != row.transposed:
@@ -130,8 +132,7 @@ def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> 
     width = rank + PROBES
     columns = workspace.buffer("columns", d_out, width)
     columns[:, :rank].copy_(update.columns.float())
-    generator = torch.Generator().manual_seed(_SEED)
-    columns[:, rank:].copy_(torch.randn(d_out, PROBES, generator=generator))
+    columns[:, rank:].copy_(_probes(d_out))
     images = workspace.buffer("images", d_in, width).zero_()  # G, later scaled
     returned = workspace.buffer("returned", d_out, width).zero_()  # H, scaled like G
     scale = _pass_over_columns if row.transposed else _pass_over_rows
@@ -144,6 +145,12 @@ def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> 
     rho = overlap / math.sqrt(squares * scale_squares) if squares > 0.0 else 0.0
     null = _null(inner / scale_squares, outer / scale_squares, rank, v)
     return max(0.0, min(1.0, rho)), null
+
+
+@lru_cache(maxsize=4)  # models have few sizes, and the drawing takes longer than what is done with them
+def _probes(size: int) -> torch.Tensor:
+    """The Gaussian columns that every module with this d_out shares; not to be written to."""
+    return torch.randn(size, PROBES, generator=torch.Generator().manual_seed(_SEED))
 
 
 def _pass_over_rows(

@@ -29,7 +29,7 @@ def score_in_threads(score: Callable[[_Item], _Result], items: Iterable[_Item]) 
 
     Args:
         score: What to do with an item; runs in several threads at once.
-        items: The items. Two per thread are under way at most.
+        items: The items. Eight per thread are under way or wait, so that nobody idles while the oldest takes long.
 
     Yields:
         The results in the order of the items.
@@ -40,7 +40,7 @@ def score_in_threads(score: Callable[[_Item], _Result], items: Iterable[_Item]) 
     try:
         for item in items:
             waiting.append(executor.submit(score, item))
-            if len(waiting) >= 2 * count:
+            if len(waiting) >= 8 * count:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

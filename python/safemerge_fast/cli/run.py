@@ -34,9 +34,10 @@ def command(
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Make what the recipe in the YAML file CONFIG says.
+    """Make what the YAML file CONFIG says: a recipe, or a merge as mergekit's configurations say it.
 
-    Its field `recipe` is one of:
+    With the field `merge_method` it is in mergekit's format: models or slices, base_model, parameters, dtype,
+    tokenizer_source. Else its field `recipe` is one of:
 
     \b
     fold       Folds a LoRA adapter into the checkpoint it was trained on, exactly and without torch;
@@ -66,15 +67,22 @@ def command(
 
         merge_and_say(terminal, configuration)
         return
-    from ..recipes.fold import run_fold
+    from ..recipes.fold import FoldConfiguration, FoldReport, run_fold
+    from ..recipes.mergekit.execution import MergekitReport, run_mergekit
     from ..sizes import format_size
 
+    report: FoldReport | MergekitReport
     with terminal.progress() as progress:
-        report = run_fold(configuration, progress)
+        if isinstance(configuration, FoldConfiguration):
+            report = run_fold(configuration, progress)
+            done = f"folded: {report.changed} of {len(report.tensors)} tensors changed"
+        else:
+            report = run_mergekit(configuration, progress)
+            done = f"merged: {report.merged} of {len(report.tensors)} tensors computed, the others copied,"
     terminal.say_some("note", report.notes, rest="-v prints them all")
     terminal.result(
         report.to_json,
-        f"folded: {report.changed} of {len(report.tensors)} tensors changed in {report.output}, "
+        f"{done} in {report.output}, "
         f"{format_size(report.bytes_written)} in {len(report.shards)} file(s), {report.seconds['total']:.1f} s, "
         f"peak memory {format_size(report.peak_memory_bytes)}",
     )

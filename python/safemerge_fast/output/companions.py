@@ -6,16 +6,17 @@ What is not listed here is left behind: pickles, GGUF files, the old index, opti
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model import Model
 from ..errors import CheckpointError
 
-__all__ = ["companion_files", "configuration_file"]
+__all__ = ["companion_files", "configuration_file", "has_tokenizer"]
 
 CONFIGURATION = "config.json"
 
@@ -59,7 +60,8 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
     Args:
         model: The checkpoint that the output is shaped like. Where a single file was given for it, the
             directory it lies in is looked at if that holds a config.json.
-        tokenizer: An adapter of it. If a tokenizer lies there, it is taken in place of the checkpoint's.
+        tokenizer: An adapter of it, or another model. If a tokenizer lies there, it is taken in place of the
+            checkpoint's.
 
     Returns:
         (where a file lies, its name in the output), sorted by name.
@@ -81,23 +83,26 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
 
 def _tokenizer_directory(model: Model | None) -> Path | None:
     """The model's directory if it has a tokenizer of its own."""
-    if model is None:
-        return None
+    return None if model is None or not has_tokenizer(model) else _directory(model)
+
+
+def has_tokenizer(model: Model) -> bool:
+    """Whether a tokenizer lies beside a model's weights."""
     names = ("tokenizer.json", "tokenizer_config.json")
-    directory = _directory(model)
-    return directory if any((directory / name).is_file() for name in names) else None
+    return any((_directory(model) / name).is_file() for name in names)
 
 
-def configuration_file(model: Model, dtype: str) -> bytes | None:
+def configuration_file(model: Model, dtype: str, config: Mapping[str, Any] | None = None) -> bytes | None:
     """The output's config.json.
 
     Args:
-        model: The fine-tuned model.
+        model: The model that the output is shaped like.
         dtype: "auto" takes the file over byte for byte; "bfloat16", "float16" or "float32" is written where
             the configuration names a dtype (`dtype`, `torch_dtype`, also in `text_config`), for loaders.
+        config: What the file says in place of the model's own, if it is not to be that.
 
     Returns:
-        The file's bytes, or None if the fine-tuned model has none.
+        The file's bytes, or None if the model has none.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -109,13 +114,13 @@ def configuration_file(model: Model, dtype: str) -> bytes | None:
         return None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if dtype == "auto":
+    if dtype == "auto" and config is None:
         return text
-    config = dict(model.config)
-    for part in (config, config.get("text_config")):
+    written = copy.deepcopy(dict(model.config if config is None else config))
+    for part in (written, written.get("text_config")) if dtype != "auto" else ():
         if isinstance(part, dict):
             part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _directory(model: Model) -> Path:

@@ -40,6 +40,7 @@ def publish(
     card: str,
     report: str,
     dtype: str,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes all that is not weights; what makes the output loadable comes last.
 
@@ -52,6 +53,7 @@ def publish(
         card: README.md.
         report: safemerge_report.json.
         dtype: The dtype that was asked for, as configuration_file takes it.
+        config: What config.json says in place of the host's, if it is not to be that.
 
     Raises:
         OutputError: A file cannot be written.
@@ -62,7 +64,7 @@ def publish(
     # A line per tensor in both.
     output.write_file(PLAN_FILE, write_document(plan_document(models, planned), levels=4).encode())
     output.write_file(REPORT_FILE, report.encode())
-    configuration = configuration_file(host, dtype)
+    configuration = configuration_file(host, dtype, config)
     if configuration is not None:
         output.write_file(CONFIGURATION, configuration)
     if len(planned) > 1:

@@ -27,7 +27,7 @@ from .names import match_names
 from .operand import Operand, Term
 from .tied import embedding_name, is_head, ties_head
 
-__all__ = ["Pairing", "Row", "match_names", "pair", "pair_adapter"]
+__all__ = ["Pairing", "Row", "counterparts", "in_file_order", "match_names", "pair", "pair_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +110,14 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
     adapted, notes = _adapted(models)
     # What rows are made from: the fine-tuned model, or the one that it is an adapter of.
     anchor = models["aligned" if "finetuned" in adapted else "finetuned"]
-    tensors = _in_file_order(anchor)
+    tensors = in_file_order(anchor)
     selection = _Selection(include, exclude, tensors)
     others = {
         role: models[role] for role in ROLES if role in models and role not in adapted and role != anchor.role
     }
     matches: dict[str, dict[str, str]] = {}
     for role, model in others.items():
-        matches[role], found = _counterparts(tensors, model)
+        matches[role], found = counterparts([tensor.name for tensor in tensors], model)
         notes += found
     layers = decoder_layers(anchor.config)
     rows: list[Row] = []
@@ -196,7 +196,7 @@ def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
             reason="adapted" if tensor.name in adapted else "not adapted",
             terms={adapter.role: adapted.get(tensor.name, (Term(Operand(model.role, tensor.name)),))},
         )
-        for tensor in _in_file_order(model)
+        for tensor in in_file_order(model)
     )
     notes = (*adapter_notes(adapter, model, adapted), *_config_notes({model.role: model}))
     return Pairing(rows, {}, notes)
@@ -244,27 +244,38 @@ def _is_transposed(tensor: TensorInfo, anchor: Model, adapted: _Adapted) -> bool
     return is_stored_transposed(tensor, anchor.config)
 
 
-def _counterparts(tensors: Sequence[TensorInfo], other: Model) -> tuple[dict[str, str], list[str]]:
-    """Maps names of the fine-tuned model to another model's; and says what was not an exact match."""
+def counterparts(names: Sequence[str], other: Model) -> tuple[dict[str, str], list[str]]:
+    """Maps names of one model's tensors to another model's; and says what was not an exact match.
+
+    Args:
+        names: Names of the one model; a head that the other does not store because it ties it is the embedding.
+        other: The other model.
+
+    Returns:
+        The counterpart of each name that has one, and notes.
+    """
     notes = []
-    found = match_names(
-        [tensor.name for tensor in tensors], [tensor.name for tensor in other.headers.tensors]
-    )
+    found = match_names(names, [tensor.name for tensor in other.headers.tensors])
     renamed = [name for name, match in found.items() if name != match]
     if renamed:
         notes.append(
             f"{len(renamed)} tensors have other names in {other.role}, "
             f"such as {found[renamed[0]]} for {renamed[0]}"
         )
+    # Names of a part of a model may be without its embedding.
     embedding = embedding_name(found)
-    for tensor in tensors:
-        if tensor.name in found or embedding is None or not is_head(tensor.name):
+    tied = (
+        embedding_name(tensor.name for tensor in other.headers.tensors)
+        if embedding is None
+        else found[embedding]
+    )
+    for name in names:
+        if name in found or tied is None or not is_head(name):
             continue
         if ties_head(other.config):
-            found[tensor.name] = found[embedding]
+            found[name] = tied
             notes.append(
-                f"{tensor.name} is not stored in {other.role}, which ties it to {found[embedding]}; "
-                f"that is taken for it"
+                f"{name} is not stored in {other.role}, which ties it to {tied}; that is taken for it"
             )
     return found, notes
 
@@ -309,7 +320,7 @@ def _compile(flag: str, pattern: str | None) -> re.Pattern[str] | None:
         raise PairingError(f"{flag} {pattern} is not a regular expression: {error}") from error
 
 
-def _in_file_order(model: Model) -> list[TensorInfo]:
+def in_file_order(model: Model) -> list[TensorInfo]:
     """Tensors by file, and by offset within a file, which is the order in which the headers list them."""
     places = {file: place for place, file in enumerate(model.headers.files)}
     return sorted(model.headers.tensors, key=lambda tensor: places[tensor.file])

@@ -62,7 +62,10 @@ class ShardWriter:
             PlanError: The engine finds fault with it.
             CheckpointError: An input cannot be opened.
         """
-        checked = _engine.Plan(json.dumps(plan))
+        self.submit_checked(_engine.Plan(json.dumps(plan)))
+
+    def submit_checked(self, checked: _engine.Plan) -> None:
+        """Queues the execution of a plan of one shard."""
         self._waiting.append((checked.shards[0], self._executor.submit(self._execute, checked)))
 
     def poll(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..pairing.operand import Operand, Term
 
-__all__ = ["Composition", "combine"]
+__all__ = ["Composition", "combine", "describe_operand"]
 
 # Sums of weights such as 0.8 + (1 - 0.8) are meant to be whole.
 _ROUNDING = 1e-12
@@ -87,13 +87,14 @@ def _sum(terms: Sequence[Term]) -> Sequence[Term]:
 
 
 def _describe(term: Term) -> str:
-    text = _describe_operand(term.operand)
+    text = describe_operand(term.operand)
     if term.weight == 1.0:
         return text
     return f"{term.weight:.12g} {text if term.operand.is_plain else f'({text})'}"
 
 
-def _describe_operand(operand: Operand) -> str:
+def describe_operand(operand: Operand) -> str:
+    """An operand in a few words, e.g. `model + 2·B·A(adapter)`."""
     text = operand.source
     if operand.rows is not None:
         text += f" with {len(operand.rows.indices)} rows of {operand.rows.source}"

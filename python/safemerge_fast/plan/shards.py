@@ -243,5 +243,8 @@ def _inputs(tensor: Mapping[str, Any]) -> list[tuple[str, str]]:
     """All (source, tensor) that one planned tensor reads."""
     if "copy" in tensor:
         return references(tensor["copy"])
-    operands = tensor["merge"]["operands"]
-    return [reference for weighted in operands for reference in references(weighted["operand"])]
+    merge = tensor["merge"]
+    operands = [weighted["operand"] for weighted in merge["operands"]]
+    if "base" in merge:
+        operands.append(merge["base"])
+    return [reference for operand in operands for reference in references(operand)]

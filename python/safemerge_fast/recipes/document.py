@@ -1,4 +1,7 @@
-"""Recipes in files: a YAML document whose field `recipe` says which, and whose other fields are its settings."""
+"""Recipes in files: YAML whose field `recipe` says which, and whose other fields are its settings.
+
+A document with `merge_method` in place of `recipe` is a configuration in mergekit's format, see `mergekit/`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from typing import Any
 from ..errors import PlanError
 from ..pipeline.configuration import MergeConfiguration
 from .fold import FoldConfiguration
+from .mergekit.document import read_document
+from .mergekit.execution import MergekitConfiguration
 
 __all__ = ["RECIPES", "read_recipe"]
 
@@ -24,7 +29,9 @@ RECIPES: Mapping[str, type[MergeConfiguration] | type[FoldConfiguration]] = {
 _OF_THE_RUN = frozenset({"output", "resume", "overwrite"})
 
 
-def read_recipe(file: str | Path, *, output: str, **run: Any) -> MergeConfiguration | FoldConfiguration:
+def read_recipe(
+    file: str | Path, *, output: str, **run: Any
+) -> MergeConfiguration | FoldConfiguration | MergekitConfiguration:
     """Reads a recipe.
 
     Args:
@@ -42,11 +49,15 @@ def read_recipe(file: str | Path, *, output: str, **run: Any) -> MergeConfigurat
         AnalysisError: A field of the decision's rule is out of range.
     """
     document = _read(Path(file))
+    given = {name: value for name, value in run.items() if value is not None}
+    if "merge_method" in document and "recipe" not in document:
+        return MergekitConfiguration(document=read_document(str(file), document), output=output, **given)
     recipe = document.pop("recipe", None)
     if not isinstance(recipe, str) or recipe not in RECIPES:
         known = " or ".join(RECIPES)
         raise PlanError(
-            f"{file} should say `recipe: {known}`" + ("" if recipe is None else f", not {recipe!r}")
+            f"{file} should say `recipe: {known}`"
+            + (", or have a merge_method" if recipe is None else f", not {recipe!r}")
         )
     configuration = RECIPES[recipe]
     accepted = {field.name: field for field in fields(configuration)}
@@ -62,7 +73,6 @@ def read_recipe(file: str | Path, *, output: str, **run: Any) -> MergeConfigurat
     for name, field in accepted.items():
         if field.default is MISSING and name not in document and name != "output":
             raise PlanError(f"{file}: the recipe {recipe} needs the field {name}")
-    given = {name: value for name, value in run.items() if value is not None}
     return configuration(**{**document, **given, "output": output})
 
 

@@ -14,17 +14,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .. import _engine
 from ..checkpoint.adapter import open_adapter
 from ..checkpoint.model import open_model
 from ..decision import Decision
 from ..errors import PlanError
-from ..output.publication import describe_inputs, peak_memory, publish, remove_stray_shards, versions
+from ..output.publication import describe_inputs, peak_memory, publish, versions
 from ..pairing.rows import pair_adapter
 from ..pipeline.configuration import check_dtype, check_sizes, check_threads
-from ..pipeline.progress import ProgressCallback, ProgressEvent
-from ..pipeline.shard_writer import ShardWriter
-from ..plan.shards import Blend, compose, lay_out, output_dtype, plan_document, plan_shard, tensor_bytes
+from ..pipeline.planned import write_planned
+from ..pipeline.progress import ProgressCallback
+from ..plan.shards import Blend, compose, lay_out, output_dtype, plan_shard
 from ..report.card import fold_card
 
 __all__ = ["FoldConfiguration", "FoldReport", "fold", "run_fold"]
@@ -165,7 +164,6 @@ def fold(
 def run_fold(configuration: FoldConfiguration, progress: ProgressCallback | None = None) -> FoldReport:
     """Does what fold says, for a configuration that is already a record."""
     started = time.perf_counter()
-    tell = progress or (lambda event: None)
     adapter = open_adapter("adapter", configuration.adapter)
     model = open_model("model", configuration.model)
     models = {"model": model, "adapter": adapter}
@@ -177,26 +175,7 @@ def run_fold(configuration: FoldConfiguration, progress: ProgressCallback | None
     decision = Decision(True, "folded")
     decisions = {row.name: decision for row in pairing.rows}
     planned = [plan_shard(shard, decisions, _BLEND, dtype=configuration.dtype) for shard in layout]
-    total = sum(tensor_bytes(row, configuration.dtype) for row in pairing.rows)
-    output = _engine.Output(
-        configuration.output,
-        inputs=[model.headers.path, adapter.headers.path],
-        resume=configuration.resume,
-        overwrite=configuration.overwrite,
-    )
-    writer = ShardWriter(
-        output,
-        threads=configuration.threads,
-        memory_budget=None if configuration.memory_budget is None else int(configuration.memory_budget),
-        allow_nonfinite=configuration.allow_nonfinite,
-        # The engine counts headers too, which the total leaves out.
-        on_bytes=lambda done, file: tell(ProgressEvent("merge", min(done, total), total, file)),
-    )
-    try:
-        remove_stray_shards(output, [shard.file for shard in layout])
-        for shard in planned:
-            writer.submit(plan_document(models, [shard]))
-        writer.finish()
+    with write_planned(configuration, models, planned, progress) as (output, writer):
         report = FoldReport(
             output=output.path,
             configuration=configuration,
@@ -230,10 +209,4 @@ def run_fold(configuration: FoldConfiguration, progress: ProgressCallback | None
             report=report.to_json(),
             dtype=configuration.dtype,
         )
-        output.finish()
-    except BaseException:
-        # Also for Ctrl-C: what is committed stays for --resume, but nothing loads it without config.json.
-        writer.abandon()
-        output.close()
-        raise
     return report

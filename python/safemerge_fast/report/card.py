@@ -12,7 +12,7 @@ from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import Model
 from .merge_report import MergeReport, ModuleCount
 
-__all__ = ["fold_card", "hub_name", "model_card"]
+__all__ = ["configuration_card", "fold_card", "hub_name", "model_card"]
 
 _CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
 
@@ -84,6 +84,60 @@ tags:
 {command}
 ```
 """
+
+
+_CONFIGURATION_CARD = """\
+---
+base_model:{base_model}
+base_model_relation: merge
+library_name: transformers
+tags:
+- merge
+- mergekit
+---
+
+# {title}
+
+A merge of {models} by the method `{method}`, made with
+[safemerge-fast](https://pypi.org/project/safemerge-fast/) {version} from a configuration in the format of mergekit.
+What each tensor is made of stands in `safemerge_plan.json`.
+
+```yaml
+{configuration}```
+
+```sh
+{command}
+```
+"""
+
+
+def configuration_card(
+    output: str, method: str, configuration: Mapping[str, Any], command: str, models: Mapping[str, Model]
+) -> str:
+    """Writes the card of a checkpoint that was merged as a configuration in mergekit's format says.
+
+    Args:
+        output: The output directory.
+        method: The merge method.
+        configuration: The configuration's fields.
+        command: The command line.
+        models: Models and adapters by role.
+
+    Returns:
+        Markdown with YAML front matter.
+    """
+    import yaml
+
+    bases = [name for model in models.values() if (name := hub_name(model)) is not None]
+    return _CONFIGURATION_CARD.format(
+        base_model="".join(f"\n- {name}" for name in bases) or " []",
+        title=output.rstrip("/").rpartition("/")[2],
+        models=", ".join(_display_name(model) for model in models.values()),
+        method=method,
+        version=__version__,
+        configuration=yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True),
+        command=command,
+    )
 
 
 def fold_card(output: str, settings: Mapping[str, Any], command: str, models: Mapping[str, Model]) -> str:

@@ -1,0 +1,51 @@
+//! Bytes of inputs for one worker: slices of mappings, or windows that positioned reads fill.
+
+use crate::Result;
+use crate::plan::Input;
+use std::collections::HashMap;
+use std::ops::Range;
+
+/// Bytes that a positioned read fetches where the next ones will be asked for too.
+pub(super) const AHEAD: usize = 1 << 20;
+
+/// The windows of one worker, by operand and the operand's part.
+#[derive(Debug, Default)]
+pub(super) struct Windows(HashMap<(usize, usize), Window>);
+
+#[derive(Debug, Default)]
+struct Window {
+    range: Range<usize>,
+    bytes: Vec<u8>,
+}
+
+impl Windows {
+    /// Forgets what was read; memory is kept.
+    pub(super) fn clear(&mut self) {
+        for window in self.0.values_mut() {
+            window.range = 0..0;
+        }
+    }
+
+    /// Bytes `range` of an input's data. If they must be read, up to `ahead` bytes are, and kept under `place`.
+    pub(super) fn bytes<'a>(
+        &'a mut self,
+        place: (usize, usize),
+        input: &'a Input,
+        range: Range<usize>,
+        ahead: usize,
+    ) -> Result<&'a [u8]> {
+        if let Some(mapping) = input.file.mapping() {
+            return Ok(&mapping.bytes()[input.range.clone()][range]);
+        }
+        let window = self.0.entry(place).or_default();
+        if range.start < window.range.start || range.end > window.range.end {
+            let end = range.end.max((range.start + ahead).min(input.range.len()));
+            window.range = 0..0;
+            window.bytes.resize(end - range.start, 0);
+            input.read(&(range.start..end), &mut window.bytes)?;
+            window.range = range.start..end;
+        }
+        let start = range.start - window.range.start;
+        Ok(&window.bytes[start..start + range.len()])
+    }
+}
