@@ -57,7 +57,7 @@ def facts(method: MethodInfo) -> str:
     least, most, passes = method["least_operands"], method["most_operands"], method["passes"]
     models = f"{least} or more models" if most is None else "1 model" if most == 1 else f"{most} models"
     base = {"none": "no base", "optional": "base optional", "required": "base required"}[method["base"]]
-    reads = "no pass" if not passes else "1 pass" if passes == 1 else f"up to {passes} passes"
+    reads = "no pass" if not passes else "at most 1 pass" if passes == 1 else f"at most {passes} passes"
     return f"{models} · {base} · {reads} before the blend · [reference]({method['reference']})"
 
 
