@@ -2,7 +2,7 @@
 # make test   sets everything up and runs every test
 # make check  formatting, lints, types, stub
 # make bench  the comparisons of benches/ on a small model, in minutes
-# make bench-full  kernels, all jobs on 1.5B, sizes up to 8B and 70B; takes 60 GB of disk and an hour or two
+# make bench-full  kernels, all jobs on 1.5B, sizes up to 8B and 70B; takes 50 GB of disk and an hour or two
 
 PYTHON ?= python3
 VENV   ?= .venv
