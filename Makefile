@@ -1,7 +1,8 @@
 # make demo   sets everything up and runs the whole job on a model made on the spot
 # make test   sets everything up and runs every test
 # make check  formatting, lints, types, stub
-# make bench  the comparisons of benches/, in minutes
+# make bench  the comparisons of benches/ on a small model, in minutes
+# make bench-full  kernels, all jobs on 1.5B, sizes up to 8B and 70B; takes 50 GB of disk and an hour or two
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,7 +13,7 @@ BUILT  := $(VENV)/.built
 # The interpreter that the extension module is checked against.
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-full clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILT)
@@ -32,9 +33,18 @@ check: $(BUILT)
 	$(BIN)/python -m mypy.stubtest safemerge_fast._engine
 
 bench: $(BUILT)
+	$(BIN)/python benches/compare.py --model qwen2.5-0.5b --threads 1 2 4 --cache hot
+	$(BIN)/python benches/compare.py --model qwen2.5-0.5b --cache cold --peers
+	$(BIN)/python benches/adapter.py --model qwen2.5-0.5b
+
+bench-full: $(BUILT)
 	cargo bench --no-default-features
-	$(BIN)/python benches/merge.py
-	$(BIN)/python benches/adapter.py
+	$(BIN)/python benches/compare.py --rounds 5 --slow-rounds 2 --threads 1 2 4
+	$(BIN)/python benches/compare.py --rounds 1 --jobs analyze --cache hot
+	$(BIN)/python benches/adapter.py --rounds 5
+	$(BIN)/python benches/ladder.py
+	$(BIN)/python benches/seventy_billion.py
+	$(BIN)/python benches/cost_model.py --measure
 
 # One environment: the build tool first, then the package in place with all that its tests need.
 $(VENV)/.created:

@@ -23,6 +23,19 @@ fn blend(kernels: &Kernels, dtype: Float, first: &[u8], second: &[u8], out: &mut
     }
 }
 
+/// The inner loop of what `slerp` observes of two operands: load, load, three dot products.
+fn observe(kernels: &Kernels, dtype: Float, first: &[u8], second: &[u8]) -> f64 {
+    let (mut a, mut b) = ([0.0; SUB_TILE], [0.0; SUB_TILE]);
+    let bytes = SUB_TILE * dtype.size();
+    let mut sum = 0.0;
+    for (first, second) in first.chunks_exact(bytes).zip(second.chunks_exact(bytes)) {
+        kernels.load(dtype, first, &mut a);
+        kernels.load(dtype, second, &mut b);
+        sum += kernels.dot(&a, &a) + kernels.dot(&a, &b) + kernels.dot(&b, &b);
+    }
+    sum
+}
+
 fn kernels(criterion: &mut Criterion) {
     for (place, bytes) in [("cache", 256 << 10), ("memory", 64 << 20)] {
         let (first, second) = (vec![0x3C_u8; bytes], vec![0x3D_u8; bytes]);
@@ -37,6 +50,20 @@ fn kernels(criterion: &mut Criterion) {
                 let id = BenchmarkId::new(level.name(), format!("{dtype:?}"));
                 group.bench_function(id, |bencher| {
                     bencher.iter(|| blend(&kernels, dtype, &first, &second, &mut out));
+                });
+            }
+        }
+        group.finish();
+        let mut group = criterion.benchmark_group(format!("dot products from {place}"));
+        // Two inputs are read.
+        group.throughput(Throughput::Bytes(2 * bytes as u64));
+        group.sample_size(20);
+        for level in Level::available() {
+            let Ok(kernels) = Kernels::named(level.name()) else { continue };
+            for dtype in [Float::BF16, Float::F16, Float::F32] {
+                let id = BenchmarkId::new(level.name(), format!("{dtype:?}"));
+                group.bench_function(id, |bencher| {
+                    bencher.iter(|| black_box(observe(&kernels, dtype, &first, &second)));
                 });
             }
         }

@@ -1,131 +1,230 @@
-"""Checkpoints with the real shapes of known models and random weights, written without torch."""
+"""The tensors of known models: names, shapes, and the files that a published checkpoint spreads them over."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
+Tensor = tuple[str, tuple[int, ...]]
 
-SHARD_BYTES = 2_000_000_000
-BLOCK = 1 << 24  # elements of random data, reused from another offset for every tensor
+ITEM_BYTES = 2
+"""Bytes of a bfloat16."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """The dimensions that decide a dense Llama- or Qwen-like checkpoint."""
+    """The dimensions that decide a checkpoint of bfloat16.
+
+    Attributes:
+        hidden: Width of the residual stream.
+        layers: Decoder layers.
+        vocab: Rows of the embedding.
+        tied: Whether the output head is the embedding.
+        shard_bytes: Most bytes of tensors in a file.
+    """
 
     hidden: int
-    intermediate: int
     layers: int
-    heads: int
-    kv_heads: int
     vocab: int
     tied: bool
-    bias: bool = False
-    head_dim: int | None = None
+    shard_bytes: int = 2_000_000_000
 
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def tensors(self) -> Iterator[Tensor]:
         """Yields name and shape of every tensor, in the order in which checkpoints hold them."""
-        head = self.head_dim or self.hidden // self.heads
-        q, kv = self.heads * head, self.kv_heads * head
         yield "model.embed_tokens.weight", (self.vocab, self.hidden)
         for layer in range(self.layers):
-            name = f"model.layers.{layer}"
-            yield f"{name}.self_attn.q_proj.weight", (q, self.hidden)
-            yield f"{name}.self_attn.k_proj.weight", (kv, self.hidden)
-            yield f"{name}.self_attn.v_proj.weight", (kv, self.hidden)
-            yield f"{name}.self_attn.o_proj.weight", (self.hidden, q)
-            if self.bias:
-                yield f"{name}.self_attn.q_proj.bias", (q,)
-                yield f"{name}.self_attn.k_proj.bias", (kv,)
-                yield f"{name}.self_attn.v_proj.bias", (kv,)
-            yield f"{name}.mlp.gate_proj.weight", (self.intermediate, self.hidden)
-            yield f"{name}.mlp.up_proj.weight", (self.intermediate, self.hidden)
-            yield f"{name}.mlp.down_proj.weight", (self.hidden, self.intermediate)
-            yield f"{name}.input_layernorm.weight", (self.hidden,)
-            yield f"{name}.post_attention_layernorm.weight", (self.hidden,)
+            prefix = f"model.layers.{layer}"
+            yield from ((f"{prefix}.{name}", shape) for name, shape in self.layer(layer))
+            yield f"{prefix}.input_layernorm.weight", (self.hidden,)
+            yield f"{prefix}.post_attention_layernorm.weight", (self.hidden,)
         yield "model.norm.weight", (self.hidden,)
         if not self.tied:
             yield "lm_head.weight", (self.vocab, self.hidden)
 
+    def layer(self, number: int) -> Iterator[Tensor]:
+        """Yields the tensors of one layer but for its norms, named from within the layer."""
+        raise NotImplementedError
+
     def config(self) -> dict[str, object]:
         """Returns the part of config.json that loaders need."""
         return {
-            "architectures": ["Qwen2ForCausalLM" if self.bias else "LlamaForCausalLM"],
-            "model_type": "qwen2" if self.bias else "llama",
             "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
             "vocab_size": self.vocab,
             "tie_word_embeddings": self.tied,
             "dtype": "bfloat16",
         }
 
+    def files(self) -> list[tuple[str, list[Tensor]]]:
+        """Spreads the tensors over files in order, as transformers does; a file's name and its tensors."""
+        groups: list[list[Tensor]] = [[]]
+        filled = 0
+        for tensor in self.tensors():
+            size = tensor_bytes(tensor[1])
+            if filled and filled + size > self.shard_bytes:
+                groups.append([])
+                filled = 0
+            groups[-1].append(tensor)
+            filled += size
+        count = len(groups)
+        return [
+            (f"model-{number:05}-of-{count:05}.safetensors", group)
+            for number, group in enumerate(groups, start=1)
+        ]
 
-MODELS = {
-    "qwen2.5-0.5b": Shapes(896, 4864, 24, 14, 2, 151936, tied=True, bias=True),
-    "qwen2.5-1.5b": Shapes(1536, 8960, 28, 12, 2, 151936, tied=True, bias=True),
-    "llama-3.2-3b": Shapes(3072, 8192, 28, 24, 8, 128256, tied=True, head_dim=128),
-    "llama-3.1-8b": Shapes(4096, 14336, 32, 32, 8, 128256, tied=False),
-    "llama-3.1-70b": Shapes(8192, 28672, 80, 64, 8, 128256, tied=False),
+    def projections(self) -> Iterator[tuple[int, int]]:
+        """Yields (d_out, d_in) of every weight that the analysis scores."""
+        for name, shape in self.tensors():
+            if len(shape) == 2 and "_proj" in name:
+                yield shape[0], shape[1]
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all tensors."""
+        return sum(math.prod(shape) for _, shape in self.tensors())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return ITEM_BYTES * self.parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(Shapes):
+    """A model like Llama or Qwen2, whose layers have one MLP each."""
+
+    intermediate: int
+    heads: int
+    kv_heads: int
+    bias: bool = False
+
+    def layer(self, number: int) -> Iterator[Tensor]:
+        """Yields the tensors of one layer but for its norms."""
+        head = self.hidden // self.heads
+        kv = self.kv_heads * head
+        yield "self_attn.q_proj.weight", (self.hidden, self.hidden)
+        yield "self_attn.k_proj.weight", (kv, self.hidden)
+        yield "self_attn.v_proj.weight", (kv, self.hidden)
+        yield "self_attn.o_proj.weight", (self.hidden, self.hidden)
+        if self.bias:
+            yield "self_attn.q_proj.bias", (self.hidden,)
+            yield "self_attn.k_proj.bias", (kv,)
+            yield "self_attn.v_proj.bias", (kv,)
+        yield "mlp.gate_proj.weight", (self.intermediate, self.hidden)
+        yield "mlp.up_proj.weight", (self.intermediate, self.hidden)
+        yield "mlp.down_proj.weight", (self.hidden, self.intermediate)
+
+    def config(self) -> dict[str, object]:
+        """Returns the part of config.json that loaders need."""
+        return {
+            **super().config(),
+            "architectures": ["Qwen2ForCausalLM" if self.bias else "LlamaForCausalLM"],
+            "model_type": "qwen2" if self.bias else "llama",
+            "intermediate_size": self.intermediate,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture(Shapes):
+    """A mixture of experts with latent attention, like DeepSeek-V3 or Kimi K2; its first layer is dense."""
+
+    intermediate: int
+    experts: int
+    expert_intermediate: int
+    heads: int
+    query_rank: int
+    kv_rank: int
+    rope_head: int = 64
+    head: int = 128
+
+    def layer(self, number: int) -> Iterator[Tensor]:
+        """Yields the tensors of one layer but for its norms."""
+        width = self.heads * self.head
+        yield "self_attn.q_a_proj.weight", (self.query_rank, self.hidden)
+        yield "self_attn.q_b_proj.weight", (width + self.heads * self.rope_head, self.query_rank)
+        yield "self_attn.kv_a_proj_with_mqa.weight", (self.kv_rank + self.rope_head, self.hidden)
+        yield "self_attn.kv_b_proj.weight", (2 * width, self.kv_rank)
+        yield "self_attn.o_proj.weight", (self.hidden, width)
+        if number == 0:
+            yield from self._mlp("mlp", self.intermediate)
+            return
+        yield "mlp.gate.weight", (self.experts, self.hidden)
+        for expert in range(self.experts):
+            yield from self._mlp(f"mlp.experts.{expert}", self.expert_intermediate)
+        yield from self._mlp("mlp.shared_experts", self.expert_intermediate)
+
+    def _mlp(self, name: str, width: int) -> Iterator[Tensor]:
+        yield f"{name}.gate_proj.weight", (width, self.hidden)
+        yield f"{name}.up_proj.weight", (width, self.hidden)
+        yield f"{name}.down_proj.weight", (self.hidden, width)
+
+
+def tensor_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a bfloat16 tensor."""
+    return ITEM_BYTES * math.prod(shape)
+
+
+_HF_SHARD = 5_000_000_000
+
+MODELS: dict[str, Shapes] = {
+    # Not a model: for tests of the benchmarks.
+    "tiny": Dense(
+        hidden=64, intermediate=160, layers=3, heads=4, kv_heads=2, vocab=500, tied=False, shard_bytes=200_000
+    ),
+    "qwen2.5-0.5b": Dense(
+        hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2, vocab=151936, tied=True, bias=True
+    ),
+    "qwen2.5-1.5b": Dense(
+        hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, vocab=151936, tied=True, bias=True
+    ),
+    "llama-3.2-3b": Dense(
+        hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8, vocab=128256, tied=True
+    ),
+    "llama-3.1-8b": Dense(
+        hidden=4096,
+        intermediate=14336,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        vocab=128256,
+        tied=False,
+        shard_bytes=_HF_SHARD,
+    ),
+    "llama-3-70b": Dense(
+        hidden=8192,
+        intermediate=28672,
+        layers=80,
+        heads=64,
+        kv_heads=8,
+        vocab=128256,
+        tied=False,
+        shard_bytes=_HF_SHARD,
+    ),
+    "llama-3.1-405b": Dense(
+        hidden=16384,
+        intermediate=53248,
+        layers=126,
+        heads=128,
+        kv_heads=8,
+        vocab=128256,
+        tied=False,
+        shard_bytes=_HF_SHARD,
+    ),
+    # The shapes of Kimi K2, in bfloat16.
+    "mixture-1t": Mixture(
+        hidden=7168,
+        intermediate=18432,
+        layers=61,
+        heads=64,
+        vocab=163840,
+        tied=False,
+        experts=384,
+        expert_intermediate=2048,
+        query_rank=1536,
+        kv_rank=512,
+        shard_bytes=_HF_SHARD,
+    ),
 }
-
-
-def random_bfloat16(seed: int, scale: float = 0.02) -> np.ndarray:
-    """Returns BLOCK normal values of standard deviation `scale` as bfloat16 bits (uint16)."""
-    values = np.random.default_rng(seed).standard_normal(BLOCK, dtype=np.float32) * np.float32(scale)
-    return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def write_checkpoint(directory: Path, shapes: Shapes, seed: int) -> int:
-    """Writes a bfloat16 checkpoint with random weights; returns its bytes. An existing one is left alone."""
-    done = directory / "config.json"
-    if done.exists():
-        return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    directory.mkdir(parents=True, exist_ok=True)
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    filled = 0
-    for name, shape in shapes.tensors():
-        size = 2 * int(np.prod(shape))
-        if filled and filled + size > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append((name, shape))
-        filled += size
-    block = random_bfloat16(seed)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, tensors in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total += write_shard(directory / file, tensors, block, offset=number * 7919)
-        weight_map.update(dict.fromkeys((name for name, _ in tensors), file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    done.write_text(json.dumps(shapes.config()))
-    return total
-
-
-def write_shard(
-    path: Path, tensors: list[tuple[str, tuple[int, ...]]], block: np.ndarray, offset: int
-) -> int:
-    """Writes one shard, its tensors filled from consecutive values of `block`; returns its bytes."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in tensors:
-        start, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        left, place = end // 2, offset % block.size
-        while left:
-            part = block[place : place + left]
-            part.tofile(file)
-            left, place = left - part.size, 0
-    return 8 + len(text) + end
