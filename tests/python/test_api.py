@@ -43,7 +43,7 @@ def test_preview_counts_what_the_merge_then_does(quartet: dict[str, Path], tmp_p
     [
         ({"alpha": 1.5}, "alpha should lie between 0 and 1"),
         ({"alpha": math.nan}, "alpha should lie between 0 and 1"),
-        ({"method": "slerp"}, "method should be linear"),
+        ({"method": "karcher"}, "method should be one of linear, "),
         ({"dtype": "int8"}, "dtype should be auto"),
         ({"delta_reference": "safe"}, "delta_reference should be"),
         ({"threads": 0}, "threads should be at least 1"),

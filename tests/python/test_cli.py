@@ -85,7 +85,7 @@ def test_missing_words_are_usage_errors(words: list[str], message: str) -> None:
         ("--select", "fraction:2", "fraction:F"),
         ("--select", "best", "select should be"),
         ("--granularity", "tensor", "'module', 'layer'"),
-        ("--method", "slerp", "'linear'"),
+        ("--method", "karcher", "'linear'"),
         ("--include", "(", "not a regular expression"),
         ("--exclude", "[", "not a regular expression"),
         ("--max-shard-size", "5 apples", "like 5GB"),

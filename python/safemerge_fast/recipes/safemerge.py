@@ -33,8 +33,8 @@ def safemerge(
     The paper adds weighted updates to the aligned model: W_aligned + α Δf + (1-α) Δs, with
     Δf = W_finetuned - W_aligned and Δs = W_safe - W_aligned. The weights sum to one, so with the method linear
     W_aligned cancels and the whole is α W_finetuned + (1-α) W_safe: one rounding fewer, and one model fewer to read.
-    Other methods have the aligned model as their base, so that their task vectors are Δf and Δs; slerp goes from the safe
-    model to the fine-tuned one.
+    Other methods have the aligned model as their base, so that their task vectors are Δf and Δs; slerp goes from
+    the safe model to the fine-tuned one.
 
     Args:
         alpha: α, the weight of the fine-tuned update, from 0 to 1; slerp's t.
