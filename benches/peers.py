@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 TOOL = [sys.executable, "-m", "safemerge_fast"]
 """The command line under test."""
 
-RUN = [sys.executable, str(HERE / "engine_run.py")]
+RUN = [*TOOL, "run"]
 """Runs a mergekit-style configuration: CONFIG -o OUTPUT [--threads N]."""
 
 MERGEKIT_FLAGS = [

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .pipeline.scoring import analyze
     from .pipeline.verification import VerifyReport, verify
     from .recipes.fold import FoldConfiguration, FoldReport, fold
+    from .recipes.mergekit.execution import MergekitReport
+    from .recipes.run import run
     from .report.merge_report import MergeReport
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "FoldReport",
     "MergeConfiguration",
     "MergeReport",
+    "MergekitReport",
     "OutputError",
     "PairingError",
     "PlanError",
@@ -53,6 +56,7 @@ __all__ = [
     "fold",
     "merge",
     "preview",
+    "run",
     "verify",
 ]
 
@@ -64,6 +68,8 @@ _HOMES = {
     "FoldConfiguration": "recipes.fold",
     "FoldReport": "recipes.fold",
     "fold": "recipes.fold",
+    "MergekitReport": "recipes.mergekit.execution",
+    "run": "recipes.run",
     "Preview": "pipeline.dry_run",
     "preview": "pipeline.dry_run",
     "merge": "pipeline.merge",

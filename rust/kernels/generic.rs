@@ -108,6 +108,29 @@ pub(super) fn dot(left: &[f32], right: &[f32]) -> f64 {
     sums.iter().sum()
 }
 
+/// As [`super::Kernels::collect_between`] says.
+#[inline(always)]
+pub(super) fn collect_between(
+    values: &[f32],
+    low: u32,
+    width: u32,
+    found: &mut [u32],
+) -> (usize, u32) {
+    let (mut count, mut higher) = (0, 0);
+    for value in values {
+        let bits = value.to_bits() & MAGNITUDE;
+        let offset = bits.wrapping_sub(low);
+        // No branch: where values are near the bounds, none would be predicted.
+        found[count] = offset;
+        count += usize::from(offset < width);
+        higher += u32::from(bits >= low) & u32::from(offset >= width);
+    }
+    (count, higher)
+}
+
+/// All bits of an f32 but its sign.
+pub(super) const MAGNITUDE: u32 = 0x7FFF_FFFF;
+
 /// Columns whose sums stay in registers while the coefficients go by.
 const BLOCK: usize = 64;
 

@@ -74,6 +74,12 @@ pub struct Product<'a> {
     pub scale: f32,
 }
 
+/// Elements that [`Kernels::collect_between`] may write beyond the last one found.
+pub const COLLECT_MARGIN: usize = 16;
+
+/// Values, low, width and what is found; see [`Kernels::collect_between`].
+type CollectBetween = fn(&[f32], u32, u32, &mut [u32]) -> (usize, u32);
+
 /// The kernels of one level. A value can only be had for a level that the processor supports.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
@@ -83,6 +89,7 @@ pub struct Kernels {
     multiply_add: fn(&mut [f32], &[f32], f32),
     dot: fn(&[f32], &[f32]) -> f64,
     add_product: fn(&mut [f32], &Product<'_>),
+    collect_between: CollectBetween,
 }
 
 impl Kernels {
@@ -122,6 +129,7 @@ impl Kernels {
                 multiply_add: x86::avx512::multiply_add,
                 dot: x86::avx512::dot,
                 add_product: x86::avx512::add_product,
+                collect_between: x86::collect_between,
             },
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Self {
@@ -131,6 +139,7 @@ impl Kernels {
                 multiply_add: x86::avx2::multiply_add,
                 dot: x86::avx2::dot,
                 add_product: x86::avx2::add_product,
+                collect_between: generic::collect_between,
             },
             _ => Self {
                 level: Level::Scalar,
@@ -139,6 +148,7 @@ impl Kernels {
                 multiply_add: generic::multiply_add,
                 dot: generic::dot,
                 add_product: generic::add_product,
+                collect_between: generic::collect_between,
             },
         }
     }
@@ -160,6 +170,20 @@ impl Kernels {
     pub fn store(&self, dtype: Float, source: &[f32], destination: &mut [u8]) -> bool {
         debug_assert_eq!(destination.len(), source.len() * dtype.size());
         (self.store)(dtype, source, destination)
+    }
+
+    /// Collects, in order, `bits - low` of the values whose magnitude has bits from `low` to `low + width`; `found` is
+    /// longer than `values` by [`COLLECT_MARGIN`] at least. Returns how many there are, and how many values lie above.
+    #[must_use]
+    pub fn collect_between(
+        &self,
+        values: &[f32],
+        low: u32,
+        width: u32,
+        found: &mut [u32],
+    ) -> (usize, u32) {
+        assert!(found.len() >= values.len() + COLLECT_MARGIN);
+        (self.collect_between)(values, low, width, found)
     }
 
     /// Runs loops over elements compiled for this level: what `work` calls is vectorised as far as it is inlined.

@@ -1,11 +1,13 @@
 //! The loops of [`super::generic`] compiled with AVX2 and with AVX-512, and half conversions by F16C.
 
-use super::Product;
 use super::generic::{self, Half, Portable};
+use super::{COLLECT_MARGIN, Product};
 use crate::dtype::Float;
 use std::arch::x86_64::{
     _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
-    _mm256_loadu_ps, _mm256_storeu_ps,
+    _mm256_loadu_ps, _mm256_storeu_ps, _mm512_and_si512, _mm512_cmpge_epu32_mask,
+    _mm512_cmplt_epu32_mask, _mm512_loadu_si512, _mm512_maskz_compress_epi32, _mm512_set1_epi32,
+    _mm512_storeu_si512, _mm512_sub_epi32,
 };
 
 /// Half conversions by F16C, eight at a time. Only the two modules below name it, inside functions with that feature.
@@ -41,6 +43,41 @@ impl Half for F16c {
         }
         Portable::store(rest, output_rest);
     }
+}
+
+/// [`generic::collect_between`] by AVX-512, which the compiler does not find by itself: it compresses vectors.
+pub(super) fn collect_between(
+    values: &[f32],
+    low: u32,
+    width: u32,
+    found: &mut [u32],
+) -> (usize, u32) {
+    // SAFETY: `Kernels::of` hands this out only for a level that `Level::available` detected.
+    unsafe { collect_between_avx512(values, low, width, found) }
+}
+
+#[target_feature(enable = "avx512f")]
+fn collect_between_avx512(values: &[f32], low: u32, width: u32, found: &mut [u32]) -> (usize, u32) {
+    let (blocks, rest) = values.as_chunks::<COLLECT_MARGIN>();
+    let (lows, widths) =
+        (_mm512_set1_epi32(low.cast_signed()), _mm512_set1_epi32(width.cast_signed()));
+    let magnitude = _mm512_set1_epi32(generic::MAGNITUDE.cast_signed());
+    let (mut count, mut higher) = (0, 0);
+    for block in blocks {
+        // SAFETY: a block has 16 elements of 4 bytes, and the load is the unaligned one.
+        let loaded = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
+        let bits = _mm512_and_si512(loaded, magnitude);
+        let offsets = _mm512_sub_epi32(bits, lows);
+        let inside = _mm512_cmplt_epu32_mask(offsets, widths);
+        higher += (_mm512_cmpge_epu32_mask(bits, lows) & !inside).count_ones();
+        let packed = _mm512_maskz_compress_epi32(inside, offsets);
+        let place = &mut found[count..count + COLLECT_MARGIN];
+        // SAFETY: `place` has 16 elements of 4 bytes, and the store is the unaligned one.
+        unsafe { _mm512_storeu_si512(place.as_mut_ptr().cast(), packed) };
+        count += inside.count_ones() as usize;
+    }
+    let (more, above) = generic::collect_between(rest, low, width, &mut found[count..]);
+    (count + more, higher + above)
 }
 
 /// One module per level: safe entry points for the dispatch table around functions that have the features.

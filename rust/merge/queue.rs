@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 const PREFETCH: usize = 4;
 
 /// Elements of a chunk of an observe pass, about.
-const CHUNK: usize = 1 << 20;
+pub(super) const CHUNK: usize = 1 << 20;
 
 /// A piece of work.
 #[derive(Debug, Clone)]

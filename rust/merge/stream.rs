@@ -2,7 +2,7 @@
 
 use super::Progress;
 use super::observation::Observations;
-use super::queue::{Item, Queue};
+use super::queue::{CHUNK, Item, Queue};
 use super::tile::TileFiller;
 use super::workers;
 use crate::kernels::Kernels;
@@ -18,6 +18,11 @@ use std::time::Instant;
 pub const DEFAULT_TILE: usize = 4 << 20;
 /// Tiles must be whole blocks of any disk that takes direct writes.
 pub const TILE_ALIGNMENT: usize = 4096;
+
+/// Bytes of an operand that a worker observes at a time, at the most: F64 has the longest elements.
+const LARGEST_CHUNK: usize = CHUNK * 8;
+/// Bytes of counters for an operand, while two tensors are observed.
+const COUNTERS: usize = 8 << 20;
 
 /// How to execute. None of it changes the output's bytes.
 #[derive(Debug, Clone)]
@@ -58,11 +63,12 @@ pub fn default_threads() -> usize {
 }
 
 impl Options {
-    /// Threads and tile size within the memory budget, for shards whose tensors have at most `operands` operands.
+    /// Threads and tile size within the memory budget, for shards whose tensors have at most `operands` operands, some of
+    /// which are observed or none.
     ///
     /// # Errors
     /// [`Error::Option`] if the tile size is not aligned, or if not even one worker with the smallest tile fits.
-    fn fit(&self, operands: usize) -> Result<(usize, usize)> {
+    fn fit(&self, operands: usize, observed: bool) -> Result<(usize, usize)> {
         if self.tile_bytes == 0 || !self.tile_bytes.is_multiple_of(TILE_ALIGNMENT) {
             return Err(Error::Option(format!(
                 "the tile size is {}, it must be a positive multiple of {TILE_ALIGNMENT}",
@@ -72,16 +78,20 @@ impl Options {
         let (mut threads, mut tile) = (self.threads.max(1), self.tile_bytes);
         let Some(budget) = self.memory_budget else { return Ok((threads, tile)) };
         // A tile of BF16 may come from F64 inputs: four times its bytes per operand at the most.
-        let worker = |tile: usize| tile.saturating_mul(1 + 4 * operands.max(1));
+        let blending = |tile: usize| tile.saturating_mul(1 + 4 * operands.max(1));
+        let (observing, shared) =
+            if observed { (operands * LARGEST_CHUNK, operands * COUNTERS) } else { (0, 0) };
+        let worker = |tile: usize| blending(tile).max(tile + observing);
+        let least = worker(TILE_ALIGNMENT) + shared;
+        if least > budget {
+            return Err(Error::Option(format!(
+                "a memory budget of {budget} bytes is below the {least} that one worker needs"
+            )));
+        }
+        let budget = budget - shared;
         threads = threads.min(budget / worker(tile)).max(1);
         while worker(tile) > budget && tile > TILE_ALIGNMENT {
             tile = (tile / 2).next_multiple_of(TILE_ALIGNMENT);
-        }
-        if worker(tile) > budget {
-            return Err(Error::Option(format!(
-                "a memory budget of {budget} bytes is below the {} that one worker needs",
-                worker(tile)
-            )));
         }
         Ok((threads, tile))
     }
@@ -169,7 +179,9 @@ pub fn execute(
         .map(|tensor| tensor.operation.width())
         .max()
         .unwrap_or(1);
-    let (threads, tile_bytes) = options.fit(operands)?;
+    let mut tensors = pending.iter().flat_map(|shard| &shard.tensors);
+    let observed = tensors.any(|tensor| tensor.passes() > 0);
+    let (threads, tile_bytes) = options.fit(operands, observed)?;
     let queue = Queue::new(&pending, tile_bytes, &|_| true);
     let observations = Observations::new(&pending);
     let open: Vec<OpenShard> = (0..pending.len())

@@ -9,6 +9,7 @@
 //! Equal magnitudes at the cut are told apart by a random number of each element, so that the share that is kept is
 //! the wanted one; in bf16 many are equal.
 
+use crate::kernels::{COLLECT_MARGIN, Kernels};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Passes at most: the sample, the bracket, all values, one bin of them.
@@ -156,36 +157,18 @@ impl Search {
     }
 
     /// Counts some values.
-    #[inline(always)]
-    pub(super) fn count(self, values: &[f32], counts: &[AtomicU32]) {
+    pub(super) fn count(self, kernels: &Kernels, values: &[f32], counts: &[AtomicU32]) {
         let Self::Counting { low, bins: number, shift, .. } = self else { return };
         let Some(([above, present], bins)) = counts.split_first_chunk::<EXTRA>() else { return };
-        let width = number << shift;
         let (mut higher, mut any) = (0_u32, 0_u32);
         let mut recent = Recent::default();
-        let (blocks, rest) = values.as_chunks::<BLOCK>();
-        for block in blocks {
-            let offsets = block.map(|value| magnitude(value).wrapping_sub(low));
-            let mut inside = 0_u32;
-            for (place, (value, offset)) in block.iter().zip(offsets).enumerate() {
-                higher += u32::from(magnitude(*value) >= low) & u32::from(offset >= width);
-                inside |= u32::from(offset < width) << place;
-            }
-            // A bit for each value inside; most blocks have few inside a narrow bracket.
-            while inside != 0 {
-                let offset = offsets[inside.trailing_zeros() as usize % BLOCK];
-                inside &= inside - 1;
+        let mut found = [0; PART + COLLECT_MARGIN];
+        for part in values.chunks(PART) {
+            let (count, above) = kernels.collect_between(part, low, number << shift, &mut found);
+            higher += above;
+            for &offset in &found[..count] {
                 any |= offset;
                 recent.add(offset >> shift, bins);
-            }
-        }
-        for &value in rest {
-            let offset = magnitude(value).wrapping_sub(low);
-            if offset < width {
-                any |= offset;
-                recent.add(offset >> shift, bins);
-            } else {
-                higher += u32::from(magnitude(value) >= low);
             }
         }
         recent.flush(bins);
@@ -297,4 +280,4 @@ impl Recent {
 }
 
 /// Elements that are looked at together.
-const BLOCK: usize = 32;
+const PART: usize = 1024;

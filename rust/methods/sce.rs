@@ -184,10 +184,7 @@ impl Method for Sce {
             differing += f64::from(u32::try_from(found).unwrap_or(u32::MAX));
         }
         tally.sums[0] += differing;
-        kernels.run(
-            #[inline(always)]
-            || search.count(&variances, tally.counts),
-        );
+        search.count(kernels, &variances, tally.counts);
     }
 
     #[expect(

@@ -323,23 +323,25 @@ impl Method for TaskVectors {
         let length = slice.len();
         let factors = &facts[*self.places.last().unwrap_or(&1)..];
         let mut deltas = vec![0.0; self.weights.len() * length];
+        out.fill(0.0);
         for (number, delta) in deltas.chunks_exact_mut(length.max(1)).enumerate() {
             self.sparse(kernels, facts, slice, number, delta);
             let weight = self.weights[number];
             let factor = crate::dtype::f64_to_f32(factors[number]);
             kernels.run(
                 #[inline(always)]
-                || delta.iter_mut().for_each(|value| *value = *value * factor * weight),
+                || {
+                    for (value, sum) in delta.iter_mut().zip(&mut *out) {
+                        *value = *value * factor * weight;
+                        *sum += *value;
+                    }
+                },
             );
         }
         let base = slice.base.unwrap_or_default();
         kernels.run(
             #[inline(always)]
             || {
-                out.fill(0.0);
-                for delta in deltas.chunks_exact(length.max(1)) {
-                    out.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
-                }
                 if self.consensus {
                     self.elect(&deltas, out);
                 } else if self.normalize {

@@ -116,10 +116,7 @@ impl Sparsify for Band {
         for search in Self::searches(facts) {
             let (own, others) = rest.split_at(search.counts());
             rest = others;
-            kernels.run(
-                #[inline(always)]
-                || search.count(delta, own),
-            );
+            search.count(kernels, delta, own);
         }
     }
 

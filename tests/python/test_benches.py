@@ -114,9 +114,13 @@ def test_the_peers_do_the_same_work(benches: Any, tmp_path: Path) -> None:
         configuration = tmp_path / f"{job}.yml"
         configuration.write_text(json.dumps(jobs.JOBS[job].configuration(tmp_path)))
         merged = []
-        for tool in ("engine_run.py", "torch_merge.py"):
+        for tool in ("safemerge-fast", "torch_merge.py"):
             output = tmp_path / f"{job}-{tool}"
-            script(tool, configuration, "-o", output)
+            if tool == "torch_merge.py":
+                script(tool, configuration, "-o", output)
+            else:
+                words = [sys.executable, "-m", "safemerge_fast", "run", str(configuration), "-o", str(output)]
+                subprocess.run(words, check=True, capture_output=True)
             merged.append([load_file(file) for file in sorted(output.glob("*.safetensors"))])
         ours, theirs = merged
         assert len(ours) == len(theirs) == 2

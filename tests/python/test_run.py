@@ -11,6 +11,8 @@ import pytest
 from invoke import run
 from lora import load_checkpoint, write_lora
 
+import safemerge_fast
+import safemerge_fast._engine
 from safemerge_fast import FoldConfiguration, MergeConfiguration, PlanError, fold, merge
 from safemerge_fast.recipes.document import read_recipe
 
@@ -152,3 +154,30 @@ def test_inspect_of_an_adapter(tmp_path: Path) -> None:
     assert "LoRA adapter of org/model, 126 parameters" in text
     assert "low rank, norms (DoRA)" in text
     assert "weight replaced" in text
+
+
+def test_from_python_as_on_the_command_line(quartet: dict[str, Path], tmp_path: Path) -> None:
+    documents: dict[str, dict[str, Any]] = {
+        "MergeReport": {"recipe": "safemerge", **{role: str(path) for role, path in quartet.items()}},
+        "MergekitReport": {
+            "merge_method": "ties",
+            "base_model": str(quartet["aligned"]),
+            "models": [{"model": str(quartet["finetuned"]), "parameters": {"weight": 1.0, "density": 0.5}}],
+        },
+    }
+    for kind, document in documents.items():
+        recipe = write(tmp_path / f"{kind}.yml", **document)
+        report = safemerge_fast.run(
+            recipe, output=tmp_path / kind, memory_budget="200MB", read_backend="pread"
+        )
+        assert type(report).__name__ == kind
+        assert run("run", recipe, "-o", tmp_path / "same", "--overwrite").exit_code == 0
+        found, expected = load_checkpoint(tmp_path / kind), load_checkpoint(tmp_path / "same")
+        assert found.keys() == expected.keys()
+        assert all((found[name] == expected[name]).all() for name in expected)
+
+
+def test_help_lists_every_method() -> None:
+    text = run("run", "--help").stdout
+    for method in safemerge_fast._engine.methods():
+        assert re.search(rf"^ +{method['name']} +\S", text, re.MULTILINE), method["name"]

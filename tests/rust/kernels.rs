@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 use safemerge_fast::dtype::{Float, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-use safemerge_fast::kernels::{Kernels, Level};
+use safemerge_fast::kernels::{COLLECT_MARGIN, Kernels, Level};
 
 /// Bit patterns of f32 around every boundary that rounding to 16 bits has, and a stride through all of them.
 fn interesting_f32() -> Vec<u32> {
@@ -175,6 +175,25 @@ proptest! {
         let expected: f64 = products.iter().rev().sum();
         for kernels in levels() {
             prop_assert!((kernels.dot(&left, &right) - expected).abs() <= 200.0 * f64::EPSILON * sizes);
+        }
+    }
+
+    #[test]
+    fn magnitudes_between_bounds_are_collected_in_order(
+        values in prop::collection::vec(any::<f32>(), 0..100),
+        low in 0_u32..1 << 31,
+        width in 0_u32..1 << 31,
+    ) {
+        let bits: Vec<u32> = values.iter().map(|value| value.abs().to_bits()).collect();
+        let end = u64::from(low) + u64::from(width);
+        let inside = |&bits: &u32| bits >= low && u64::from(bits) < end;
+        let expected: Vec<u32> = bits.iter().copied().filter(inside).map(|bits| bits - low).collect();
+        let above = bits.iter().filter(|&&bits| u64::from(bits) >= end).count();
+        for kernels in levels() {
+            let mut found = vec![0; values.len() + COLLECT_MARGIN];
+            let (count, higher) = kernels.collect_between(&values, low, width, &mut found);
+            prop_assert_eq!(&found[..count], &expected[..], "{:?}", kernels);
+            prop_assert_eq!(higher as usize, above);
         }
     }
 

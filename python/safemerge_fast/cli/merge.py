@@ -22,7 +22,6 @@ from .options import (
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from ..pipeline.configuration import MergeConfiguration
     from ..pipeline.dry_run import Preview
     from ..report.merge_report import MergeReport
 
@@ -169,7 +168,7 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
         )
     from ..pipeline.configuration import MergeConfiguration
 
-    configuration = MergeConfiguration(**values)
+    configuration = MergeConfiguration(**{**values, "read_backend": values["read_backend"] or "auto"})
     if dry_run:
         from ..pipeline.dry_run import preview
 
@@ -177,15 +176,15 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
         _say_notes(terminal, outlook.notes)
         terminal.result(outlook.to_json, *_preview_lines(outlook))
         return
-    merge_and_say(terminal, configuration)
-
-
-def merge_and_say(terminal: Terminal, configuration: MergeConfiguration) -> None:
-    """Merges, and prints what came of it."""
     from ..pipeline.merge import run_merge
 
     with terminal.progress() as progress:
         report = run_merge(configuration, progress)
+    say_merge(terminal, report)
+
+
+def say_merge(terminal: Terminal, report: MergeReport) -> None:
+    """Prints what came of a merge."""
     terminal.result(report.to_json, report.table())
     say_report(terminal, report)
 

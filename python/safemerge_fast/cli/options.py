@@ -132,9 +132,7 @@ resource_options = compose(
     click.option(
         "--read-backend",
         type=click.Choice(["auto", "mmap", "pread"]),
-        default="auto",
-        show_default=True,
-        help="Map inputs, or read them by position; auto maps all but network file systems.",
+        help="Map inputs, or read them by position; auto maps all but network file systems.  [default: auto]",
     ),
 )
 

@@ -6,11 +6,17 @@ from pathlib import Path
 
 import click
 
+from .. import _engine
+from .merge import say_merge
 from .options import resource_options, terminal_options
 from .terminal import Terminal
 
+_METHODS = "\b\nMethods (docs/methods.md has their parameters):\n" + "\n".join(
+    f"  {method['name']:<17} {method['summary']}" for method in _engine.methods()
+)
 
-@click.command("run")
+
+@click.command("run", epilog=_METHODS)
 @click.argument("recipe", metavar="CONFIG", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "-o", "--output", required=True, type=click.Path(), metavar="DIR", help="Output directory; new or empty."
@@ -26,7 +32,7 @@ def command(
     output: str,
     threads: int | None,
     memory_budget: int | None,
-    read_backend: str,
+    read_backend: str | None,
     resume: bool,
     overwrite: bool,
 ) -> None:
@@ -47,8 +53,11 @@ def command(
         raise click.UsageError(
             "--resume continues an output and --overwrite starts it anew; give one of them."
         )
-    from ..pipeline.configuration import MergeConfiguration
     from ..recipes.document import read_recipe
+    from ..recipes.fold import FoldReport
+    from ..recipes.run import carry_out
+    from ..report.merge_report import MergeReport
+    from ..sizes import format_size
 
     configuration = read_recipe(
         recipe,
@@ -59,23 +68,15 @@ def command(
         resume=resume,
         overwrite=overwrite,
     )
-    if isinstance(configuration, MergeConfiguration):
-        from .merge import merge_and_say
-
-        merge_and_say(terminal, configuration)
-        return
-    from ..recipes.fold import FoldConfiguration, FoldReport, run_fold
-    from ..recipes.mergekit.execution import MergekitReport, run_mergekit
-    from ..sizes import format_size
-
-    report: FoldReport | MergekitReport
     with terminal.progress() as progress:
-        if isinstance(configuration, FoldConfiguration):
-            report = run_fold(configuration, progress)
-            done = f"folded: {report.changed} of {len(report.tensors)} tensors changed"
-        else:
-            report = run_mergekit(configuration, progress)
-            done = f"merged: {report.merged} of {len(report.tensors)} tensors computed, the others copied,"
+        report = carry_out(configuration, progress)
+    if isinstance(report, MergeReport):
+        say_merge(terminal, report)
+        return
+    if isinstance(report, FoldReport):
+        done = f"folded: {report.changed} of {len(report.tensors)} tensors changed"
+    else:
+        done = f"merged: {report.merged} of {len(report.tensors)} tensors computed, the others copied,"
     terminal.say_some("note", report.notes, rest="-v prints them all")
     terminal.result(
         report.to_json,
