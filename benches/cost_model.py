@@ -235,7 +235,7 @@ def measured(directory: Path, name: str) -> Machine:
     points = [
         (one.facts["written_bytes"] / 1e9, ours.seconds)
         for one in load(directory / "ladder.json")
-        if one.facts["cache"] == "cold" and (ours := one.row(peers.OURS))
+        if one.facts["cache"] == "hot" and (ours := one.row(peers.OURS))
     ]
     if len(points) > 1:
         rates["startup_s"] = max(line(points)[0], 0.0)
