@@ -63,8 +63,8 @@ pub fn default_threads() -> usize {
 }
 
 impl Options {
-    /// Threads and tile size within the memory budget, for shards whose tensors have at most `operands` operands, some of
-    /// which are observed or none.
+    /// Threads and tile size within the memory budget, for shards whose tensors have at most `operands` operands; `observed`
+    /// says whether any tensor is observed.
     ///
     /// # Errors
     /// [`Error::Option`] if the tile size is not aligned, or if not even one worker with the smallest tile fits.

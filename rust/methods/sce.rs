@@ -40,9 +40,6 @@ pub(super) const SCE: Specification = Specification {
 const LEAST_ENERGY: f64 = 1e-6;
 /// Least divisor of the weighted sum.
 const LEAST_DIVISOR: f32 = 1e-6;
-/// Below this share an element's variance is rounding: the f32 difference of equal numbers.
-const PART: usize = 256;
-
 #[derive(Debug)]
 struct Sce {
     count: usize,
@@ -178,12 +175,8 @@ impl Method for Sce {
         }
         let deltas = self.deltas(kernels, slice);
         let variances = variances(kernels, &deltas, self.count, length);
-        let mut differing = 0.0;
-        for part in variances.chunks(PART) {
-            let found = part.iter().filter(|&&variance| variance != 0.0).count();
-            differing += f64::from(u32::try_from(found).unwrap_or(u32::MAX));
-        }
-        tally.sums[0] += differing;
+        let differing = variances.iter().filter(|&&variance| variance != 0.0).count();
+        tally.sums[0] += f64::from(u32::try_from(differing).unwrap_or(u32::MAX));
         search.count(kernels, &variances, tally.counts);
     }
 

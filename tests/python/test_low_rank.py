@@ -104,7 +104,7 @@ class Setting:
         return score
 
 
-def expect(score: Score, base: Tensor, aligned: Tensor, delta: Tensor, *, rho: float = 1e-6) -> None:
+def assert_dense(score: Score, base: Tensor, aligned: Tensor, delta: Tensor, *, rho: float = 1e-6) -> None:
     """Compares a score with the dense formulas; all in float64, as (d_out, d_in)."""
     v = aligned - base
     moved = v @ v.T @ delta
@@ -121,14 +121,14 @@ def expect(score: Score, base: Tensor, aligned: Tensor, delta: Tensor, *, rho: f
 def test_thin_form_is_the_dense_formula(tmp_path: Path, shape: tuple[int, int], transposed: bool) -> None:
     setting = Setting(tmp_path, shape, transposed=transposed)
     score = setting.score()
-    expect(score, setting.base, setting.aligned, setting.delta)
+    assert_dense(score, setting.base, setting.aligned, setting.delta)
     assert score.rho_null_estimated
 
 
 @pytest.mark.parametrize("ranks", [(1,), (4,), (64,), (300,), (3, 5), (2, 2, 2)])
 def test_ranks_and_sums_of_products(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     setting = Setting(tmp_path, (96, 130), ranks)
-    expect(setting.score(), setting.base, setting.aligned, setting.delta)
+    assert_dense(setting.score(), setting.base, setting.aligned, setting.delta)
 
 
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16, torch.float32])
@@ -136,7 +136,7 @@ def test_ranks_and_sums_of_products(tmp_path: Path, ranks: tuple[int, ...]) -> N
 @pytest.mark.parametrize("padded", [True, False])
 def test_dtypes(tmp_path: Path, weights: torch.dtype, factors: torch.dtype, padded: bool) -> None:
     setting = Setting(tmp_path, (96, 130), weights=weights, factors=factors, padded=padded)
-    expect(setting.score(), setting.base, setting.aligned, setting.delta)
+    assert_dense(setting.score(), setting.base, setting.aligned, setting.delta)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -144,7 +144,7 @@ def test_many_blocks(tmp_path: Path, transposed: bool) -> None:
     setting = Setting(tmp_path, (640, 520), (16,), transposed=transposed, weights=torch.bfloat16)
     workspace = Workspace(torch.device("cpu"), chunk_elements=4096)
     score = score_low_rank(setting.models, setting.row(), setting.products, workspace=workspace)
-    expect(score, setting.base, setting.aligned, setting.delta)
+    assert_dense(score, setting.base, setting.aligned, setting.delta)
 
 
 def test_a_product_for_the_other_orientation(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_product_for_the_other_orientation(tmp_path: Path) -> None:
     product = LowRank("finetuned", "a", "b", 0.5, 4, True)
     turned = row(setting.shape, (Term(Operand("aligned", WEIGHT, low_rank=(product,))),))
     ((_, score),) = analyze_rows(models, [turned], device="cpu")
-    expect(score, setting.base, setting.aligned, 0.5 * (b.double() @ a.double()).T)
+    assert_dense(score, setting.base, setting.aligned, 0.5 * (b.double() @ a.double()).T)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-18])
@@ -193,7 +193,7 @@ def test_products_of_very_different_sizes(tmp_path: Path) -> None:
         models, [row((60, 80), (Term(Operand("aligned", WEIGHT, low_rank=products)),))], device="cpu"
     )
     delta = sum(tensors[f"b{i}"].double() @ tensors[f"a{i}"].double() for i in range(2))
-    expect(score, setting.base, setting.aligned, delta)
+    assert_dense(score, setting.base, setting.aligned, delta)
 
 
 @pytest.mark.parametrize(("decay", "tolerance"), [(None, 0.03), (1.0, 0.03), (0.5, 0.12), ("low rank", 1e-3)])
@@ -254,7 +254,7 @@ def test_reference_base_is_composed(tmp_path: Path, shape: tuple[int, int], tran
     setting = Setting(tmp_path, shape, transposed=transposed)
     score = setting.score(delta_reference="base")
     finetuned = setting.aligned + setting.delta
-    expect(score, setting.base, setting.aligned, finetuned - setting.base)
+    assert_dense(score, setting.base, setting.aligned, finetuned - setting.base)
     assert not score.rho_null_estimated
     v = setting.aligned - setting.base
     null = float((v**2).sum()) / (math.sqrt(shape[0]) * float((v @ v.T).norm()))
@@ -274,7 +274,7 @@ def test_dora_is_composed(tmp_path: Path, shape: tuple[int, int], transposed: bo
     )
     total = setting.aligned + setting.delta
     finetuned = magnitude.double()[:, None] * total / total.norm(dim=1, keepdim=True)
-    expect(setting.score(operand), setting.base, setting.aligned, finetuned - setting.aligned)
+    assert_dense(setting.score(operand), setting.base, setting.aligned, finetuned - setting.aligned)
 
 
 def test_replaced_rows_are_composed(tmp_path: Path) -> None:
@@ -284,13 +284,13 @@ def test_replaced_rows_are_composed(tmp_path: Path) -> None:
     finetuned = setting.aligned.clone()
     finetuned[list(indices)] = rows.double()
     operand = Operand("aligned", WEIGHT, rows=Rows("finetuned", "rows", indices))
-    expect(setting.score(operand), setting.base, setting.aligned, finetuned - setting.aligned)
+    assert_dense(setting.score(operand), setting.base, setting.aligned, finetuned - setting.aligned)
 
 
 def test_a_replaced_tensor_and_a_sum_of_terms(tmp_path: Path) -> None:
     other = 0.02 * gauss(96, 80, seed=60).float()
     setting = Setting(tmp_path, (96, 80), more={"other": other})
-    expect(
+    assert_dense(
         setting.score(Operand("finetuned", "other")),
         setting.base,
         setting.aligned,
@@ -302,7 +302,7 @@ def test_a_replaced_tensor_and_a_sum_of_terms(tmp_path: Path) -> None:
     )
     ((_, score),) = analyze_rows(setting.models, [row(setting.shape, terms)], device="cpu")
     finetuned = 0.25 * setting.aligned + 2.0 * (other.double() + setting.delta)
-    expect(score, setting.base, setting.aligned, finetuned - setting.aligned)
+    assert_dense(score, setting.base, setting.aligned, finetuned - setting.aligned)
 
 
 def test_both_forms_in_one_analysis_come_in_order(tmp_path: Path) -> None:

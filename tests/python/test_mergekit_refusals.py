@@ -202,7 +202,9 @@ def cut(models: dict[str, Path], *sources: tuple[str, int, int], **document: Any
     }
 
 
-def refused(tmp_path: Path, document: dict[str, Any], message: str, error: type[SafemergeError]) -> None:
+def assert_refused(
+    tmp_path: Path, document: dict[str, Any], message: str, error: type[SafemergeError]
+) -> None:
     with pytest.raises(error, match=message) as caught:
         merged(tmp_path, **document)
     assert "\n" not in str(caught.value)
@@ -237,7 +239,7 @@ def test_models_that_do_not_fit(models: dict[str, Path], tmp_path: Path) -> None
         ),
     ]:
         error = PlanError if message.startswith((r"models\[1", "base_model")) else PairingError
-        refused(tmp_path, document, message, error)
+        assert_refused(tmp_path, document, message, error)
 
 
 def test_tensors_that_only_later_models_have_are_named(models: dict[str, Path], tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_slices_that_do_not_fit(models: dict[str, Path], tmp_path: Path) -> None
             r"slices\[0\].base_model: passthrough has no base; take it out",
         ),
     ]:
-        refused(tmp_path, document, message, PlanError)
+        assert_refused(tmp_path, document, message, PlanError)
 
 
 def test_methods_and_their_models(models: dict[str, Path], tmp_path: Path) -> None:
@@ -330,7 +332,7 @@ def test_methods_and_their_models(models: dict[str, Path], tmp_path: Path) -> No
             "`density` ± `epsilon` should lie between 0 and 1",
         ),
     ]:
-        refused(tmp_path, document, message, PlanError)
+        assert_refused(tmp_path, document, message, PlanError)
 
 
 def test_models_that_are_not_there(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -343,7 +345,7 @@ def test_models_that_are_not_there(tmp_path: Path, models: dict[str, Path]) -> N
         (str(adapter), r"models\[0\].model: .*is a PEFT adapter; write the model .*model\+adapter"),
         (f"{models['a']}+{models['b']}", r"models\[0\].model: b: .*adapter_config.json"),
     ]:
-        refused(tmp_path, {**LINEAR, "models": [{"model": name}]}, message, SafemergeError)
+        assert_refused(tmp_path, {**LINEAR, "models": [{"model": name}]}, message, SafemergeError)
 
 
 def test_null_fields_are_as_if_left_out(tmp_path: Path) -> None:

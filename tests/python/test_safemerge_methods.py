@@ -130,7 +130,7 @@ def test_slerp_goes_from_the_safe_model_to_the_finetuned_one(
 def test_refusals(quartet: dict[str, Path], tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SafemergeError, match=message):
         merge(**{**quartet, **options}, output=tmp_path / "out")
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists(), "nothing was measured or written before the refusal"
 
 
 def test_positioned_reads_give_the_same_weights(quartet: dict[str, Path], tmp_path: Path) -> None:

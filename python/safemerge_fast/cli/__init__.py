@@ -27,7 +27,7 @@ _COMMANDS = {
     "inspect": "Shows what a checkpoint or an adapter holds; reads headers only.",
     "analyze": "Measures how far each module left the safety subspace.",
     "merge": "Merges the modules that left the safety subspace with a safe model.",
-    "run": "Makes what a recipe in a YAML file says: folds an adapter, or merges.",
+    "run": "Makes what a YAML file says: a recipe, or a merge in mergekit's format.",
     "verify": "Evaluates an output's plan again and compares every byte.",
 }
 

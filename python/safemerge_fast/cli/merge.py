@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import _engine
+from ..plan.methods import weighing_methods
 from .options import (
     analysis_options,
     compose,
@@ -24,13 +24,6 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from ..pipeline.dry_run import Preview
     from ..report.merge_report import MergeReport
-
-# recipes.safemerge.METHODS, without what that imports: this line runs for --help.
-_METHODS = [
-    method["name"]
-    for method in _engine.methods()
-    if method["name"] == "slerp" or any(parameter["name"] == "weight" for parameter in method["parameters"])
-]
 
 _decision_options = compose(
     threshold_option("τ: modules whose ρ is strictly below it are merged."),
@@ -82,7 +75,7 @@ _merge_options = compose(
     ),
     click.option(
         "--method",
-        type=click.Choice(_METHODS),
+        type=click.Choice(weighing_methods()),
         default="linear",
         show_default=True,
         help="How tensors are merged; docs/methods.md explains each. All but linear and slerp merge updates of the "

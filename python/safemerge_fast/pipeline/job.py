@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import _engine
 from ..analysis.scores import Score, Scores
 from ..checkpoint.adapter import Adapter, open_source
 from ..checkpoint.model import Model, open_model
-from ..decision import Rule
+from ..decision import Decision, Rule
 from ..errors import AdapterError, AnalysisError, PlanError
 from ..output.adapter.layout import require_linear
 from ..pairing.rows import Pairing, Row, pair
-from ..plan.shards import Blend, Shard, lay_out
+from ..plan.shards import SINGLE_FILE, Blend, Shard, lay_out, plan_document, plan_shard
 from ..recipes.safemerge import method_parameters, safemerge
 from .configuration import MergeConfiguration
 
@@ -143,6 +145,7 @@ def open_job(configuration: MergeConfiguration) -> Job:
         scores=scores,
     )
     _check_output_format(job)
+    _check_method(job)
     return job
 
 
@@ -165,6 +168,19 @@ def _check_output_format(job: Job) -> None:
                 f"{name} is for adapters, but the output is a checkpoint; leave it out, or give adapters as "
                 f"finetuned and safe with output_format adapter"
             )
+
+
+def _check_method(job: Job) -> None:
+    """Lets the engine look at the method's parameters for each tensor that may be merged, before any long work."""
+    blend = job.blend
+    if blend.base is None:
+        return
+    roles = {*blend.weights, blend.base}
+    rows = tuple(row for row in job.analysed if roles <= row.terms.keys())
+    if rows:
+        decisions = {row.name: Decision(merge=True, reason="may be merged") for row in rows}
+        trial = plan_shard(Shard(SINGLE_FILE, rows), decisions, blend, dtype=job.configuration.dtype)
+        _engine.Plan(json.dumps(plan_document(job.models, [trial])))
 
 
 def _checkpoints(models: Mapping[str, Model]) -> list[str]:

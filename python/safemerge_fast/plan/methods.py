@@ -8,7 +8,7 @@ from functools import cache
 
 from .. import _engine
 
-__all__ = ["Method", "Parameter", "known_methods"]
+__all__ = ["Method", "Parameter", "known_methods", "weighing_methods"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +81,9 @@ def known_methods() -> Mapping[str, Method]:
         )
         for method in _engine.methods()
     }
+
+
+def weighing_methods() -> tuple[str, ...]:
+    """Names of the methods that weigh two models, with or without a base: those that SafeMERGE can use."""
+    methods = known_methods().items()
+    return tuple(name for name, method in methods if "weight" in method.parameters or name == "slerp")

@@ -6,15 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import PlanError
-from ..plan.methods import known_methods
+from ..plan.methods import known_methods, weighing_methods
 from ..plan.shards import Blend
 
-__all__ = ["METHODS", "method_parameters", "safemerge"]
-
-METHODS = tuple(
-    name for name, method in known_methods().items() if "weight" in method.parameters or name == "slerp"
-)
-"""Methods that weigh two models, with or without a base."""
+__all__ = ["method_parameters", "safemerge"]
 
 # Their elements vote on signs, and the sum is divided by the weights of those that agree. An update of zero never
 # votes: with the aligned model as the safe one, the fine-tuned update would always win, undiminished.
@@ -40,20 +35,20 @@ def safemerge(
         alpha: α, the weight of the fine-tuned update, from 0 to 1; slerp's t.
         safe_role: The role that plays the safe model: "safe", or "aligned" where there is none (then Δs is
             zero, and the update of the fine-tuned model shrinks by α).
-        method: One of METHODS.
+        method: One of weighing_methods().
         parameters: The method's other parameters, as method_parameters returns them.
 
     Returns:
         The blend of fine-tuned and safe model.
 
     Raises:
-        PlanError: The method is none of METHODS, or of no use without a safe model.
+        PlanError: The method is none of those, or of no use without a safe model.
     """
     if method == "linear":
         weights = {"finetuned": alpha, safe_role: 1.0 - alpha}
         return Blend(method, {"normalize": False}, weights)
-    if method not in METHODS:
-        raise PlanError(f"method should be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in weighing_methods():
+        raise PlanError(f"method should be one of {', '.join(weighing_methods())}, not {method!r}")
     if method in _VOTING and safe_role == "aligned":
         raise PlanError(
             f"{method} lets updates vote on signs, and without a safe model there is but one; "
@@ -74,7 +69,7 @@ def method_parameters(
     """Puts a method's parameters together and checks them.
 
     Args:
-        method: One of METHODS.
+        method: One of weighing_methods().
         density: The parameter of that name.
         seed: The parameter of that name.
         parameters: Further ones as `name=value`, separated by commas.
@@ -90,8 +85,8 @@ def method_parameters(
 
     from .mergekit.values import read_parameters
 
-    if method not in METHODS:
-        raise PlanError(f"method should be one of {', '.join(METHODS)}, not {method!r}")
+    if method not in weighing_methods():
+        raise PlanError(f"method should be one of {', '.join(weighing_methods())}, not {method!r}")
     given: dict[str, Any] = {}
     for part in filter(None, (word.strip() for word in (parameters or "").split(","))):
         name, sign, text = part.partition("=")
