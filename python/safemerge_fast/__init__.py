@@ -22,15 +22,15 @@ if TYPE_CHECKING:
         SafemergeError,
         VerificationError,
     )
-    from .pipeline.configuration import MergeConfiguration
-    from .pipeline.dry_run import Preview, preview
-    from .pipeline.merge import merge
-    from .pipeline.progress import ProgressEvent
-    from .pipeline.scoring import analyze
-    from .pipeline.verification import VerifyReport, verify
+    from .progress import ProgressEvent
     from .recipes.fold import FoldConfiguration, FoldReport, fold
     from .recipes.mergekit.execution import MergekitReport
     from .recipes.run import run
+    from .recipes.safemerge.configuration import MergeConfiguration
+    from .recipes.safemerge.dry_run import Preview, preview
+    from .recipes.safemerge.merge import merge
+    from .recipes.safemerge.scoring import analyze
+    from .recipes.verification import VerifyReport, verify
     from .report.merge_report import MergeReport
 
 __all__ = [
@@ -64,20 +64,20 @@ _HOMES = {
     "__version__": "_engine",
     "Score": "analysis.scores",
     "Scores": "analysis.scores",
-    "MergeConfiguration": "pipeline.configuration",
+    "MergeConfiguration": "recipes.safemerge.configuration",
     "FoldConfiguration": "recipes.fold",
     "FoldReport": "recipes.fold",
     "fold": "recipes.fold",
     "MergekitReport": "recipes.mergekit.execution",
     "run": "recipes.run",
-    "Preview": "pipeline.dry_run",
-    "preview": "pipeline.dry_run",
-    "merge": "pipeline.merge",
-    "ProgressEvent": "pipeline.progress",
+    "Preview": "recipes.safemerge.dry_run",
+    "preview": "recipes.safemerge.dry_run",
+    "merge": "recipes.safemerge.merge",
+    "ProgressEvent": "progress",
     "MergeReport": "report.merge_report",
-    "analyze": "pipeline.scoring",
-    "VerifyReport": "pipeline.verification",
-    "verify": "pipeline.verification",
+    "analyze": "recipes.safemerge.scoring",
+    "VerifyReport": "recipes.verification",
+    "verify": "recipes.verification",
 }
 
 

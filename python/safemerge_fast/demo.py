@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import OutputError
-from .pipeline.merge import merge
-from .pipeline.progress import ProgressCallback
-from .pipeline.scoring import analyze
-from .pipeline.verification import VerifyReport, verify
+from .progress import ProgressCallback
+from .recipes.safemerge.merge import merge
+from .recipes.safemerge.scoring import analyze
+from .recipes.verification import VerifyReport, verify
 from .report.merge_report import MergeReport
 
 if TYPE_CHECKING:

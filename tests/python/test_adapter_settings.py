@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safemerge_fast.output.adapter.settings import target_modules
+from safemerge_fast.recipes.safemerge.adapter.settings import target_modules
 
 
 def test_target_modules_cover_just_the_adapted_ones() -> None:

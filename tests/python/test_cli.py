@@ -175,7 +175,7 @@ def test_a_traceback_only_with_vv(quartet, tmp_path: Path, monkeypatch: pytest.M
     def fail(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("a fault\nof ours")
 
-    monkeypatch.setattr("safemerge_fast.pipeline.merge.open_job", fail)
+    monkeypatch.setattr("safemerge_fast.recipes.safemerge.merge.open_job", fail)
     result = run(*merge_words(quartet, tmp_path / "out"))
     assert result.exit_code == 1
     assert_one_sentence(result, "unexpected ZeroDivisionError: a fault of ours", "-vv")
@@ -217,7 +217,7 @@ def assert_nothing_complete(output: Path) -> None:
 def test_ctrl_c_exits_with_130(quartet, tmp_path: Path) -> None:
     """A real SIGINT, sent once the merge has begun."""
     script = (
-        "import safemerge_fast.pipeline.merge as pipeline, time\n"
+        "import safemerge_fast.recipes.safemerge.merge as pipeline, time\n"
         "from safemerge_fast.cli import main\n"
         "real = pipeline.score_rows\n"
         "def slow(*arguments, **options):\n"

@@ -27,7 +27,7 @@ from safemerge_fast.plan.shards import (
     plan_shard,
     tensor_bytes,
 )
-from safemerge_fast.recipes.safemerge import safemerge
+from safemerge_fast.recipes.safemerge.blend import safemerge
 from safemerge_fast.sizes import format_size, parse_size
 
 

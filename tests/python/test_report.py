@@ -18,8 +18,8 @@ from rich.console import Console
 from safemerge_fast import AnalysisError, MergeReport, OutputError, SafemergeError, merge
 from safemerge_fast.analysis.scores import Score
 from safemerge_fast.checkpoint.model import open_model
+from safemerge_fast.documents import write_document
 from safemerge_fast.pairing.rows import pair
-from safemerge_fast.report.documents import write_document
 from safemerge_fast.report.merge_report import TensorReport, count_modules, module_table
 from safemerge_fast.report.plot import write_plot
 

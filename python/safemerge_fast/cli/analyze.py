@@ -68,8 +68,8 @@ def command(
     """
     from ..analysis.rounding import rounding_warning
     from ..pairing.rows import pair
-    from ..pipeline.job import open_models
-    from ..pipeline.scoring import score_models
+    from ..recipes.safemerge.job import open_models
+    from ..recipes.safemerge.scoring import score_models
     from ..report.plot import check_plot, write_plot
 
     if plot_file is not None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def command(*, terminal: Terminal, model: str) -> None:
     """Show what a checkpoint or a LoRA adapter holds: files, dtypes, parameters and modules. Reads headers only."""
     from ..checkpoint.adapter import Adapter, open_source
+    from ..documents import write_document
     from ..pairing.rows import pair
-    from ..report.documents import write_document
 
     opened = open_source("model", model)
     if isinstance(opened, Adapter):

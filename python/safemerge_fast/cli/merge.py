@@ -22,7 +22,7 @@ from .options import (
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from ..pipeline.dry_run import Preview
+    from ..recipes.safemerge.dry_run import Preview
     from ..report.merge_report import MergeReport
 
 _decision_options = compose(
@@ -159,17 +159,17 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
         raise click.UsageError(
             "--resume continues an output and --overwrite starts it anew; give one of them."
         )
-    from ..pipeline.configuration import MergeConfiguration
+    from ..recipes.safemerge.configuration import MergeConfiguration
 
     configuration = MergeConfiguration(**{**values, "read_backend": values["read_backend"] or "auto"})
     if dry_run:
-        from ..pipeline.dry_run import preview
+        from ..recipes.safemerge.dry_run import preview
 
         outlook = preview(configuration)
         _say_notes(terminal, outlook.notes)
         terminal.result(outlook.to_json, *_preview_lines(outlook))
         return
-    from ..pipeline.merge import run_merge
+    from ..recipes.safemerge.merge import run_merge
 
     with terminal.progress() as progress:
         report = run_merge(configuration, progress)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..pipeline.progress import ProgressCallback, ProgressEvent
+from ..progress import ProgressCallback, ProgressEvent
 
 __all__ = ["Terminal"]
 

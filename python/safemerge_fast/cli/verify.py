@@ -27,7 +27,7 @@ def command(*, terminal: Terminal, output: str, sample: float, threads: int | No
 
     The models that OUT was made from must still be where they were. Exits with 4 if anything differs.
     """
-    from ..pipeline.verification import verify
+    from ..recipes.verification import verify
     from ..sizes import format_size
 
     with terminal.progress() as progress:

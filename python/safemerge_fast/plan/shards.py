@@ -16,7 +16,7 @@ from ..decision import Decision
 from ..errors import AdapterError, PairingError
 from ..pairing.operand import Operand, references
 from ..pairing.rows import Row
-from ..pipeline.configuration import DTYPES
+from ..settings import DTYPES
 from .composition import Composition, combine
 from .invocation import Argument, Invocation
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from ..pipeline.configuration import MergeConfiguration
 from .fold import FoldConfiguration
 from .mergekit.document import read_document
 from .mergekit.execution import MergekitConfiguration
+from .safemerge.configuration import MergeConfiguration
 
 __all__ = ["RECIPES", "read_recipe"]
 

@@ -18,13 +18,13 @@ from ..checkpoint.adapter import open_adapter
 from ..checkpoint.model import open_model
 from ..decision import Decision
 from ..errors import PlanError
-from ..output.publication import describe_inputs, peak_memory, publish, versions
+from ..execution.planned import write_planned
+from ..execution.publication import describe_inputs, peak_memory, publish, versions
 from ..pairing.rows import pair_adapter
-from ..pipeline.configuration import check_dtype, check_read_backend, check_sizes, check_threads
-from ..pipeline.planned import write_planned
-from ..pipeline.progress import ProgressCallback
 from ..plan.shards import Blend, compose, lay_out, output_dtype, plan_shard
+from ..progress import ProgressCallback
 from ..report.card import fold_card
+from ..settings import check_dtype, check_read_backend, check_sizes, check_threads
 
 __all__ = ["FoldConfiguration", "FoldReport", "fold", "run_fold"]
 

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..pipeline.configuration import MergeConfiguration
-from ..pipeline.merge import run_merge
 from .document import read_recipe
 from .fold import FoldConfiguration, FoldReport, run_fold
 from .mergekit.execution import MergekitConfiguration, MergekitReport, run_mergekit
+from .safemerge.configuration import MergeConfiguration
+from .safemerge.merge import run_merge
 
 if TYPE_CHECKING:
-    from ..pipeline.progress import ProgressCallback
+    from ..progress import ProgressCallback
     from ..report.merge_report import MergeReport
 
 __all__ = ["carry_out", "run"]

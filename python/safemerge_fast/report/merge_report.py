@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.scores import Score
 from ..decision import Decision
+from ..documents import write_document
 from ..errors import SafemergeError
 from ..pairing.rows import Row
-from ..pipeline.configuration import MergeConfiguration
 from ..plan.shards import Blend, compose
-from .documents import write_document
+from ..recipes.safemerge.configuration import MergeConfiguration
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...errors import PlanError
-from ...pipeline.configuration import DTYPES
 from ...plan.methods import Method, known_methods
+from ...settings import DTYPES
 from ...sizes import parse_size
 from .references import Reference, read_reference
 from .values import Parameters, read_parameters

@@ -11,14 +11,14 @@ from typing import Any
 
 from ...checkpoint.model import Model
 from ...errors import PlanError
-from ...output.companions import configuration_file
-from ...output.publication import describe_inputs, peak_memory, publish, versions
-from ...pipeline.configuration import check_read_backend, check_threads
-from ...pipeline.planned import write_planned
-from ...pipeline.progress import ProgressCallback
+from ...execution.companions import configuration_file
+from ...execution.planned import write_planned
+from ...execution.publication import describe_inputs, peak_memory, publish, versions
 from ...plan.invocation import Invocation
 from ...plan.shards import Shard, lay_out, output_dtype
+from ...progress import ProgressCallback
 from ...report.card import configuration_card
+from ...settings import check_read_backend, check_threads
 from ...sizes import parse_size
 from .document import Document
 from .planning import Planner, plan_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...checkpoint.model import Model
 from ...errors import CheckpointError, PairingError
-from ...output.companions import has_tokenizer
+from ...execution.companions import has_tokenizer
 from .references import Participant
 
 __all__ = ["check_vocabularies", "tokenizer_model"]

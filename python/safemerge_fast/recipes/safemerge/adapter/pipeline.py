@@ -9,20 +9,14 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ... import _engine
-from ...analysis.rounding import rounding_warning
-from ...analysis.scores import Score
-from ...checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
-from ...checkpoint.adapter_config import ADAPTER_CONFIG
-from ...decision import Decision, decide
-from ...pipeline.configuration import DTYPES
-from ...pipeline.job import Job
-from ...pipeline.progress import ProgressCallback, ProgressEvent
-from ...pipeline.scoring import device_name, score_rows
-from ...report.card import model_card
-from ...report.merge_report import MergeReport, ModuleWarning, tensor_reports
-from ..companions import companion_files
-from ..publication import (
+from .... import _engine
+from ....analysis.rounding import rounding_warning
+from ....analysis.scores import Score
+from ....checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
+from ....checkpoint.adapter_config import ADAPTER_CONFIG
+from ....decision import Decision, decide
+from ....execution.companions import companion_files
+from ....execution.publication import (
     CARD_FILE,
     REPORT_FILE,
     describe_inputs,
@@ -30,6 +24,12 @@ from ..publication import (
     remove_stray_shards,
     versions,
 )
+from ....progress import ProgressCallback, ProgressEvent
+from ....report.card import model_card
+from ....report.merge_report import MergeReport, ModuleWarning, tensor_reports
+from ....settings import DTYPES
+from ..job import Job
+from ..scoring import device_name, score_rows
 from .layout import AdapterLayout, lay_out_adapter
 from .settings import adapter_settings
 

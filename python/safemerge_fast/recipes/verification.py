@@ -13,9 +13,9 @@ from typing import Any
 
 from .. import _engine
 from ..errors import CheckpointError, PlanError, VerificationError
-from ..output.adapter.verification import read_adapter_report, verify_adapter
 from ..plan.shards import INDEX_FILE, PLAN_FILE, index_document
-from .progress import ProgressCallback, ProgressEvent
+from ..progress import ProgressCallback, ProgressEvent
+from .safemerge.adapter.verification import read_adapter_report, verify_adapter
 
 __all__ = ["VerifyReport", "verify"]
 

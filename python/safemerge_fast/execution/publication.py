@@ -12,8 +12,8 @@ from typing import Any
 
 from .. import _engine
 from ..checkpoint.model import Model
+from ..documents import write_document
 from ..plan.shards import INDEX_FILE, PLAN_FILE, index_document, plan_document
-from ..report.documents import write_document
 from .companions import CONFIGURATION, companion_files, configuration_file
 
 __all__ = [

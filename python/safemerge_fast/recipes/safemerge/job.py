@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import _engine
-from ..analysis.scores import Score, Scores
-from ..checkpoint.adapter import Adapter, open_source
-from ..checkpoint.model import Model, open_model
-from ..decision import Decision, Rule
-from ..errors import AdapterError, AnalysisError, PlanError
-from ..output.adapter.layout import require_linear
-from ..pairing.rows import Pairing, Row, pair
-from ..plan.shards import SINGLE_FILE, Blend, Shard, lay_out, plan_document, plan_shard
-from ..recipes.safemerge import method_parameters, safemerge
+from ... import _engine
+from ...analysis.scores import Score, Scores
+from ...checkpoint.adapter import Adapter, open_source
+from ...checkpoint.model import Model, open_model
+from ...decision import Decision, Rule
+from ...errors import AdapterError, AnalysisError, PlanError
+from ...pairing.rows import Pairing, Row, pair
+from ...plan.shards import SINGLE_FILE, Blend, Shard, lay_out, plan_document, plan_shard
+from .adapter.layout import require_linear
+from .blend import method_parameters, safemerge
 from .configuration import MergeConfiguration
 
 __all__ = ["Job", "open_job", "open_models", "require_finite"]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...analysis.blocks import read_tensor
-from ...analysis.composed import Composed
-from ...checkpoint.model import Model
-from ...errors import AdapterError
-from ...pairing.operand import LowRank, Term
+from ....analysis.blocks import read_tensor
+from ....analysis.composed import Composed
+from ....checkpoint.model import Model
+from ....errors import AdapterError
+from ....pairing.operand import LowRank, Term
 from .layout import AdapterLayout, FullTensor, LowRankWeight
 
 __all__ = ["AdapterTensors", "make_tensors", "relative_error"]

@@ -6,12 +6,12 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..analysis import analyze_rows
-from ..analysis.scores import Score, Scores, describe_source
-from ..checkpoint.model import Model
-from ..pairing.rows import Row, pair
+from ...analysis import analyze_rows
+from ...analysis.scores import Score, Scores, describe_source
+from ...checkpoint.model import Model
+from ...pairing.rows import Row, pair
+from ...progress import ProgressCallback, ProgressEvent
 from .job import open_models, require_finite
-from .progress import ProgressCallback, ProgressEvent
 
 __all__ = ["analyze", "device_name", "score_models", "score_rows"]
 
@@ -121,6 +121,6 @@ def score_rows(
 
 def device_name(device: str) -> str:
     """The device that a choice like "auto" comes to, as torch names it."""
-    from ..analysis.device import resolve_device
+    from ...analysis.device import resolve_device
 
     return str(resolve_device(device))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import PlanError
-from ..plan.methods import known_methods, weighing_methods
-from ..plan.shards import Blend
+from ...errors import PlanError
+from ...plan.methods import known_methods, weighing_methods
+from ...plan.shards import Blend
 
 __all__ = ["method_parameters", "safemerge"]
 
@@ -83,7 +83,7 @@ def method_parameters(
     """
     import yaml
 
-    from .mergekit.values import read_parameters
+    from ..mergekit.values import read_parameters
 
     if method not in weighing_methods():
         raise PlanError(f"method should be one of {', '.join(weighing_methods())}, not {method!r}")

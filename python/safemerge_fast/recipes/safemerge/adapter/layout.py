@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...checkpoint.adapter import Adapter
-from ...decision import Decision
-from ...errors import AdapterError
-from ...pairing.operand import LowRank, Operand, Term
-from ...pairing.rows import Row
-from ...plan.shards import Blend, compose_sum
+from ....checkpoint.adapter import Adapter
+from ....decision import Decision
+from ....errors import AdapterError
+from ....pairing.operand import LowRank, Operand, Term
+from ....pairing.rows import Row
+from ....plan.shards import Blend, compose_sum
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
 

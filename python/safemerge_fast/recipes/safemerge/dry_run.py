@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .. import _engine
-from ..analysis.scores import Score
-from ..decision import Decision, decide
-from ..output.adapter.layout import lay_out_adapter
-from ..output.adapter.pipeline import adapter_bytes, adapter_document, adapters_by_role, input_bytes
-from ..pairing.operand import references
-from ..plan.shards import plan_document, plan_shard
-from ..report.merge_report import ModuleCount, TensorReport, count_modules, tensor_reports
+from ... import _engine
+from ...analysis.scores import Score
+from ...decision import Decision, decide
+from ...pairing.operand import references
+from ...plan.shards import plan_document, plan_shard
+from ...report.merge_report import ModuleCount, TensorReport, count_modules, tensor_reports
+from .adapter.layout import lay_out_adapter
+from .adapter.pipeline import adapter_bytes, adapter_document, adapters_by_role, input_bytes
 from .configuration import MergeConfiguration
 from .job import Job, open_job
 

@@ -7,22 +7,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .. import _engine
-from ..analysis.rounding import rounding_warning
-from ..analysis.scores import Score
-from ..decision import Decision, decide
-from ..output.adapter.pipeline import merge_into_adapter
-from ..output.companions import configuration_file
-from ..output.publication import describe_inputs, peak_memory, publish, remove_stray_shards, versions
-from ..pairing.rows import Row
-from ..plan.shards import Shard, plan_document, plan_shard, tensor_bytes
-from ..report.card import model_card
-from ..report.merge_report import MergeReport, ModuleWarning, TensorReport, tensor_reports
+from ... import _engine
+from ...analysis.rounding import rounding_warning
+from ...analysis.scores import Score
+from ...decision import Decision, decide
+from ...execution.companions import configuration_file
+from ...execution.publication import describe_inputs, peak_memory, publish, remove_stray_shards, versions
+from ...execution.shard_writer import ShardWriter
+from ...pairing.rows import Row
+from ...plan.shards import Shard, plan_document, plan_shard, tensor_bytes
+from ...progress import ProgressCallback, ProgressEvent
+from ...report.card import model_card
+from ...report.merge_report import MergeReport, ModuleWarning, TensorReport, tensor_reports
+from .adapter.pipeline import merge_into_adapter
 from .configuration import MergeConfiguration
 from .job import Job, open_job
-from .progress import ProgressCallback, ProgressEvent
 from .scoring import device_name, score_rows
-from .shard_writer import ShardWriter
 
 __all__ = ["merge", "run_merge"]
 

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from .. import _engine
 from ..checkpoint.model import Model
-from ..output.publication import remove_stray_shards
 from ..plan.shards import index_document, plan_document
-from .progress import ProgressCallback, ProgressEvent
+from ..progress import ProgressCallback, ProgressEvent
+from .publication import remove_stray_shards
 from .shard_writer import ShardWriter
 
 __all__ = ["Run", "write_planned"]

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.adapter import ADAPTER_WEIGHTS
-from ...checkpoint.adapter_config import ADAPTER_CONFIG
-from ...decision import Decision
-from ...errors import PlanError, SafemergeError, VerificationError
-from ...pipeline.job import Job, open_job
-from ...report.merge_report import MergeReport
-from ..publication import REPORT_FILE
+from ....checkpoint.adapter import ADAPTER_WEIGHTS
+from ....checkpoint.adapter_config import ADAPTER_CONFIG
+from ....decision import Decision
+from ....errors import PlanError, SafemergeError, VerificationError
+from ....execution.publication import REPORT_FILE
+from ....report.merge_report import MergeReport
+from ..job import Job, open_job
 from .layout import lay_out_adapter
 from .pipeline import adapters_by_role, make_weights, write_settings
 

@@ -1,0 +1,1 @@
+"""Stage 6, execution: plans become files of an output, and what lies beside them."""

@@ -1,1 +1,0 @@
-"""What lies beside the weights in an output directory."""

@@ -1,1 +1,0 @@
-"""The stages in a row: what was asked for, the work, and its verification."""
