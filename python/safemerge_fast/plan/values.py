@@ -1,4 +1,4 @@
-"""What a configuration gives for a parameter: a number or word, a gradient over the layers, or filters on names."""
+"""Stage 5: what is given for a method's parameter: a number or word, a gradient over the layers, or filters on names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from ...errors import PlanError
-from ...plan.methods import Method, Parameter
+from ..errors import PlanError
+from .methods import Method, Parameter
 
 __all__ = ["Entry", "Parameters", "Scalar", "Value", "interpolate", "read_parameters"]
 
