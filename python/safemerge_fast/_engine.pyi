@@ -8,6 +8,7 @@ __all__ = [
     "Block",
     "Checkpoint",
     "Output",
+    "Pattern",
     "Plan",
     "Progress",
     "Rows",
@@ -230,6 +231,20 @@ class Output:
     def copy_file(self, source: str | PathLike[str], name: str) -> None: ...
     def finish(self) -> None: ...
     def close(self) -> None: ...
+
+@final
+class Pattern:
+    """A regular expression in the syntax of the Rust crate regex: no look-around, no backreferences, linear time.
+
+    Raises:
+        ValueError: The expression is malformed, not supported or too large; the message is a short reason.
+    """
+
+    def __new__(cls, text: str) -> Pattern: ...
+    def search(self, name: str) -> bool:
+        """Whether the expression matches a part of the name."""
+    def fullmatch(self, name: str) -> bool:
+        """Whether the expression matches the whole name."""
 
 @final
 class Plan:

@@ -5,6 +5,7 @@ mod difference;
 mod error;
 mod methods;
 mod output;
+mod pattern;
 mod plan;
 
 use crate::kernels::Level;
@@ -21,6 +22,8 @@ mod _engine {
     use super::methods::methods;
     #[pymodule_export]
     use super::output::Output;
+    #[pymodule_export]
+    use super::pattern::Pattern;
     #[pymodule_export]
     use super::plan::{Plan, Progress};
     #[pymodule_export]
