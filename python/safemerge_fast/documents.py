@@ -308,7 +308,7 @@ def _reason(problem: Exception) -> str:
 
 
 def _subject(file: str | os.PathLike[str], subject: str | None) -> str:
-    return printable(os.fspath(file) if subject is None else subject)
+    return printable(os.fsdecode(file) if subject is None else subject)
 
 
 # With this the encoder in C does the work; an indent would leave it to the one in Python, ten times slower.

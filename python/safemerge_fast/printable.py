@@ -16,8 +16,11 @@ MOST = 400
 
 MOST_OF_A_MESSAGE = 4000
 
-# All that CommonMark and its tables give a meaning to, and `$`, which some readers take for formulas.
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$:-])")
+# All that CommonMark and its tables give a meaning to within a line, what makes links of addresses, and `$`, which
+# some readers take for formulas.
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$:@])")
+# Names as most are; underscores within a word are no emphasis.
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def printable(text: str, most: int = MOST) -> str:
@@ -49,7 +52,9 @@ def shortened(text: str, most: int) -> str:
 
 def markdown(text: str) -> str:
     """A name as plain text in Markdown, also in a cell of a table: no link, no emphasis, no HTML."""
-    return _MARKDOWN.sub(r"\\\1", escape(printable(text), quote=False))
+    if _PLAIN.fullmatch(text) and len(text) <= MOST:
+        return text
+    return escape(_MARKDOWN.sub(r"\\\1", printable(text)), quote=False)
 
 
 def code(text: str, *, in_table: bool = False) -> str:
