@@ -67,8 +67,9 @@ CODE: Final = Limit(4 << 20, 0)
 DEPTH: Final = 64
 """Levels of nesting that a document may have."""
 
-# Digits beyond which a whole number is no number of anything here; arithmetic with it would take its time.
-_MOST_DIGITS = 30
+# Digits beyond which a whole number is no number of anything here; arithmetic with it would take its time. Tokenizers
+# write int(1e30), 31 digits, for a length without limit.
+_MOST_DIGITS = 40
 _LARGEST = 10**_MOST_DIGITS
 _TOO_LONG = f"it holds a whole number of more than {_MOST_DIGITS} digits"
 _TOO_DEEP = f"it is nested deeper than {DEPTH} levels"
@@ -184,7 +185,7 @@ def parse_json(
 
     Raises:
         SafemergeError: Of the class given: it is malformed, too large, nested deeper than DEPTH levels, or holds a
-            whole number of more than 30 digits.
+            whole number of more than 40 digits.
     """
     import msgspec
 

@@ -12,7 +12,7 @@ from .printable import printable
 __all__ = ["parse_yaml", "read_yaml"]
 
 # Digits of a whole number; in base 60, which YAML 1.1 has, a few bytes would make numbers without end.
-_MOST_DIGITS = 30
+_MOST_DIGITS = 40
 
 
 def read_yaml(
