@@ -14,6 +14,7 @@ __all__ = [
     "Rows",
     "StoredMatrix",
     "TensorInfo",
+    "Watchdog",
     "__version__",
     "methods",
     "simd_levels",
@@ -282,3 +283,17 @@ class Plan:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Verification: ...
+
+@final
+class Watchdog:
+    """A thread that ends the process with exit code 130 if the interpreter cannot do so after a signal."""
+
+    def __new__(cls) -> Watchdog: ...
+    def fileno(self) -> int:
+        """The descriptor for signal.set_wakeup_fd; it is open as long as this object lives."""
+    def set_message(self, message: str) -> None:
+        """What is said after `error: ` if the thread has to say it."""
+    def answer(self) -> None:
+        """Tells that the signal's handler runs: the process then has more time to stop in good order."""
+    def said(self) -> None:
+        """Tells that the interruption has been said."""

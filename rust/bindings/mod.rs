@@ -3,6 +3,7 @@
 mod checkpoint;
 mod difference;
 mod error;
+mod interruption;
 mod methods;
 mod output;
 mod pattern;
@@ -18,6 +19,8 @@ mod _engine {
     use super::checkpoint::{Checkpoint, Rows, TensorInfo};
     #[pymodule_export]
     use super::difference::{Block, StoredMatrix};
+    #[pymodule_export]
+    use super::interruption::Watchdog;
     #[pymodule_export]
     use super::methods::methods;
     #[pymodule_export]
