@@ -115,15 +115,20 @@ def _sentence(error: Exception, name: str, revision: str | None) -> str:
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{name} has no revision {revision or 'main'} on the Hugging Face Hub{_revisions(name)}"
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if status in (401, 403) and "credentials" in str(getattr(error, "server_message", None)):
+        return (
+            f"the Hugging Face Hub refused the token of this machine, so that {name} cannot be read; log in anew with "
+            f"`hf auth login`, or correct HF_TOKEN"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return (
             f"{name} is no local path, and no repository of that name can be seen on the Hugging Face Hub; names look "
             f"like org/name[@revision], and a private one needs `hf auth login` with an account that may read it"
         )
-    if status in (401, 403):
+    if status == 403:
         return (
-            f"the Hugging Face Hub refused the token of this machine for {name} ({status}); log in anew with `hf auth "
-            f"login`, or correct HF_TOKEN"
+            f"the token of this machine may not read {name} on the Hugging Face Hub; log in with `hf auth login` as "
+            f"somebody who may, or give HF_TOKEN the right to read it"
         )
     if isinstance(error, errors.HFValidationError):
         return f"{name} is no local path, and no name that a repository can have: {_first_line(error)}"
@@ -165,7 +170,9 @@ def _revisions(name: str) -> str:
 
 
 def _address(name: str) -> str:
-    return f"https://huggingface.co/{name}"
+    from huggingface_hub.constants import ENDPOINT
+
+    return f"{ENDPOINT}/{name}"
 
 
 def _at(revision: str | None) -> str:
