@@ -6,8 +6,9 @@ package is quick and needs no torch.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+# Type checkers know the name. Importing typing would take longer than all else here, and Ctrl-C before the program's
+# first line would end in a traceback.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from ._engine import __version__ as __version__
@@ -90,6 +91,8 @@ def __getattr__(name: str) -> object:
     """Loads a public name from the module that defines it."""
     if name not in _HOMES and name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
     home = _HOMES.get(name, "errors" if name.endswith("Error") else "api")
     value = getattr(import_module(f".{home}", __name__), name)
     globals()[name] = value

@@ -8,11 +8,13 @@ __all__ = [
     "Block",
     "Checkpoint",
     "Output",
+    "Pattern",
     "Plan",
     "Progress",
     "Rows",
     "StoredMatrix",
     "TensorInfo",
+    "Watchdog",
     "__version__",
     "methods",
     "simd_levels",
@@ -232,6 +234,20 @@ class Output:
     def close(self) -> None: ...
 
 @final
+class Pattern:
+    """A regular expression in the syntax of the Rust crate regex: no look-around, no backreferences, linear time.
+
+    Raises:
+        ValueError: The expression is malformed, not supported or too large; the message is a short reason.
+    """
+
+    def __new__(cls, text: str) -> Pattern: ...
+    def search(self, name: str) -> bool:
+        """Whether the expression matches a part of the name."""
+    def fullmatch(self, name: str) -> bool:
+        """Whether the expression matches the whole name."""
+
+@final
 class Plan:
     """A validated plan: what every output tensor is made of."""
 
@@ -267,3 +283,17 @@ class Plan:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Verification: ...
+
+@final
+class Watchdog:
+    """A thread that ends the process with exit code 130 if the interpreter cannot do so after a signal."""
+
+    def __new__(cls) -> Watchdog: ...
+    def fileno(self) -> int:
+        """The descriptor for signal.set_wakeup_fd; it is open as long as this object lives."""
+    def set_message(self, message: str) -> None:
+        """What is said after `error: ` if the thread has to say it."""
+    def answer(self) -> None:
+        """Tells that the signal's handler runs: the process then has more time to stop in good order."""
+    def said(self) -> None:
+        """Tells that the interruption has been said."""

@@ -3,8 +3,10 @@
 mod checkpoint;
 mod difference;
 mod error;
+mod interruption;
 mod methods;
 mod output;
+mod pattern;
 mod plan;
 
 use crate::kernels::Level;
@@ -18,9 +20,13 @@ mod _engine {
     #[pymodule_export]
     use super::difference::{Block, StoredMatrix};
     #[pymodule_export]
+    use super::interruption::Watchdog;
+    #[pymodule_export]
     use super::methods::methods;
     #[pymodule_export]
     use super::output::Output;
+    #[pymodule_export]
+    use super::pattern::Pattern;
     #[pymodule_export]
     use super::plan::{Plan, Progress};
     #[pymodule_export]

@@ -165,7 +165,7 @@ class TestSettings:
             ({"lora_alpha": float("nan")}, "lora_alpha should be a finite number, not nan"),
             ({"rank_pattern": [1]}, r"rank_pattern should be an object, not \[1\]"),
             ({"rank_pattern": {"q_proj": -1}}, "rank_pattern 'q_proj' should be a whole number"),
-            ({"alpha_pattern": {"(": 1}}, r"'\(' in alpha_pattern is not a regular expression"),
+            ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is not a regular expression"),
             ({"trainable_token_indices": {"embed_tokens": 3}}, "should hold lists of row numbers, not 3"),
             ({"trainable_token_indices": [1, -2]}, "should hold lists of row numbers"),
         ],

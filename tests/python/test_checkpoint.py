@@ -140,7 +140,7 @@ def test_says_what_the_hub_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"base: org/name is no local path.*: no connection$"):
+    with pytest.raises(CheckpointError, match=r"base: org/name is no local path.*: no connection\)"):
         open_model("base", "org/name")
 
 

@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import torch
 
+from .. import interruption
+
 __all__ = ["score_in_threads"]
 
 # Beyond this the interpreter, which one thread at a time can use, is what limits them.
@@ -37,6 +39,7 @@ def score_in_threads(score: Callable[[_Item], _Result], items: Iterable[_Item]) 
     count = min(torch.get_num_threads(), _MOST_THREADS)
     executor = _single_threaded_executor(count)
     waiting: deque[Future[_Result]] = deque()
+    wait = True
     try:
         for item in items:
             waiting.append(executor.submit(score, item))
@@ -44,9 +47,13 @@ def score_in_threads(score: Callable[[_Item], _Result], items: Iterable[_Item]) 
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except KeyboardInterrupt:
+        wait = False
+        raise
     finally:
-        # Also when nobody wants the rest; what is under way takes a fraction of a second.
-        executor.shutdown(wait=True, cancel_futures=True)
+        # Also when nobody wants the rest. What is under way takes a fraction of a second, which nobody should wait for
+        # who pressed Ctrl-C.
+        executor.shutdown(wait=wait and not interruption.was_received(), cancel_futures=True)
 
 
 def _single_threaded_executor(count: int) -> ThreadPoolExecutor:

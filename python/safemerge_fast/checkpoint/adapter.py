@@ -75,19 +75,22 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() and not whole
 
 
-def open_source(role: str, spec: str | os.PathLike[str]) -> Model:
+def open_source(role: str, spec: str | os.PathLike[str], *, progress: bool = True) -> Model:
     """Finds and opens a checkpoint or an adapter, whichever it is; arguments and errors as for those two."""
-    path = locate(role, spec)
+    path = locate(role, spec, progress=progress)
     return open_adapter(role, spec, path) if is_adapter(path) else open_model(role, spec, path)
 
 
-def open_adapter(role: str, spec: str | os.PathLike[str], path: Path | None = None) -> Adapter:
+def open_adapter(
+    role: str, spec: str | os.PathLike[str], path: Path | None = None, *, progress: bool = True
+) -> Adapter:
     """Finds and opens a LoRA adapter.
 
     Args:
         role: The part it plays; error messages name it.
         spec: Its directory, or (only when no such path exists) `org/name[@revision]` on the Hub.
         path: Where it lies, if that is known already.
+        progress: As for locate.
 
     Returns:
         The adapter.
@@ -96,7 +99,7 @@ def open_adapter(role: str, spec: str | os.PathLike[str], path: Path | None = No
         CheckpointError: There is no such path or repository, or its headers are malformed.
         AdapterError: It cannot be merged exactly, or a key of it is not understood.
     """
-    path = locate(role, spec) if path is None else path
+    path = locate(role, spec, progress=progress) if path is None else path
     if path.name == ADAPTER_WEIGHTS:
         path = path.parent
     settings = read_adapter_config(role, path)

@@ -6,15 +6,16 @@ engine does not compute is refused by its name; so is one that this program does
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..documents import read_json
 from ..errors import AdapterError
+from ..patterns import ModulePatterns
+from ..printable import printable
 
 __all__ = ["ADAPTER_CONFIG", "AdapterConfig", "read_adapter_config"]
 
@@ -107,8 +108,8 @@ class AdapterConfig:
     where: str
     r: int
     lora_alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: ModulePatterns
+    alpha_pattern: ModulePatterns
     use_rslora: bool
     fan_in_fan_out: bool
     tokens: Mapping[str | None, tuple[int, ...]]
@@ -116,7 +117,7 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """The rank that the configuration gives to a module: the first pattern that matches its name wins."""
-        return int(self._first(self.rank_pattern, module, self.r))
+        return int(self.rank_pattern.first(module, self.r))
 
     def scale(self, module: str) -> float:
         """The factor s of s·B·A: alpha/r, or alpha/√r with use_rslora.
@@ -125,7 +126,7 @@ class AdapterConfig:
             module: The module's name in the model, without `base_model.model.`.
         """
         rank = self.rank(module)
-        alpha = self._first(self.alpha_pattern, module, self.lora_alpha)
+        alpha = self.alpha_pattern.first(module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def token_indices(self, module: str) -> tuple[int, ...] | None:
@@ -134,13 +135,6 @@ class AdapterConfig:
             if name is None or module == name or module.endswith(f".{name}"):
                 return indices
         return None
-
-    def _first(self, patterns: Mapping[str, float], module: str, default: float) -> float:
-        for pattern, value in patterns.items():
-            # PEFT's own rule, with the dot before the name optional and the end anchored.
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        return default
 
 
 def read_adapter_config(role: str, directory: Path) -> AdapterConfig:
@@ -157,28 +151,19 @@ def read_adapter_config(role: str, directory: Path) -> AdapterConfig:
         AdapterError: The file cannot be read, is malformed, or asks for what cannot be merged exactly.
     """
     file = directory / ADAPTER_CONFIG
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{role}: {file} cannot be read as JSON: {error}") from error
+    document = read_json(file, AdapterError, subject=f"{role}: {file}", nonfinite=True)
     if not isinstance(document, dict):
         raise AdapterError(f"{role}: {file} should hold a JSON object, not a {type(document).__name__}")
-    where = f"{role}: {file}"
+    where = printable(f"{role}: {file}")
     _refuse(where, document)
     return AdapterConfig(
         where=where,
         r=_rank(where, "r", document.get("r", 8)),
         lora_alpha=_number(where, "lora_alpha", document.get("lora_alpha", 8)),
-        rank_pattern={
-            key: _rank(where, f"rank_pattern {key!r}", value)
-            for key, value in _patterns(where, document, "rank_pattern").items()
-        },
-        alpha_pattern={
-            key: _number(where, f"alpha_pattern {key!r}", value)
-            for key, value in _patterns(where, document, "alpha_pattern").items()
-        },
-        use_rslora=bool(document.get("use_rslora")),
-        fan_in_fan_out=bool(document.get("fan_in_fan_out")),
+        rank_pattern=_patterns(where, document, "rank_pattern", _rank),
+        alpha_pattern=_patterns(where, document, "alpha_pattern", _number),
+        use_rslora=_flag(where, document, "use_rslora"),
+        fan_in_fan_out=_flag(where, document, "fan_in_fan_out"),
         tokens=_tokens(where, document.get("trainable_token_indices")),
         document=document,
     )
@@ -188,12 +173,15 @@ def _refuse(where: str, document: Mapping[str, Any]) -> None:
     """Refuses what cannot be merged exactly, or is not known."""
     kind = document.get("peft_type")
     if str(kind).upper() != "LORA":
-        raise AdapterError(f"{where} is of peft_type {kind!r}; only LORA adapters can be merged exactly")
+        raise AdapterError(
+            f"{where} is of peft_type {_shown(kind)}; only LORA adapters can be merged exactly"
+        )
     initial = str(document.get("init_lora_weights", True)).lower()
     if initial.startswith(_CONVERTIBLE_INITS):
         raise AdapterError(
-            f"{where} has init_lora_weights {initial!r}, which changed the base weights, so that the factors do not "
-            f"fit the original ones; save it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+            f"{where} has init_lora_weights {_shown(initial)}, which changed the base weights, so that the factors "
+            f"do not fit the original ones; save it with PEFT's "
+            f"save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     if initial == "loftq":
         raise AdapterError(
@@ -202,7 +190,8 @@ def _refuse(where: str, document: Mapping[str, Any]) -> None:
         )
     if initial not in _INNOCENT_INITS:
         raise AdapterError(
-            f"{where} has init_lora_weights {initial!r}, which is not known, and it may have changed the base weights"
+            f"{where} has init_lora_weights {_shown(initial)}, which is not known, and it may have changed the base "
+            f"weights"
         )
     for name, meaning in _REFUSED.items():
         if document.get(name):
@@ -210,34 +199,43 @@ def _refuse(where: str, document: Mapping[str, Any]) -> None:
     for name, value in document.items():
         if value and name not in _NEUTRAL and name not in _USED and name not in _REFUSED:
             raise AdapterError(
-                f"{where} sets {name} to {value!r}, which is not known; remove it if the weights do not depend on it"
+                f"{where} sets {printable(name, 80)} to {_shown(value)}, which is not known; "
+                f"remove it if the weights do not depend on it"
             )
 
 
 def _rank(where: str, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise AdapterError(f"{where}: {name} should be a whole number of at least 1, not {value!r}")
+        raise AdapterError(f"{where}: {name} should be a whole number of at least 1, not {_shown(value)}")
     return value
 
 
 def _number(where: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"{where}: {name} should be a finite number, not {value!r}")
+        raise AdapterError(f"{where}: {name} should be a finite number, not {_shown(value)}")
     return value
 
 
-def _patterns(where: str, document: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _flag(where: str, document: Mapping[str, Any], name: str) -> bool:
+    value = document.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise AdapterError(f"{where}: {name} should be true or false, not {_shown(value)}")
+    return bool(value)
+
+
+def _patterns(
+    where: str, document: Mapping[str, Any], name: str, check: Callable[[str, str, object], float]
+) -> ModulePatterns:
     patterns = document.get(name) or {}
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{where}: {name} should be an object, not {patterns!r}")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AdapterError(
-                f"{where}: {pattern!r} in {name} is not a regular expression: {error}"
-            ) from error
-    return patterns
+        raise AdapterError(f"{where}: {name} should be an object, not {_shown(patterns)}")
+    values = {key: check(where, f"{name} '{printable(key, 80)}'", value) for key, value in patterns.items()}
+    return ModulePatterns(f"{where}: {name}", values, AdapterError)
+
+
+def _shown(value: object) -> str:
+    """A value of the file as messages show it: short, whatever it is."""
+    return printable(repr(value), 80)
 
 
 def _tokens(where: str, value: object) -> dict[str | None, tuple[int, ...]]:
@@ -250,7 +248,7 @@ def _tokens(where: str, value: object) -> dict[str | None, tuple[int, ...]]:
         whole = isinstance(indices, list) and all(type(index) is int and index >= 0 for index in indices)
         if not isinstance(indices, list) or not whole:
             raise AdapterError(
-                f"{where}: trainable_token_indices should hold lists of row numbers, not {indices!r}"
+                f"{where}: trainable_token_indices should hold lists of row numbers, not {_shown(indices)}"
             )
         tokens[name] = tuple(indices)
     return tokens

@@ -6,7 +6,6 @@ cannot be merged exactly: adapters, pickles and quantised weights. Nothing of th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import _engine
+from ..documents import read_json
 from ..errors import AdapterError, CheckpointError
+from ..printable import printable
+from .hub import download
 
 __all__ = ["FLOATS", "ROLES", "Model", "locate", "open_model", "quantization_method"]
 
@@ -26,19 +28,6 @@ FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 """Dtypes whose values can be averaged as they are stored: no scale lies elsewhere."""
 
 _REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-
-_WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.py",
-    "*.txt",
-    "LICENSE*",
-    "vocab.*",
-]
-_UNWANTED = ["original/*", "onnx/*", "openvino/*", "consolidated*", "checkpoint-*/*", "runs/*"]
 
 # Suffixes of the tensors that quantised formats store beside or in place of a weight.
 _QUANTISED_SUFFIXES = {
@@ -52,6 +41,10 @@ _QUANTISED_SUFFIXES = {
 }
 
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+
+# What the pairing relies on; other fields of a wrong kind do no harm here.
+_FIELDS = (("model_type", str, "a text"), ("tie_word_embeddings", bool, "true or false"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +66,14 @@ class Model:
     config: dict[str, Any]
 
 
-def locate(role: str, spec: str | os.PathLike[str]) -> Path:
+def locate(role: str, spec: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """Finds what a person typed for a role.
 
     Args:
         role: Error messages name it.
         spec: A path, or (only when no such path exists) `org/name[@revision]` on the Hub, which is downloaded
             into the Hub's own cache.
+        progress: Whether a download shows the Hub's bars on stderr.
 
     Returns:
         An absolute local path, which exists.
@@ -88,24 +82,50 @@ def locate(role: str, spec: str | os.PathLike[str]) -> Path:
         CheckpointError: There is no such path or repository.
     """
     typed = os.fspath(spec)
-    path = Path(typed).expanduser()
-    if not path.exists():
+    if not _is_utf8(typed):
+        raise CheckpointError(f"{role}: the path {printable(typed)} is not UTF-8; rename what lies there")
+    path = _local(role, typed)
+    if path is None:
         match = _REPOSITORY.fullmatch(typed) if isinstance(spec, str) else None
         if match is None:
             raise CheckpointError(
-                f"{role}: {typed} does not exist; give a checkpoint directory or org/name[@revision]"
+                f"{role}: {printable(typed)} does not exist; give a checkpoint directory or org/name[@revision]"
             )
-        path = _download(role, typed, match["name"], match["revision"])
+        path = download(role, match["name"], match["revision"], progress=progress)
     return path.absolute()
 
 
-def open_model(role: str, spec: str | os.PathLike[str], path: Path | None = None) -> Model:
+def _local(role: str, typed: str) -> Path | None:
+    """The path that was typed, if there is something."""
+    try:
+        path = Path(typed).expanduser()
+        return path if path.exists() else None
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{role}: {printable(typed)} names a user that this machine does not have"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{role}: {printable(typed)} cannot be read: {error.strerror}") from error
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def open_model(
+    role: str, spec: str | os.PathLike[str], path: Path | None = None, *, progress: bool = True
+) -> Model:
     """Finds and opens the checkpoint of one role.
 
     Args:
         role: One of ROLES; error messages name it.
         spec: A directory, a .safetensors file, or a repository, as locate takes it.
         path: Where it lies, if that is known already.
+        progress: As for locate.
 
     Returns:
         The model.
@@ -115,7 +135,7 @@ def open_model(role: str, spec: str | os.PathLike[str], path: Path | None = None
             config.json are malformed, or its weights are quantised.
         AdapterError: It is a PEFT adapter.
     """
-    path = locate(role, spec) if path is None else path
+    path = locate(role, spec, progress=progress) if path is None else path
     _check_files(role, path)
     model = Model(role, os.fspath(spec), path, _engine.Checkpoint(path), _read_config(role, path))
     _refuse_adapter(model)
@@ -128,26 +148,7 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping) or not quantization:
         return None
-    return str(quantization.get("quant_method") or "unnamed method")
-
-
-def _download(role: str, typed: str, name: str, revision: str | None) -> Path:
-    """Fetches a repository's weights and small files into the Hub's cache; returns the snapshot."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        raise CheckpointError(
-            f"{role}: {typed} is no local path, and the Hugging Face Hub did not give "
-            f"such a repository: {reason}"
-        ) from error
+    return printable(str(quantization.get("quant_method") or "unnamed method"), 80)
 
 
 def _check_files(role: str, path: Path) -> None:
@@ -160,7 +161,10 @@ def _check_files(role: str, path: Path) -> None:
         return
     if not path.is_dir():
         raise CheckpointError(f"{role}: {path} is neither a directory nor a regular file")
-    names = sorted(entry.name for entry in path.iterdir())
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        raise CheckpointError(f"{role}: {path} cannot be read: {error.strerror}") from error
     whole_model = "model.safetensors" in names or "model.safetensors.index.json" in names
     if "adapter_config.json" in names and not whole_model:
         raise AdapterError(
@@ -183,14 +187,20 @@ def _check_files(role: str, path: Path) -> None:
 def _read_config(role: str, path: Path) -> dict[str, Any]:
     """Reads config.json in the directory, or beside the file."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    # Some configurations have Infinity in them.
+    config = read_json(file, CheckpointError, subject=f"{role}: {file}", nonfinite=True, optional=True)
+    if config is None:
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{role}: {file} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{role}: {file} should hold a JSON object, not a {type(config).__name__}")
+    text = config.get("text_config")
+    for where, part in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
+        for name, kind, word in _FIELDS:
+            value = part.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise CheckpointError(
+                    f"{role}: {file}: {where}{name} should be {word}, not {printable(repr(value), 80)}"
+                )
     return config
 
 

@@ -13,14 +13,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+from .. import interruption
 from ..errors import SafemergeError
+from ..printable import MOST_OF_A_MESSAGE, printable
 from .options import verbosity
 
 __all__ = ["main"]
+
+_Result = TypeVar("_Result")
 
 _COMMANDS = {
     "demo": "Makes a small quartet, merges it and verifies the output.",
@@ -43,12 +47,45 @@ class _Commands(click.Group):
         """Imports the module of a command and returns its click command."""
         if cmd_name not in _COMMANDS:
             return None
+        interruption.expect(_interrupted(cmd_name))
         command: click.Command = import_module(f".{cmd_name}", __name__).command
         return command
 
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Runs the command line, as click does it, but that each error is one line that begins with `error:`.
+
+        Returns:
+            The exit code, if standalone_mode is false; else the process ends with it.
+        """
+        run: Callable[..., Any] = super().main
+        try:
+            result = run(*args, standalone_mode=False, **extra)
+            # The code of ctx.exit; commands return nothing.
+            code = result if isinstance(result, int) else 0
+        except click.ClickException as error:
+            _usage(error)
+            code = error.exit_code
+        except _Stopped:
+            _say("interrupted")
+            code = interruption.EXIT_CODE
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parses the group's own options."""
+        return _stoppable(lambda: super(_Commands, self).make_context(*args, **extra))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuses arguments that neither a report nor a plan could name."""
+        for word in args:
+            if any("\ud800" <= character <= "\udfff" for character in word):
+                raise click.UsageError(f"the argument {printable(word)} is not UTF-8; rename what it names")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; what goes wrong is said in one sentence on stderr."""
-        return _guarded(ctx, lambda: super(_Commands, self).invoke(ctx))
+        return _stoppable(lambda: _guarded(ctx, lambda: super(_Commands, self).invoke(ctx)))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""
@@ -56,35 +93,66 @@ class _Commands(click.Group):
             formatter.write_dl(list(_COMMANDS.items()))
 
 
+class _Stopped(Exception):  # noqa: N818
+    """An interruption where nobody could say it better; click would print an empty line of its own."""
+
+
+def _stoppable(run: Callable[[], _Result]) -> _Result:
+    try:
+        return run()
+    except KeyboardInterrupt as interrupt:
+        raise _Stopped from interrupt
+
+
 def _guarded(ctx: click.Context, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except KeyboardInterrupt:
-        rest = (
-            "; what is committed stays, continue with --resume"
-            if ctx.invoked_subcommand in ("merge", "run")
-            else ""
-        )
-        _complain(ctx, f"interrupted{rest}")
-        code = 130
-    except SafemergeError as error:
-        _complain(ctx, str(error))
-        code = error.exit_code
+        _complain(ctx, _interrupted(ctx.invoked_subcommand))
+        code = interruption.EXIT_CODE
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         # click's own way out: usage errors, --help, a reader that closed the pipe.
         raise
     except Exception as error:
-        hint = "" if verbosity(ctx) >= 2 else "; run with -vv for the traceback"
-        _complain(ctx, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}")
-        code = 1
+        if interruption.was_received():
+            # A library that was loading made an error of its own of it.
+            _complain(ctx, _interrupted(ctx.invoked_subcommand))
+            code = interruption.EXIT_CODE
+        elif isinstance(error, SafemergeError):
+            _complain(ctx, str(error))
+            code = error.exit_code
+        else:
+            hint = "" if verbosity(ctx) >= 2 else "; run with -vv for the traceback"
+            _complain(ctx, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}")
+            code = 1
     ctx.exit(code)
+
+
+def _interrupted(command: str | None) -> str:
+    resumed = command in ("merge", "run")
+    return "interrupted" + ("; what is committed stays, continue with --resume" if resumed else "")
 
 
 def _complain(ctx: click.Context, message: str) -> None:
     """Writes the one line, after the traceback if that was asked for."""
     if verbosity(ctx) >= 2:
         traceback.print_exc(file=sys.stderr)
-    click.echo(f"error: {message}", err=True)
+    _say(message)
+
+
+def _usage(error: click.ClickException) -> None:
+    """Says what is wrong with the arguments, and where to read of them."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return
+    message = " ".join(error.format_message().split()).rstrip(".")
+    ctx = error.ctx if isinstance(error, click.UsageError) else None
+    _say(f"{message}; see {ctx.command_path} --help" if ctx is not None else message)
+
+
+def _say(message: str) -> None:
+    interruption.said()
+    click.echo(f"error: {printable(message, MOST_OF_A_MESSAGE)}", err=True)
 
 
 @click.group(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.model import Model
+from ..documents import CODE, read_bytes, read_bytes_if_there, read_json, require_regular
 from ..errors import CheckpointError
+from ..printable import printable
 
 __all__ = ["companion_files", "configuration_file", "has_tokenizer"]
 
@@ -49,8 +52,10 @@ _WITH_CODE = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
+# Within a line, and without two ways to match the same text: the file may be made to take long.
 _RELATIVE_IMPORT = re.compile(
-    r"^\s*(?:from\s+\.(\w+)[\w.]*\s+import|import\s+\.(\w+)|from\s+\.\s+import\s+(\w+))", re.M
+    r"^[ \t]*(?:from[ \t]+\.(\w+)(?:\.[\w.]*)?[ \t]+import|import[ \t]+\.(\w+)|from[ \t]+\.[ \t]+import[ \t]+(\w+))",
+    re.M,
 )
 
 
@@ -65,6 +70,10 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
 
     Returns:
         (where a file lies, its name in the output), sorted by name.
+
+    Raises:
+        CheckpointError: A file is no regular file, cannot be read, has a name that is not UTF-8, or is a link that
+            leads out of its checkpoint.
     """
     directory = _directory(model)
     if not model.path.is_dir() and not (directory / CONFIGURATION).is_file():
@@ -74,11 +83,41 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
     for source, patterns in sources:
         for pattern in patterns:
             for path in source.glob(pattern):
-                if path.is_file() and path.suffix not in _NEVER:
+                if path.suffix not in _NEVER and not path.is_dir():
                     found[path.relative_to(source).as_posix()] = path
         for name in _code_files(source):
             found[name] = source / name
+    for name in sorted(found):
+        _check_companion(found[name], name)
+    # It is not copied but written anew, and by then it is late.
+    if os.path.lexists(directory / CONFIGURATION):
+        _check_companion(directory / CONFIGURATION, CONFIGURATION)
     return [(found[name], name) for name in sorted(found)]
+
+
+def _check_companion(path: Path, name: str) -> None:
+    """Refuses what should not be copied: the output may be published, and can be read by all."""
+    if not name.isprintable():
+        raise CheckpointError(
+            f"{printable(str(path))} has a name that no file of a model has; rename or remove it"
+        )
+    directory = Path(os.path.abspath(path)).parents[name.count("/")]
+    resolved = Path(os.path.realpath(path))
+    if not any(resolved.is_relative_to(place) for place in _places(Path(os.path.realpath(directory)))):
+        raise CheckpointError(
+            f"{path} is a link to {printable(str(resolved))}, outside of the checkpoint, and would be copied into the "
+            f"output; put the file itself there, or remove the link"
+        )
+    require_regular(path, CheckpointError)
+
+
+def _places(directory: Path) -> Iterator[Path]:
+    """Where the files of a checkpoint may lie: in its directory, or among the blobs of its repository's cache."""
+    yield directory
+    for parent in directory.parents:
+        # …/models--org--name/snapshots/<revision>/… holds links to …/models--org--name/blobs/<hash>.
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            yield parent.parent / "blobs"
 
 
 def _tokenizer_directory(model: Model | None) -> Path | None:
@@ -107,13 +146,9 @@ def configuration_file(model: Model, dtype: str, config: Mapping[str, Any] | Non
     Raises:
         CheckpointError: The file cannot be read.
     """
-    path = _directory(model) / CONFIGURATION
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    text = read_bytes_if_there(_directory(model) / CONFIGURATION, CheckpointError)
+    if text is None:
         return None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if dtype == "auto" and config is None:
         return text
     written = copy.deepcopy(dict(model.config if config is None else config))
@@ -137,7 +172,7 @@ def _code_files(directory: Path) -> list[str]:
         if name in found or not path.is_file():
             continue
         found.add(name)
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_bytes(path, CheckpointError, limit=CODE).decode("utf-8", errors="replace")
         for groups in _RELATIVE_IMPORT.findall(text):
             waiting.extend(f"{module}.py" for module in groups if module)
     return sorted(found)
@@ -145,10 +180,7 @@ def _code_files(directory: Path) -> list[str]:
 
 def _mapped_modules(path: Path) -> Iterator[str]:
     """Modules of this very repository that the auto_map of a JSON file names."""
-    try:
-        document: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
+    document = read_json(path, CheckpointError, nonfinite=True, optional=True)
     auto_map = document.get("auto_map") if isinstance(document, dict) else None
     entries = list(auto_map.values()) if isinstance(auto_map, dict) else []
     while entries:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._engine import __version__
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import Model
+from ..printable import code, fenced, markdown
 from .merge_report import MergeReport, ModuleCount
+from .public_names import Public, hub_name, last_part
 
-__all__ = ["configuration_card", "fold_card", "hub_name", "model_card"]
-
-_CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/")
+__all__ = ["configuration_card", "fold_card", "model_card"]
 
 _CARD = """\
 ---
@@ -51,13 +50,9 @@ threshold selects by module type too. Every tensor's ρ, decision and reason sta
 
 ## Configuration
 
-```sh
 {command}
-```
 
-```json
 {configuration}
-```
 """
 
 
@@ -76,13 +71,9 @@ tags:
 [safemerge-fast](https://pypi.org/project/safemerge-fast/) {version}. What each tensor is made of stands in
 `safemerge_plan.json`.
 
-```yaml
 {settings}
-```
 
-```sh
 {command}
-```
 """
 
 
@@ -102,12 +93,9 @@ A merge of {models} by the method `{method}`, made with
 [safemerge-fast](https://pypi.org/project/safemerge-fast/) {version} from a configuration in the format of mergekit.
 What each tensor is made of stands in `safemerge_plan.json`.
 
-```yaml
-{configuration}```
+{configuration}
 
-```sh
 {command}
-```
 """
 
 
@@ -128,15 +116,18 @@ def configuration_card(
     """
     import yaml
 
+    public = Public(models.values(), output)
     bases = [name for model in models.values() if (name := hub_name(model)) is not None]
     return _CONFIGURATION_CARD.format(
         base_model="".join(f"\n- {name}" for name in bases) or " []",
-        title=output.rstrip("/").rpartition("/")[2],
+        title=markdown(last_part(output)),
         models=", ".join(_display_name(model) for model in models.values()),
         method=method,
         version=__version__,
-        configuration=yaml.safe_dump(dict(configuration), sort_keys=False, allow_unicode=True),
-        command=command,
+        configuration=fenced(
+            "yaml", yaml.safe_dump(public(dict(configuration)), sort_keys=False, allow_unicode=True)
+        ),
+        command=fenced("sh", public.command(command)),
     )
 
 
@@ -152,16 +143,20 @@ def fold_card(output: str, settings: Mapping[str, Any], command: str, models: Ma
     Returns:
         Markdown with YAML front matter.
     """
+    public = Public(models.values(), output)
     bases = [name for model in models.values() if (name := hub_name(model)) is not None]
     return _FOLD_CARD.format(
         base_model="".join(f"\n- {name}" for name in bases) or " []",
-        title=output.rstrip("/").rpartition("/")[2],
+        title=markdown(last_part(output)),
         model=_display_name(models["model"]),
         adapter=_display_name(models["adapter"]),
         version=__version__,
         # JSON's strings and numbers are YAML's too.
-        settings="\n".join(f"{name}: {json.dumps(value)}" for name, value in settings.items()),
-        command=command,
+        settings=fenced(
+            "yaml",
+            "\n".join(f"{name}: {json.dumps(value)}" for name, value in public(dict(settings)).items()),
+        ),
+        command=fenced("sh", public.command(command)),
     )
 
 
@@ -177,6 +172,7 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
         as they are known by a name on the Hub.
     """
     configuration = report.configuration
+    public = Public(models.values(), report.output)
     blended = ["finetuned", "safe" if "safe" in models else "aligned"]
     # An adapter's weights come on top of the aligned model's.
     parts = [*blended, "aligned"] if any(isinstance(models[role], Adapter) for role in blended) else blended
@@ -191,7 +187,7 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
         library="transformers" if report.adapter is None else "peft",
         form="" if report.adapter is None else _form(report.adapter),
         plan="; what each is made of, in `safemerge_plan.json`" if report.adapter is None else "",
-        title=report.output.rstrip("/").rpartition("/")[2],
+        title=markdown(last_part(report.output)),
         finetuned=_display_name(models["finetuned"]),
         version=report.versions["safemerge-fast"],
         summary=f"Of {analysed} matrices that were analysed, "
@@ -201,11 +197,14 @@ def model_card(report: MergeReport, models: Mapping[str, Model]) -> str:
         blend=_blend(configuration.alpha, blended[1], configuration.method),
         method=configuration.method,
         roles="\n".join(
-            f"| {role} | {_display_name(model)}{_kind(model)} |" for role, model in models.items()
+            f"| {role} | {_display_name(model, in_table=True)}{_kind(model)} |"
+            for role, model in models.items()
         ),
         counts=_count_table(report.counts),
-        command=configuration.command(),
-        configuration=json.dumps(configuration.settings(), indent=2, ensure_ascii=False),
+        command=fenced("sh", public.command(configuration.command())),
+        configuration=fenced(
+            "json", json.dumps(public(configuration.settings()), indent=2, ensure_ascii=False)
+        ),
     )
 
 
@@ -231,16 +230,12 @@ def _form(adapter: Mapping[str, Any]) -> str:
     )
 
 
-def hub_name(model: Model) -> str | None:
-    """The model's owner/name on the Hub, from its place in the Hub's cache; None for other directories."""
-    match = _CACHED.search(f"{model.path.as_posix()}/")
-    return f"{match['owner']}/{match['name']}" if match is not None else None
-
-
-def _display_name(model: Model) -> str:
+def _display_name(model: Model, *, in_table: bool = False) -> str:
     """The name on the Hub, else the last part of the path: a card is published, a home directory is not."""
     name = hub_name(model)
-    return f"[{name}](https://huggingface.co/{name})" if name is not None else f"`{model.path.name}`"
+    if name is not None:
+        return f"[{name}](https://huggingface.co/{name})"
+    return code(model.path.name, in_table=in_table)
 
 
 def _kind(model: Model) -> str:
@@ -283,5 +278,5 @@ def _count_table(counts: Iterable[ModuleCount]) -> str:
             "" if value is None else f"{value:.3f}" for value in (count.median_rho, count.median_rho_null)
         )
         numbers = (str(count.analysed), str(count.merged), str(count.kept), *medians)
-        lines.append(f"| {count.module_type} | {' | '.join(numbers)} |")
+        lines.append(f"| {markdown(count.module_type)} | {' | '.join(numbers)} |")
     return "\n".join(lines)

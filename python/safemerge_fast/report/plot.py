@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..analysis.scores import Score
 from ..errors import AnalysisError, OutputError
 from ..pairing.rows import Row
+from ..printable import plot_label, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +132,7 @@ def _figure(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, 
             linestyle="-" if len(set(layers)) == len(layers) else "none",
             linewidth=1,
             markersize=5,
-            label=module_type,
+            label=plot_label(module_type),
         )
         known = [(layer, null) for layer, _, null in points if null is not None]
         axes.plot(
@@ -145,7 +146,7 @@ def _figure(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, 
         )
     axes.plot([], [], linestyle="none", marker="_", markersize=10, color="grey", label="ρ_null")
     axes.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"τ = {threshold:g}")
-    axes.set(title=title, xlabel="layer", ylabel="ρ", ylim=(0, 1.02))
+    axes.set(title=plot_label(title), xlabel="layer", ylabel="ρ", ylim=(0, 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True, alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
@@ -177,11 +178,11 @@ def _page(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, ti
         if score is None:
             continue
         below = score.rho is not None and score.rho < threshold
-        rho = f"{score.rho:.4f}" if score.rho is not None else escape(score.undefined or "")
+        rho = f"{score.rho:.4f}" if score.rho is not None else _cell(score.undefined or "")
         null = f"{score.rho_null:.4f}" if score.rho_null is not None else ""
         cells = (
-            escape(row.name),
-            escape(row.module_type),
+            _cell(row.name),
+            _cell(row.module_type),
             rho,
             null,
             f"{score.v_norm:.4g}",
@@ -190,4 +191,8 @@ def _page(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, ti
         opening = '<tr class="below">' if below else "<tr>"
         lines.append(opening + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     # Only the element itself: the XML declaration and doctype may not stand within a page.
-    return _PAGE.format(title=escape(title), figure=svg[svg.index("<svg") :], rows="\n".join(lines))
+    return _PAGE.format(title=_cell(title), figure=svg[svg.index("<svg") :], rows="\n".join(lines))
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text))
