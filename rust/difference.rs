@@ -30,8 +30,7 @@ impl StoredMatrix {
     /// [`crate::checkpoint::Shard::mapped`].
     pub fn open(checkpoint: &Checkpoint, name: &str) -> Result<Self> {
         let (shard, entry) = checkpoint.get(name)?;
-        let (&[rows, columns], Some(dtype)) =
-            (entry.shape.as_slice(), Float::from_safetensors(entry.dtype))
+        let (&[rows, columns], Some(dtype)) = (entry.shape, Float::from_safetensors(entry.dtype))
         else {
             return Err(Error::Option(format!(
                 "tensor `{name}` ({}, shape {:?}) is not a matrix of floats",

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Result of an engine call.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong. [`Error::stage`] tells whose fault it is.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +37,14 @@ pub enum Error {
         /// The shard.
         path: PathBuf,
         /// What is wrong with it.
+        problem: String,
+    },
+    /// An input beyond what is read, so that nobody's file takes all memory or time.
+    #[error("{} is not read: {problem}", path.display())]
+    Limit {
+        /// The file or directory.
+        path: PathBuf,
+        /// Which limit it exceeds.
         problem: String,
     },
     /// Header and file disagree about the file's length.
@@ -187,6 +195,7 @@ impl Error {
             | Self::NoWeights { .. }
             | Self::Read { .. }
             | Self::Header { .. }
+            | Self::Limit { .. }
             | Self::Length { .. }
             | Self::Index { .. }
             | Self::NoTensor { .. }

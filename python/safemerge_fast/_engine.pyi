@@ -7,6 +7,7 @@ from typing import Literal, TypedDict, final, type_check_only
 __all__ = [
     "Block",
     "Checkpoint",
+    "FileIdentity",
     "Output",
     "Pattern",
     "Plan",
@@ -59,13 +60,31 @@ def methods() -> list[MethodInfo]:
 def simd_levels() -> list[str]:
     """Kernel versions that this processor can run, fastest first; the last is always "scalar"."""
 
-@type_check_only
-class FileIdentity(TypedDict):
-    """What tells one shard from another without reading its data."""
+@final
+class FileIdentity:
+    """What was seen of a shard when its header was read. Equal if all of it is."""
 
-    size: int
-    mtime_ns: int
-    header_digest: str
+    @property
+    def size(self) -> int:
+        """Bytes."""
+    @property
+    def mtime_ns(self) -> int:
+        """Modification time, nanoseconds since the epoch."""
+    @property
+    def ctime_ns(self) -> int:
+        """Time of the inode's last change, nanoseconds since the epoch; nobody can set it back."""
+    @property
+    def inode(self) -> int: ...
+    @property
+    def device(self) -> int:
+        """The device of the inode; other after a reboot."""
+    @property
+    def header_digest(self) -> str:
+        """BLAKE3 of the length field and the header, hexadecimal."""
+    def to_dict(self) -> dict[str, int | str]:
+        """As plans state it: size, mtime_ns, ctime_ns, inode, header_digest."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
 
 @type_check_only
 class ShardFacts(TypedDict):
@@ -97,7 +116,10 @@ class Verification(TypedDict):
 
 @final
 class TensorInfo:
-    """Name, dtype, shape and place of one tensor, from a header."""
+    """Name, dtype, shape and place of one tensor, from a header.
+
+    A reference into the checkpoint's tables, which it keeps alive; what is asked for is made then.
+    """
 
     @property
     def name(self) -> str: ...
@@ -109,6 +131,9 @@ class TensorInfo:
     def file(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
 
 @final
 class Rows:
@@ -122,7 +147,19 @@ class Rows:
 class Checkpoint:
     """The validated headers of a checkpoint directory or of one .safetensors file; data is mapped, never loaded."""
 
-    def __new__(cls, path: str | PathLike[str]) -> Checkpoint: ...
+    def __new__(
+        cls, path: str | PathLike[str], *, read_backend: Literal["auto", "mmap", "pread"] = "auto"
+    ) -> Checkpoint:
+        """Reads and checks all headers; nothing of the tensors' data.
+
+        Args:
+            path: A checkpoint directory, or one .safetensors file.
+            read_backend: How the data is read when it is asked for.
+
+        Raises:
+            CheckpointError: There are no such weights, or a header or the index is not valid, or beyond a limit
+                (1,000,000 tensors, 64 dimensions, 100,000,000 bytes of header, 256 MiB of index).
+        """
     @property
     def path(self) -> str: ...
     @property
@@ -130,11 +167,35 @@ class Checkpoint:
     @property
     def files(self) -> list[str]: ...
     @property
-    def tensors(self) -> list[TensorInfo]: ...
-    def __len__(self) -> int: ...
+    def names(self) -> list[str]:
+        """Names of all tensors, file by file, then in the order of their bytes."""
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors, in the order of `names`."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+    def __len__(self) -> int:
+        """Number of tensors."""
     def __contains__(self, name: str, /) -> bool: ...
-    def tensor(self, name: str) -> TensorInfo: ...
-    def identity(self) -> dict[str, FileIdentity]: ...
+    def tensor(self, name: str) -> TensorInfo:
+        """One tensor.
+
+        Raises:
+            CheckpointError: There is no tensor of this name.
+        """
+    def identity(self) -> dict[str, FileIdentity]:
+        """The identity of every shard, by file name."""
+    def check_unchanged(self) -> None:
+        """Checks that size, times and inode of every shard are those seen when the checkpoint was opened.
+
+        Raises:
+            PlanError: A shard has changed.
+            CheckpointError: A shard is gone.
+        """
     def rows(self, name: str, start: int, stop: int) -> Rows: ...
     def matrix(self, name: str) -> StoredMatrix:
         """Maps a tensor that is a matrix of floats; reads nothing of it.

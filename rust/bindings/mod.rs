@@ -16,7 +16,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _engine {
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, Rows, TensorInfo};
+    use super::checkpoint::{Checkpoint, FileIdentity, Rows, TensorInfo};
     #[pymodule_export]
     use super::difference::{Block, StoredMatrix};
     #[pymodule_export]

@@ -303,7 +303,7 @@ impl Inputs<'_> {
             tensor: tensor.to_owned(),
             range: entry.range.clone(),
             dtype: entry.dtype,
-            shape: entry.shape.clone(),
+            shape: entry.shape.to_vec(),
         })
     }
 }

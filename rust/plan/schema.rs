@@ -1,6 +1,6 @@
 //! The plan as JSON, version 1. Unknown fields are errors, so that a misspelt one is never ignored.
 
-use crate::checkpoint::FileIdentity;
+use crate::checkpoint::StatedIdentity;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -28,7 +28,7 @@ pub struct Source {
     /// Its directory, absolute.
     pub path: PathBuf,
     /// The shards that the plan reads, by file name.
-    pub files: BTreeMap<String, FileIdentity>,
+    pub files: BTreeMap<String, StatedIdentity>,
 }
 
 /// One output file.

@@ -3,7 +3,7 @@
 use super::layout::Layout;
 use super::operand::{Input, Inputs, Operand};
 use super::schema;
-use crate::checkpoint::{Checkpoint, InputFile, ReadBackend};
+use crate::checkpoint::{Checkpoint, InputFile, ReadBackend, StatedIdentity};
 use crate::dtype::Float;
 use crate::methods::{self, Convert, Method};
 use crate::{Error, Result};
@@ -148,7 +148,7 @@ impl Plan {
         let sources = plan
             .sources
             .iter()
-            .map(|(name, source)| Ok((name.clone(), open_source(source)?)))
+            .map(|(name, source)| Ok((name.clone(), open_source(source, backend)?)))
             .collect::<Result<BTreeMap<_, _>>>()?;
         let mut open = HashMap::new();
         let mut files = HashSet::new();
@@ -223,21 +223,11 @@ impl Plan {
     }
 }
 
-/// Opens the files that a plan lists and compares each with the identity it states. The modification time may differ
-/// (copies and clones change it); the size and the header may not.
-fn open_source(source: &schema::Source) -> Result<Checkpoint> {
-    let checkpoint = Checkpoint::open_files(&source.path, source.files.keys())?;
+/// Opens the files that a plan lists and compares each with the identity it states.
+fn open_source(source: &schema::Source, backend: ReadBackend) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open_files(&source.path, source.files.keys(), backend)?;
     for shard in checkpoint.shards() {
-        let expected = &source.files[&shard.name];
-        let found = &shard.header.identity;
-        let what = if expected.size != found.size {
-            "its size differs"
-        } else if expected.header_digest != found.header_digest {
-            "its header differs"
-        } else {
-            continue;
-        };
-        return Err(Error::InputChanged { path: shard.path.clone(), what });
+        shard.header.identity.check_stated(&shard.path, &source.files[&shard.name])?;
     }
     Ok(checkpoint)
 }
@@ -344,7 +334,10 @@ fn digest(
     hasher.update(&plan.version.to_le_bytes());
     hasher.update(&json);
     for (source, file) in reads {
-        let identity = serde_json::to_vec(&(source, file, &plan.sources[source].files[file]))
+        // What is only informative does not decide.
+        let StatedIdentity { size, mtime_ns, header_digest, .. } =
+            &plan.sources[source].files[file];
+        let identity = serde_json::to_vec(&(source, file, size, mtime_ns, header_digest))
             .map_err(|e| Error::Plan(e.to_string()))?;
         hasher.update(&identity);
     }
