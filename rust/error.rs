@@ -133,13 +133,13 @@ pub enum Error {
     },
     /// No room for the output.
     #[error(
-        "no space left for {} ({needed} bytes); free some space and continue with --resume, or choose another output",
-        path.display()
+        "no space left for {}{}; free some space and continue with --resume, or choose another output",
+        path.display(), if *needed == 0 { String::new() } else { format!(" ({needed} bytes)") }
     )]
     DiskFull {
         /// The file being written.
         path: PathBuf,
-        /// Its full size in bytes.
+        /// Its full size in bytes; zero where no data is written, as for a directory.
         needed: u64,
     },
     /// The operating system refused a write.

@@ -3,8 +3,8 @@
 mod checkpoint;
 mod difference;
 mod error;
+mod job;
 mod methods;
-mod output;
 mod plan;
 
 use crate::kernels::Level;
@@ -18,9 +18,9 @@ mod _engine {
     #[pymodule_export]
     use super::difference::{Block, StoredMatrix};
     #[pymodule_export]
-    use super::methods::methods;
+    use super::job::{JobDirectory, WrittenFile, fault_points};
     #[pymodule_export]
-    use super::output::Output;
+    use super::methods::methods;
     #[pymodule_export]
     use super::plan::{Plan, Progress};
     #[pymodule_export]
@@ -28,6 +28,13 @@ mod _engine {
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_init]
+    fn init(_: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        #[cfg(feature = "faults")]
+        super::job::set_faults_up();
+        Ok(())
+    }
 }
 
 /// Kernel versions that this processor can run, fastest first; the last is always "scalar".
