@@ -105,9 +105,15 @@ impl JobDirectory {
         inputs.check_apart(&found.output, output)?;
         inputs.check_apart(&found.job, &found.job)?;
         let mut made = Vec::new();
-        for _ in 0..MOST_TRIES {
-            opening::check_usable(&found)?;
-            let (place, new) = found.clone().make()?;
+        let mut tries = 0..MOST_TRIES;
+        loop {
+            // Another job that ends takes away what this one has just found.
+            let mut again = |error: &Error| error.is_not_found() && tries.next().is_some();
+            let (place, new) =
+                match opening::check_usable(&found).and_then(|()| found.clone().make()) {
+                    Err(error) if again(&error) => continue,
+                    found => found?,
+                };
             made.extend(new);
             let undo = |lock: Option<Lock>| {
                 match lock {
@@ -119,10 +125,16 @@ impl JobDirectory {
                 }
                 placement::remove_empty(&made);
             };
-            let lock = opening::check_usable(&place)
+            let lock = match opening::check_usable(&place)
                 .and_then(|()| Lock::take(&place.job, &place.output))
-                .inspect_err(|_| undo(None))?;
-            let Some(lock) = lock else { continue };
+            {
+                Ok(lock) => lock,
+                Err(error) if again(&error) => continue,
+                Err(error) => {
+                    undo(None);
+                    return Err(error);
+                }
+            };
             let request = Request { identity, inputs: &inputs, resume, overwrite };
             let started = match opening::start(&place, &request) {
                 Ok(started) => started,
@@ -150,8 +162,6 @@ impl JobDirectory {
             }
             return Ok(Self { place, inputs, made, state: Mutex::new(state) });
         }
-        let problem = "is locked: other merges begin and end there all the time";
-        Err(Error::output(&found.output, problem))
     }
 
     /// The output: absolute, links resolved.
@@ -347,8 +357,8 @@ impl JobDirectory {
     /// Lets go of the job. Without anything that a later run could use, its directory leaves no trace.
     pub fn close(&self) {
         let Some(held) = self.lock().held.take() else { return };
-        // An overwriting job cannot begin anew by --resume, so that it must stay to be resumed.
-        let overwriting = held.begun && held.record.overwrite != Overwrite::No;
+        // Beside an older output --resume cannot begin anew, so that the job must stay to be resumed.
+        let overwriting = held.begun && held.record.replaced.is_some();
         let measured = publication::job_files(&self.place).map_or(true, |names| !names.is_empty());
         // A publication that has begun is carried out by the next run.
         let moving = self.place.job.join(MOVES).exists();

@@ -20,22 +20,19 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    /// Takes the lock of the job directory `job`; `None` if an earlier holder has removed the directory or the file meanwhile,
-    /// so that the caller must begin again.
+    /// Takes the lock of the job directory `job`.
     ///
     /// # Errors
-    /// [`Error::Output`] about `output` if somebody holds it.
-    pub(super) fn take(job: &Path, output: &Path) -> Result<Option<Self>> {
+    /// [`Error::Output`] about `output` if somebody holds it; [`Error::Write`], not found, if an earlier holder has removed the
+    /// directory or the file meanwhile, so that the caller must begin again.
+    pub(super) fn take(job: &Path, output: &Path) -> Result<Self> {
         let path = job.join(LOCK);
         let mut options = OpenOptions::new();
         let flags = OFlags::NONBLOCK | OFlags::NOFOLLOW;
         options.read(true).write(true).create(true).mode(0o666);
         options.custom_flags(i32::try_from(flags.bits()).unwrap_or_default());
-        let file = match disk::retry(Point::LockOpen, || options.open(&path)) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(disk::failure(&path, 0, error)),
-        };
+        let file = disk::retry(Point::LockOpen, || options.open(&path))
+            .map_err(|error| disk::failure(&path, 0, error))?;
         let take = || Ok(flock(&file, FlockOperation::NonBlockingLockExclusive)?);
         if let Err(error) = disk::retry(Point::LockTake, take) {
             if error.kind() == io::ErrorKind::WouldBlock {
@@ -48,8 +45,11 @@ impl Lock {
         }
         // Its last holder may have unlinked the file after it was opened here: then this lock guards nothing.
         let held = file.metadata().map_err(|error| Error::read(&path, error))?;
-        let same = FileId::at(&path)? == Some(FileId::of(&held));
-        Ok(same.then_some(Self { file, path }))
+        if FileId::at(&path)? == Some(FileId::of(&held)) {
+            Ok(Self { file, path })
+        } else {
+            Err(Error::write(&path, io::ErrorKind::NotFound.into()))
+        }
     }
 
     /// Unlinks the lock's file; whoever opens the path from now on takes another lock.
