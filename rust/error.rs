@@ -141,13 +141,13 @@ pub enum Error {
     },
     /// No room for the output.
     #[error(
-        "no space left for {} ({needed} bytes); free some space and continue with --resume, or choose another output",
-        path.display()
+        "no space left for {}{}; free some space and continue with --resume, or choose another output",
+        path.display(), if *needed == 0 { String::new() } else { format!(" ({needed} bytes)") }
     )]
     DiskFull {
         /// The file being written.
         path: PathBuf,
-        /// Its full size in bytes.
+        /// Its full size in bytes; zero where no data is written, as for a directory.
         needed: u64,
     },
     /// The operating system refused a write.
@@ -208,6 +208,16 @@ impl Error {
             Self::Output { .. } | Self::DiskFull { .. } | Self::Write { .. } => Stage::Output,
             Self::Verification { .. } => Stage::Verification,
             Self::Interrupted => Stage::Interrupted,
+        }
+    }
+
+    /// Whether something was not there, or no longer.
+    pub(crate) fn is_not_found(&self) -> bool {
+        match self {
+            Self::Read { source, .. } | Self::Write { source, .. } => {
+                source.kind() == io::ErrorKind::NotFound
+            }
+            _ => false,
         }
     }
 

@@ -8,15 +8,17 @@ __all__ = [
     "Block",
     "Checkpoint",
     "FileIdentity",
-    "Output",
     "Pattern",
+    "JobDirectory",
     "Plan",
     "Progress",
     "Rows",
     "StoredMatrix",
     "TensorInfo",
     "Watchdog",
+    "WrittenFile",
     "__version__",
+    "fault_points",
     "methods",
     "simd_levels",
 ]
@@ -56,6 +58,9 @@ def methods() -> list[MethodInfo]:
         they are blended; parameters, each with name, scope ("shared", "operand"), kind ("number", "integer",
         "flag", "choice"), default (None: it must be given), least, most, choices and help.
     """
+
+def fault_points() -> list[str]:
+    """The names of the engine's fail points; none in a build without the feature `faults`."""
 
 def simd_levels() -> list[str]:
     """Kernel versions that this processor can run, fastest first; the last is always "scalar"."""
@@ -274,25 +279,105 @@ class Progress:
     def cancel(self) -> None: ...
 
 @final
-class Output:
-    """An output directory, locked, with a journal of the shards that are committed in it."""
+class WrittenFile:
+    """A file of an output.
+
+    Attributes:
+        name: Its path from the output on, with slashes.
+        bytes: Its size.
+        digest: BLAKE3 in hexadecimal; None for shards, which are compared with their plan instead.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def digest(self) -> str | None: ...
+
+@final
+class JobDirectory:
+    """The directory in which an output is made, locked until it is published or closed.
+
+    It lies beside the output as `.NAME.safemerge`, or inside it as `.safemerge` where the output is a mounted
+    volume or its parent is not writable. It gets the output's name by one rename when all is there, so that what
+    stands under that name is whole. A job that was interrupted or killed goes on with resume.
+
+    Attributes:
+        output: The output: absolute, links resolved.
+        path: The job directory.
+        files: Where the output's files are: in the job directory until it is published, then the output.
+        complete: Whether the output is whole and has its name. True after publish, and for a job opened with resume
+            whose output was finished by an earlier run of the same identity; nothing can be written then.
+        committed: Names of the shards that the journal lists.
+        written: All files of the output so far, sorted by name: shards of this identity, and small files of this
+            session. A published report must list them as "files" and the identity as "job" for the output to be
+            known as this program's.
+    """
 
     def __new__(
         cls,
-        path: str | PathLike[str],
+        output: str | PathLike[str],
         *,
+        identity: str,
         inputs: Sequence[str | PathLike[str]] = ...,
         resume: bool = False,
-        overwrite: bool = False,
-    ) -> Output: ...
+        overwrite: Literal["no", "exchange", "in-place"] = "no",
+    ) -> JobDirectory:
+        """Opens the job of an output, or begins it.
+
+        Args:
+            output: Directory that the output gets. Missing parents are made.
+            identity: What tells this job from others: settings, identities of inputs, version. A job that is
+                resumed with another identity loses its own files; its shards are kept as far as their digests are
+                asked for.
+            inputs: Files and directories that must stay as they are; compared with the output by device and inode.
+            resume: Go on with an unfinished job; say complete of a finished one of the same identity.
+            overwrite: Throw an unfinished job away, and replace a finished output of this program: "exchange" keeps
+                it until the new one is complete, "in-place" removes it before the first new shard. With resume, an
+                unfinished job goes on in this mode.
+
+        Raises:
+            OutputError: The output or the job directory holds what this program did not write, or a finished or
+                unfinished output and neither resume nor overwrite; it is locked, or overlaps an input; it cannot be
+                written.
+        """
+    @property
+    def output(self) -> str: ...
     @property
     def path(self) -> str: ...
     @property
+    def files(self) -> str: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
     def committed(self) -> list[str]: ...
-    def write_file(self, name: str, data: bytes) -> None: ...
-    def copy_file(self, source: str | PathLike[str], name: str) -> None: ...
-    def finish(self) -> None: ...
-    def close(self) -> None: ...
+    @property
+    def written(self) -> list[WrittenFile]: ...
+    def write_file(self, name: str, data: bytes) -> None:
+        """Writes a small file of the output, durably."""
+    def copy_file(self, source: str | PathLike[str], name: str) -> None:
+        """Copies a regular file into the output, durably."""
+    def append(self, name: str, data: bytes) -> None:
+        """Appends to a file of the job, never of the output; the data has reached the kernel when this returns.
+
+        Names are plain, without slashes, and do not begin with a dot. A failure leaves the file as it was.
+        """
+    def read(self, name: str) -> bytes | None:
+        """Reads a file of the job; None if there is no such file. A kill may have cut its end short."""
+    def remove(self, name: str) -> None:
+        """Removes a file of the job, if it is there."""
+    def publish(self) -> None:
+        """Gives the whole output its name, removes what it replaces and the job directory, and closes.
+
+        Files that are not in `written` are no part of the output.
+
+        Raises:
+            OutputError: The output's place is no longer what it was when the job was opened; or the message says
+                that the output is complete, and that something is left to clean up.
+        """
+    def close(self) -> None:
+        """Lets go of the job. What a later run can use stays for resume; without any, nothing stays."""
 
 @final
 class Pattern:
@@ -322,7 +407,7 @@ class Plan:
     def shard_digest(self, file: str) -> str: ...
     def execute(
         self,
-        output: Output,
+        output: JobDirectory,
         *,
         shards: Sequence[str] | None = None,
         threads: int | None = None,

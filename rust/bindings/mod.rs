@@ -5,8 +5,8 @@ mod difference;
 mod error;
 mod interruption;
 mod methods;
-mod output;
 mod pattern;
+mod job;
 mod plan;
 
 use crate::kernels::Level;
@@ -24,7 +24,7 @@ mod _engine {
     #[pymodule_export]
     use super::methods::methods;
     #[pymodule_export]
-    use super::output::Output;
+    use super::job::{JobDirectory, WrittenFile, fault_points};
     #[pymodule_export]
     use super::pattern::Pattern;
     #[pymodule_export]
@@ -34,6 +34,13 @@ mod _engine {
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_init]
+    fn init(_: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        #[cfg(feature = "faults")]
+        super::job::set_faults_up();
+        Ok(())
+    }
 }
 
 /// Kernel versions that this processor can run, fastest first; the last is always "scalar".

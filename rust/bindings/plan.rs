@@ -1,7 +1,7 @@
 //! `Plan` and `Progress`: validation, execution and verification.
 
 use super::error::{detached, interruptible, to_python};
-use super::output::Output;
+use super::job::JobDirectory;
 use crate::checkpoint::ReadBackend;
 use crate::kernels::Kernels;
 use crate::merge::{self, stream, verify};
@@ -88,7 +88,7 @@ impl Plan {
     fn execute<'py>(
         &self,
         py: Python<'py>,
-        output: &Output,
+        output: &JobDirectory,
         shards: Option<Vec<String>>,
         threads: Option<usize>,
         memory_budget: Option<usize>,

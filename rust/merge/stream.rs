@@ -7,7 +7,7 @@ use super::tile::TileFiller;
 use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
-use crate::writer::{Output, TileBuffer, TileFile, WriteMode};
+use crate::writer::{JobDirectory, TileBuffer, TileFile, WriteMode};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -138,7 +138,7 @@ impl OpenShard {
     /// The shard's partial file, created by whoever comes first.
     fn file(
         &self,
-        output: &Output,
+        output: &JobDirectory,
         shard: &PlannedShard,
         mode: WriteMode,
     ) -> Result<Arc<TileFile>> {
@@ -152,7 +152,7 @@ impl OpenShard {
     }
 }
 
-/// Executes shards of a plan into an output directory. Shards that its journal lists with the same digest are left
+/// Executes shards of a plan into a job directory. Shards that its journal lists with the same digest are left
 /// alone. `poll` runs on the calling thread every 50 ms and stops the work by returning false.
 ///
 /// # Errors
@@ -160,12 +160,11 @@ impl OpenShard {
 pub fn execute(
     plan: &Plan,
     shards: &[&PlannedShard],
-    output: &Output,
+    output: &JobDirectory,
     options: &Options,
     progress: &Progress,
     poll: &mut dyn FnMut() -> bool,
 ) -> Result<Vec<ShardFacts>> {
-    output.check_apart(plan.source_paths())?;
     let (resumed, pending): (Vec<&PlannedShard>, Vec<&PlannedShard>) =
         shards.iter().partition(|shard| output.has(&shard.file, shard.layout.size, &shard.digest));
     for shard in &resumed {
@@ -248,7 +247,7 @@ pub fn execute(
 fn clone_equal<'a>(
     plan: &Plan,
     shards: Vec<&'a PlannedShard>,
-    output: &Output,
+    output: &JobDirectory,
     write: WriteMode,
     progress: &Progress,
 ) -> Result<(Vec<ShardFacts>, Vec<&'a PlannedShard>)> {
@@ -292,7 +291,7 @@ fn commit(
     plan: &Plan,
     shard: &PlannedShard,
     slot: &OpenShard,
-    output: &Output,
+    output: &JobDirectory,
 ) -> Result<ShardFacts> {
     plan.check_inputs_unchanged(shard)?;
     let taken = slot.state.lock().unwrap_or_else(PoisonError::into_inner).take();

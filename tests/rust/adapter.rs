@@ -1,12 +1,11 @@
 //! Operands that adapters change, against dense arithmetic in f64.
 
-use crate::fixtures::{Tensor, random_floats, source, write};
+use crate::fixtures::{Tensor, open_job, publish, random_floats, source, write};
 use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::plan::Plan;
-use safemerge_fast::writer::Output;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -117,10 +116,10 @@ impl Fixture {
 
     fn run(&self, plan: &Plan, options: &Options) -> Vec<f32> {
         let out = self.directory.path().join("out");
-        let output = Output::open(&out, [], false, true).unwrap();
+        let output = open_job(&out).unwrap();
         let shards = plan.select(None).unwrap();
         execute(plan, &shards, &output, options, &Progress::default(), &mut || true).unwrap();
-        output.finish().unwrap();
+        publish(&output, "test").unwrap();
         self.read(&out)
     }
 

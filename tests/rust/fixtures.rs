@@ -1,5 +1,7 @@
 //! Small checkpoints on disk, written with the crate `safetensors` rather than with our own layout code.
 
+use safemerge_fast::Result;
+use safemerge_fast::writer::{JobDirectory, Overwrite, REPORT};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -78,6 +80,23 @@ pub fn encode(dtype: Dtype, values: impl Iterator<Item = f32>) -> Vec<u8> {
 /// Random finite values of moderate size in this dtype.
 pub fn random_floats(seed: u64, dtype: Dtype, count: usize) -> Vec<u8> {
     encode(dtype, random_values(seed, count))
+}
+
+/// Opens the job of an output whose inputs are of no account, over what an earlier job of the same test made.
+pub fn open_job(output: &Path) -> Result<JobDirectory> {
+    JobDirectory::open(output, "test", &[], false, Overwrite::Exchange)
+}
+
+/// Lists the files so far in a report, as the program does, and publishes.
+pub fn publish(job: &JobDirectory, identity: &str) -> Result<()> {
+    let files: Vec<Value> = job
+        .written()
+        .iter()
+        .map(|file| json!({"name": file.name, "bytes": file.bytes, "digest": file.digest}))
+        .collect();
+    let report = json!({"ignored": [{}], "files": files, "job": {"identity": identity, "more": 1}});
+    job.write_file(REPORT, report.to_string().as_bytes())?;
+    job.publish()
 }
 
 /// The identity section of a plan for these files of a directory.

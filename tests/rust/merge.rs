@@ -1,6 +1,6 @@
 //! Execution: values against the formula, and the same bits however the work is cut.
 
-use crate::fixtures::{Pair, Tensor, WEIGHTS, source, write, write_raw};
+use crate::fixtures::{Pair, Tensor, WEIGHTS, open_job, publish, source, write, write_raw};
 use half::{bf16, f16};
 use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
@@ -8,7 +8,7 @@ use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::merge::verify::{self, Mismatch, verify};
 use safemerge_fast::plan::Plan;
-use safemerge_fast::writer::{Output, WriteMode};
+use safemerge_fast::writer::WriteMode;
 use safemerge_fast::{Error, Result};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
@@ -28,10 +28,10 @@ const LAYOUT: &[(&str, Dtype, &[usize])] = &[
 ];
 
 fn run(plan: &Plan, output: &Path, options: &Options) -> Result<()> {
-    let output = Output::open(output, [], false, true)?;
+    let output = open_job(output)?;
     let shards = plan.select(None)?;
     execute(plan, &shards, &output, options, &Progress::default(), &mut || true)?;
-    output.finish()
+    publish(&output, "test")
 }
 
 /// What `linear` must give for one element: a chain of fused multiply-adds in f32, rounded once.
@@ -229,13 +229,13 @@ fn infinities_of_an_input_are_errors_unless_allowed() {
     let Error::NonFiniteInput { path, element: 0, .. } = &error else { panic!("{error}") };
     assert!(path.starts_with(pair.path("second")));
 
-    let output = Output::open(&pair.path("out"), [], false, false).unwrap();
+    let output = open_job(&pair.path("out")).unwrap();
     let options = Options { allow_nonfinite: true, ..Options::default() };
     let shards = plan.select(None).unwrap();
     let facts =
         execute(&plan, &shards, &output, &options, &Progress::default(), &mut || true).unwrap();
     assert_eq!(facts[0].nonfinite_inputs.len(), 2);
-    let bytes = std::fs::read(pair.path("out").join("model-0.safetensors")).unwrap();
+    let bytes = std::fs::read(output.files().join("model-0.safetensors")).unwrap();
     let values: Vec<f32> = bytes[bytes.len() - 12..]
         .chunks_exact(4)
         .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
@@ -247,7 +247,7 @@ fn infinities_of_an_input_are_errors_unless_allowed() {
 fn an_interruption_stops_the_work_and_leaves_no_partial_file() {
     let pair = Pair::new(&[("x", Dtype::BF16, &[4096, 512])]);
     let plan = Plan::from_json(&pair.plan(1).to_string()).unwrap();
-    let output = Output::open(&pair.path("out"), [], false, false).unwrap();
+    let output = open_job(&pair.path("out")).unwrap();
     let progress = Progress::default();
     progress.cancel();
     let shards = plan.select(None).unwrap();
