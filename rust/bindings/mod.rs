@@ -16,13 +16,13 @@ mod _engine {
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, Rows, TensorInfo};
     #[pymodule_export]
-    use super::difference::{Block, StoredMatrix};
+    use super::difference::{Block, Matrix};
     #[pymodule_export]
     use super::methods::methods;
     #[pymodule_export]
     use super::output::Output;
     #[pymodule_export]
-    use super::plan::{Plan, Progress};
+    use super::plan::{Mismatch, NonFinite, Plan, Progress, ShardFacts, Verification};
     #[pymodule_export]
     use super::simd_levels;
     #[pymodule_export]

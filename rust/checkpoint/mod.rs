@@ -1,20 +1,21 @@
-//! Checkpoints on disk: which shards they have, what those hold, and their bytes, mapped on demand.
+//! Checkpoints on disk: which shards they have, what those hold, and their bytes, opened on demand.
 
 mod header;
 mod index;
-mod input_file;
 mod mapping;
+mod reader;
 
 pub use header::{FileIdentity, Header, TensorEntry};
-pub use input_file::{InputFile, ReadBackend};
 pub use mapping::MappedFile;
+pub use reader::{InputFile, ReadBackend};
 
 use crate::{Error, Result};
+use reader::OpenFiles;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-/// One shard: its name within the checkpoint, its validated header and, once asked for, its mapping.
+/// One shard: its name within the checkpoint and its validated header.
 #[derive(Debug)]
 pub struct Shard {
     /// File name, as the index or the directory has it.
@@ -23,27 +24,13 @@ pub struct Shard {
     pub path: PathBuf,
     /// What it holds.
     pub header: Header,
-    mapping: OnceLock<Arc<MappedFile>>,
 }
 
 impl Shard {
     fn open(directory: &Path, name: &str) -> Result<Self> {
         let path = directory.join(name);
         let header = Header::read(&path)?;
-        Ok(Self { name: name.to_owned(), path, header, mapping: OnceLock::new() })
-    }
-
-    /// The shard's bytes, mapped at the first call.
-    ///
-    /// # Errors
-    /// [`Error::Read`] if it cannot be mapped, [`Error::InputChanged`] if its length changed since the header was read.
-    pub fn mapped(&self) -> Result<&Arc<MappedFile>> {
-        if let Some(mapping) = self.mapping.get() {
-            return Ok(mapping);
-        }
-        let mapping = MappedFile::open(&self.path, self.header.identity.size)?;
-        // Two threads may map at once; one mapping wins, the other is dropped unused.
-        Ok(self.mapping.get_or_init(|| Arc::new(mapping)))
+        Ok(Self { name: name.to_owned(), path, header })
     }
 
     /// Whether size or modification time differ from those seen when the header was read.
@@ -63,6 +50,7 @@ pub struct Checkpoint {
     index: Option<String>,
     shards: Vec<Shard>,
     places: HashMap<String, (usize, usize)>,
+    files: OpenFiles,
 }
 
 impl Checkpoint {
@@ -72,9 +60,18 @@ impl Checkpoint {
     /// If the path is missing, no weights are found, the index is unusable or names a tensor that its shard lacks, or
     /// any header is invalid. Nothing of the tensors' data is read.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, ReadBackend::Auto)
+    }
+
+    /// As [`Checkpoint::open`]; says how the data will be read.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_with(path: &Path, backend: ReadBackend) -> Result<Self> {
         let absolute = std::path::absolute(path).map_err(|e| Error::read(path, e))?;
         let found = index::find(&absolute)?;
-        Self::from_files(found.directory, found.index, &found.files, found.weight_map.as_ref())
+        let weight_map = found.weight_map.as_ref();
+        Self::from_files(found.directory, found.index, &found.files, weight_map, backend)
     }
 
     /// Opens just these files of a directory, as a plan names them.
@@ -84,12 +81,13 @@ impl Checkpoint {
     pub fn open_files<'a>(
         directory: &Path,
         files: impl IntoIterator<Item = &'a String>,
+        backend: ReadBackend,
     ) -> Result<Self> {
         let files: Vec<String> = files.into_iter().cloned().collect();
         for file in &files {
             index::check_file_name(directory, file)?;
         }
-        Self::from_files(directory.to_owned(), None, &files, None)
+        Self::from_files(directory.to_owned(), None, &files, None, backend)
     }
 
     fn from_files(
@@ -97,6 +95,7 @@ impl Checkpoint {
         index: Option<String>,
         files: &[String],
         weight_map: Option<&index::WeightMap>,
+        backend: ReadBackend,
     ) -> Result<Self> {
         let shards: Vec<Shard> =
             files.iter().map(|file| Shard::open(&path, file)).collect::<Result<_>>()?;
@@ -131,7 +130,7 @@ impl Checkpoint {
                 ),
             ));
         }
-        Ok(Self { path, index, shards, places })
+        Ok(Self { path, index, shards, places, files: OpenFiles::new(backend) })
     }
 
     /// The directory that holds the shards, absolute.
@@ -189,5 +188,32 @@ impl Checkpoint {
     pub fn get(&self, name: &str) -> Result<(&Shard, &TensorEntry)> {
         self.find(name)
             .ok_or_else(|| Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() })
+    }
+
+    /// As [`Checkpoint::get`], with the shard's number.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`].
+    pub fn locate(&self, name: &str) -> Result<(usize, &TensorEntry)> {
+        match self.places.get(name) {
+            Some(&(shard, tensor)) => Ok((shard, &self.shards[shard].header.tensors[tensor])),
+            None => Err(Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() }),
+        }
+    }
+
+    /// How the data is read.
+    #[must_use]
+    pub fn backend(&self) -> ReadBackend {
+        self.files.backend()
+    }
+
+    /// The open file of the shard with this number, for merge and analysis alike. It is closed some time after the last
+    /// user has let it go.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::open`].
+    pub fn file(&self, shard: usize) -> Result<Arc<InputFile>> {
+        let Shard { path, header, .. } = &self.shards[shard];
+        self.files.get(shard, path, &header.identity)
     }
 }

@@ -1,6 +1,6 @@
 //! What stands in the output directory after success, failure, a crash, and in between.
 
-use crate::fixtures::{Pair, source};
+use crate::fixtures::{self, Pair, source};
 use safemerge_fast::Error;
 use safemerge_fast::checkpoint::Checkpoint;
 use safemerge_fast::merge::Progress;
@@ -195,16 +195,15 @@ fn a_shard_that_equals_an_input_is_cloned_where_blocks_can_be_shared() {
                    "copy": {"source": "first", "tensor": tensor.name}})
         })
         .collect();
-    let plan = json!({
-        "version": 1, "sources": {"first": source(&pair.path("first"))},
-        "shards": [{"file": "whole.safetensors", "tensors": tensors},
-                   {"file": "part.safetensors", "tensors": [
-                       {"name": "c", "dtype": "F32", "shape": [7],
-                        "copy": {"source": "first", "tensor": "b"}}]}],
-    });
+    let shards = vec![
+        json!({"file": "whole.safetensors", "tensors": tensors}),
+        json!({"file": "part.safetensors", "tensors": [
+            {"name": "c", "dtype": "F32", "shape": [7], "copy": {"source": "first", "tensor": "b"}}]}),
+    ];
+    let plan = fixtures::plan(json!({"first": source(&pair.path("first"))}), shards);
     let plan = Plan::from_json(&plan.to_string()).unwrap();
-    assert!(plan.shards()[0].equal_input().unwrap().is_some());
-    assert!(plan.shards()[1].equal_input().unwrap().is_none());
+    assert!(plan.equal_input(&plan.shards()[0]).unwrap().is_some());
+    assert!(plan.equal_input(&plan.shards()[1]).unwrap().is_none());
     let output = Output::open(&pair.path("out"), [], false, false).unwrap();
     let shards = plan.select(None).unwrap();
     let done = |options: &Options| {
