@@ -45,7 +45,7 @@ class ShardWriter:
             allow_nonfinite: As `_engine.Plan.execute` takes it.
             on_bytes: Called by poll and finish, on their thread, with the bytes done and a file name.
         """
-        self.facts: list[_engine.ShardFacts] = []
+        self.facts: list[dict[str, Any]] = []
         self.bytes_read = 0
         self.seconds = 0.0
         self._output = output
@@ -56,7 +56,7 @@ class ShardWriter:
         self._on_bytes = on_bytes
         self._progress = _engine.Progress()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="safemerge-merge")
-        self._waiting: list[tuple[str, Future[list[_engine.ShardFacts]]]] = []
+        self._waiting: list[tuple[str, Future[list[dict[str, Any]]]]] = []
 
     def submit(self, plan: Mapping[str, Any]) -> None:
         """Validates a plan at once and queues its execution.
@@ -93,7 +93,7 @@ class ShardWriter:
         self._progress.cancel()
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _execute(self, plan: _engine.Plan) -> list[_engine.ShardFacts]:
+    def _execute(self, plan: _engine.Plan) -> list[dict[str, Any]]:
         started = time.perf_counter()
         facts = plan.execute(
             self._output,
@@ -103,6 +103,16 @@ class ShardWriter:
             progress=self._progress,
         )
         self.seconds += time.perf_counter() - started
-        if not all(fact["resumed"] for fact in facts):
+        if not all(fact.resumed for fact in facts):
             self.bytes_read += plan.bytes_read
-        return facts
+        return [
+            {
+                "file": fact.file,
+                "bytes_written": fact.bytes_written,
+                "seconds": fact.seconds,
+                "write": fact.write,
+                "resumed": fact.resumed,
+                "nonfinite_inputs": [f"{place.tensor} of {place.path}" for place in fact.nonfinite_inputs],
+            }
+            for fact in facts
+        ]

@@ -5,6 +5,7 @@ The engine validates the data again and executes it; see `_engine.Plan`. Nothing
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ __all__ = [
     "plan_shard",
 ]
 
-VERSION = 1
+VERSION = 2
 """Version of the plan's format."""
 
 SINGLE_FILE = "model.safetensors"
@@ -255,7 +256,38 @@ def plan_document(models: Mapping[str, Model], shards: Iterable[Mapping[str, Any
             "path": headers.path,
             "files": {file: dict(identity[file]) for file in headers.files if file in used[role]},
         }
-    return {"version": VERSION, "sources": sources, "shards": shards}
+    operations: list[Any] = []
+    known: dict[str, int] = {}
+    tabled = [
+        {**shard, "tensors": [_tabled(tensor, operations, known) for tensor in shard["tensors"]]}
+        for shard in shards
+    ]
+    return {"version": VERSION, "sources": sources, "operations": operations, "shards": tabled}
+
+
+def _tabled(tensor: Mapping[str, Any], operations: list[Any], known: dict[str, int]) -> dict[str, Any]:
+    """A planned tensor with its operation put into the table that tensors share."""
+    kind = "copy" if "copy" in tensor else "merge"
+    operation = {kind: _without(tensor[kind], tensor["name"])}
+    number = known.setdefault(json.dumps(operation), len(operations))
+    if number == len(operations):
+        operations.append(operation)
+    rest = {key: value for key, value in tensor.items() if key != kind}
+    return {"name": rest.pop("name"), "operation": number, **rest}
+
+
+def _without(operation: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An operation whose operands do not repeat the tensor's own name."""
+    plain = dict(operation)
+    if plain.get("tensor") == name:
+        del plain["tensor"]
+    if "operands" in plain:
+        plain["operands"] = [
+            {**operand, "operand": _without(operand["operand"], name)} for operand in plain["operands"]
+        ]
+    if "base" in plain:
+        plain["base"] = _without(plain["base"], name)
+    return plain
 
 
 def index_document(shards: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

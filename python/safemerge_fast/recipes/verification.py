@@ -79,13 +79,13 @@ def verify(
     plan = _engine.Plan(json.dumps(document))
     _check_file_names(directory, document["shards"])
     found = _compare(plan, directory, sample, threads, progress or (lambda event: None))
-    if found["mismatches"]:
-        raise VerificationError(_describe(directory, found["mismatches"]))
+    if found.mismatches:
+        raise VerificationError(_describe(directory, found.mismatches))
     return VerifyReport(
         output=str(directory),
-        files=found["files"],
-        bytes_checked=found["bytes_checked"],
-        bytes_total=found["bytes_total"],
+        files=found.files,
+        bytes_checked=found.bytes_checked,
+        bytes_total=found.bytes_total,
         seconds=time.perf_counter() - started,
     )
 
@@ -153,8 +153,8 @@ def _compare(
 def _describe(directory: Path, mismatches: Sequence[_engine.Mismatch]) -> str:
     """Says where the first difference is and how many more there are."""
     first = mismatches[0]
-    path = directory / first["file"]
-    what = f"tensor {first['tensor']} of {path}" if first["tensor"] is not None else f"the header of {path}"
-    files = len({mismatch["file"] for mismatch in mismatches})
+    path = directory / first.file
+    what = f"tensor {first.tensor} of {path}" if first.tensor is not None else f"the header of {path}"
+    files = len({mismatch.file for mismatch in mismatches})
     more = f", and {len(mismatches) - 1} more places in {files} file(s)" if len(mismatches) > 1 else ""
-    return f"{what} differs from the plan at byte {first['offset']}{more}; merge again with --overwrite"
+    return f"{what} differs from the plan at byte {first.offset}{more}; merge again with --overwrite"

@@ -231,7 +231,7 @@ def _device(job: Job) -> str | None:
     return device_name(job.configuration.device) if job.analysed else None
 
 
-def _warnings(scores: Mapping[str, Score], facts: Sequence[_engine.ShardFacts]) -> tuple[ModuleWarning, ...]:
+def _warnings(scores: Mapping[str, Score], facts: Sequence[Mapping[str, Any]]) -> tuple[ModuleWarning, ...]:
     """What to mistrust: task vectors near the dtype's resolution, and inputs that are not finite."""
     rounding = [(name, rounding_warning(name, score)) for name, score in scores.items()]
     # The engine says "tensor of file".
