@@ -31,6 +31,17 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// The process has as many files open as it may.
+    #[error(
+        "cannot open {}: this process may have {limit} files open, and all are; raise the limit (ulimit -n), or use \
+         fewer --threads", path.display()
+    )]
+    Descriptors {
+        /// The file.
+        path: PathBuf,
+        /// Most descriptors of the process.
+        limit: u64,
+    },
     /// A header that breaks the format.
     #[error("{} is not a valid safetensors file: {problem}; save or download it again", path.display())]
     Header {
@@ -194,6 +205,7 @@ impl Error {
             Self::NotFound { .. }
             | Self::NoWeights { .. }
             | Self::Read { .. }
+            | Self::Descriptors { .. }
             | Self::Header { .. }
             | Self::Limit { .. }
             | Self::Length { .. }
@@ -222,7 +234,11 @@ impl Error {
     }
 
     pub(crate) fn read(path: &Path, source: io::Error) -> Self {
-        Self::Read { path: path.to_owned(), source }
+        let path = path.to_owned();
+        match descriptor_limit(&source) {
+            Some(limit) => Self::Descriptors { path, limit },
+            None => Self::Read { path, source },
+        }
     }
 
     pub(crate) fn header(path: &Path, problem: impl Into<String>) -> Self {
@@ -238,6 +254,17 @@ impl Error {
     }
 
     pub(crate) fn write(path: &Path, source: io::Error) -> Self {
-        Self::Write { path: path.to_owned(), source }
+        let path = path.to_owned();
+        match descriptor_limit(&source) {
+            Some(limit) => Self::Descriptors { path, limit },
+            None => Self::Write { path, source },
+        }
     }
+}
+
+/// Most descriptors of this process, if that is what an error is about.
+fn descriptor_limit(error: &io::Error) -> Option<u64> {
+    use rustix::process::{Resource, getrlimit};
+    (error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()))
+        .then(|| getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX))
 }

@@ -1,20 +1,24 @@
 """The Rust engine: headers, mapped tensors, plans and their execution. Knows nothing of safety."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Literal, TypedDict, final, type_check_only
+from typing import Any, Literal, TypedDict, final, type_check_only
 
 __all__ = [
     "Block",
     "Checkpoint",
     "FileIdentity",
-    "Pattern",
     "JobDirectory",
+    "Matrix",
+    "Mismatch",
+    "NonFinite",
+    "Pattern",
     "Plan",
     "Progress",
     "Rows",
-    "StoredMatrix",
+    "ShardFacts",
     "TensorInfo",
+    "Verification",
     "Watchdog",
     "WrittenFile",
     "__version__",
@@ -91,33 +95,83 @@ class FileIdentity:
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
-@type_check_only
-class ShardFacts(TypedDict):
-    """What happened to one output shard."""
+@final
+class NonFinite:
+    """An input tensor that was merged though it holds NaN or infinity. Equal places are equal and hash alike.
 
-    file: str
-    bytes_written: int
-    seconds: float
-    write: Literal["direct", "buffered", "cloned"]
-    resumed: bool
-    nonfinite_inputs: list[str]
+    Attributes:
+        tensor: Its name.
+        path: The file that it lies in.
+    """
 
-@type_check_only
-class Mismatch(TypedDict):
-    """The first byte of one tensor (or of the header, then tensor is None) that differs from the plan."""
+    @property
+    def tensor(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    def __hash__(self) -> int: ...
 
-    file: str
-    tensor: str | None
-    offset: int
+@final
+class ShardFacts:
+    """What happened to one output shard.
 
-@type_check_only
-class Verification(TypedDict):
-    """What a verification looked at and found."""
+    Attributes:
+        file: Its name.
+        bytes_written: Bytes written; zero if it had been committed before.
+        seconds: From its first tile to its commit.
+        write: How it was written: past the page cache, through it, or as a clone of an input of the same bytes.
+        resumed: Whether it had been committed before, so that nothing was done.
+        nonfinite_inputs: Input tensors that were merged though they hold NaN or infinity, if that was allowed.
+    """
 
-    files: int
-    bytes_checked: int
-    bytes_total: int
-    mismatches: list[Mismatch]
+    @property
+    def file(self) -> str: ...
+    @property
+    def bytes_written(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def write(self) -> Literal["direct", "buffered", "cloned"]: ...
+    @property
+    def resumed(self) -> bool: ...
+    @property
+    def nonfinite_inputs(self) -> list[NonFinite]: ...
+
+@final
+class Mismatch:
+    """The first byte of a tile that differs from the plan.
+
+    Attributes:
+        file: The output file.
+        tensor: The tensor that the byte belongs to; None for the header.
+        offset: Its place in the file.
+    """
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def tensor(self) -> str | None: ...
+    @property
+    def offset(self) -> int: ...
+
+@final
+class Verification:
+    """What a verification looked at and found.
+
+    Attributes:
+        files: Number of output files.
+        bytes_checked: Bytes that were compared.
+        bytes_total: Bytes of all those files.
+        mismatches: Differences, at most one for each tile of 4 MiB, by file and offset.
+    """
+
+    @property
+    def files(self) -> int: ...
+    @property
+    def bytes_checked(self) -> int: ...
+    @property
+    def bytes_total(self) -> int: ...
+    @property
+    def mismatches(self) -> list[Mismatch]: ...
 
 @final
 class TensorInfo:
@@ -142,7 +196,10 @@ class TensorInfo:
 
 @final
 class Rows:
-    """A read-only window on the bytes of some rows of a mapped tensor; numpy.asarray takes it without a copy."""
+    """The bytes of some rows of a tensor, read-only; numpy.asarray takes them without a copy.
+
+    A window on the mapped file, or memory of its own where files are read by position.
+    """
 
     @property
     def __array_interface__(self) -> dict[str, object]: ...
@@ -150,7 +207,7 @@ class Rows:
 
 @final
 class Checkpoint:
-    """The validated headers of a checkpoint directory or of one .safetensors file; data is mapped, never loaded."""
+    """The validated headers of a checkpoint directory or of one .safetensors file; data is opened when asked for.
 
     def __new__(
         cls, path: str | PathLike[str], *, read_backend: Literal["auto", "mmap", "pread"] = "auto"
@@ -202,24 +259,62 @@ class Checkpoint:
             CheckpointError: A shard is gone.
         """
     def rows(self, name: str, start: int, stop: int) -> Rows: ...
-    def matrix(self, name: str) -> StoredMatrix:
-        """Maps a tensor that is a matrix of floats; reads nothing of it.
+    def matrix(self, name: str) -> Matrix:
+        """Finds a tensor that is a matrix of floats; reads nothing of it.
 
         Args:
             name: A 2-D tensor of dtype BF16, F16, F32 or F64.
 
         Raises:
-            CheckpointError: There is no such tensor, or its file cannot be mapped.
+            CheckpointError: There is no such tensor.
             PlanError: It is not such a matrix.
         """
     def release(self, name: str) -> None: ...
 
 @final
-class StoredMatrix:
-    """A 2-D tensor of floats in a mapped file; keeps the mapping alive."""
+class Matrix:
+    """A 2-D tensor of floats that is read in blocks: a stored one, or a weighted sum of tensors that adapters change.
 
+    The sum is computed by the arithmetic of a merge: float32, with fused multiply-adds over the terms.
+
+    Args:
+        name: The tensor's name, for messages; the tensor of operands that name none.
+        sources: Open checkpoints by the names that the terms use.
+        terms: The terms as the plan writes operands ({"operand": {"source", "tensor", "rows", "low_rank",
+            "magnitude"}, "weight"}), as plain data or as JSON; all of one shape.
+
+    Raises:
+        PlanError: The terms are malformed, or do not go together.
+        CheckpointError: A tensor is missing.
+    """
+
+    def __new__(
+        cls, name: str, *, sources: Mapping[str, Checkpoint], terms: Sequence[Mapping[str, Any]] | str
+    ) -> Matrix: ...
     @property
     def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> str:
+        """The stored dtype as safetensors names it; "F32" for a sum or what an adapter changes."""
+
+    def read(self, block: Block, rows: tuple[int, int], columns: tuple[int, int], *, offset: int = 0) -> None:
+        """Reads a block as float32, row after row, into memory from an element on. The GIL is released meanwhile.
+
+        Args:
+            block: The memory; nobody else may use it until this returns.
+            rows: Start and stop of the block's rows, as the matrix is stored.
+            columns: Start and stop of its columns.
+            offset: Element of the memory at which the block starts.
+
+        Raises:
+            PlanError: The block is not within the matrix, has more elements than the memory has from the offset
+                on, or an input is no longer the one that was opened.
+            CheckpointError: An input cannot be read.
+            RuntimeError: Another thread is filling this memory.
+        """
+
+    def release(self) -> None:
+        """Gives mapped pages of its inputs back; what is read again is mapped again."""
 
 @final
 class Block:
@@ -234,8 +329,8 @@ class Block:
     def __array_interface__(self) -> dict[str, object]: ...
     def read_difference(
         self,
-        minuend: StoredMatrix,
-        subtrahend: StoredMatrix,
+        minuend: Matrix,
+        subtrahend: Matrix,
         rows: tuple[int, int],
         columns: tuple[int, int],
         *,
@@ -395,9 +490,26 @@ class Pattern:
 
 @final
 class Plan:
-    """A validated plan: what every output tensor is made of."""
+    """A validated plan: what every output tensor is made of.
 
-    def __new__(cls, json: str, *, read_backend: str = "auto") -> Plan: ...
+    Args:
+        json: The plan, version 2.
+        sources: Checkpoints that are open already, by the plan's names; their headers are not read again, and they are
+            read as they were opened. Names that the plan does not have are passed over.
+        read_backend: As Checkpoint takes it, for the sources that are not given.
+
+    Raises:
+        PlanError: The plan is malformed, contradicts the inputs' headers, or an input is not the one it was made for.
+        CheckpointError: An input cannot be opened.
+    """
+
+    def __new__(
+        cls,
+        json: str | bytes,
+        *,
+        sources: Mapping[str, Checkpoint] | None = None,
+        read_backend: str = "auto",
+    ) -> Plan: ...
     @property
     def shards(self) -> list[str]: ...
     @property

@@ -1,8 +1,8 @@
 //! `Checkpoint`: headers, and rows and matrices of mapped tensors.
 
-use super::difference::StoredMatrix;
+use super::difference::Matrix;
 use super::error::{detached, to_python};
-use crate::checkpoint::{self, MappedFile, ReadBackend, Shard, TensorEntry, TensorId};
+use crate::checkpoint::{self, InputFile, ReadBackend, Shard, TensorEntry, TensorId};
 use crate::difference;
 use crate::{Error, Result};
 use pyo3::prelude::*;
@@ -118,20 +118,36 @@ impl FileIdentity {
     }
 }
 
-/// A read-only window on the bytes of some rows of a mapped tensor; numpy.asarray takes it without a copy.
+/// The bytes of some rows of a tensor, read-only: a window on the mapped file, or a copy where files are read by position.
+/// numpy.asarray takes it without another copy.
 ///
-/// It keeps the mapping alive. The stable ABI of Python 3.10 has no buffer protocol, hence the array interface.
+/// It keeps the mapping or the copy alive. The stable ABI of Python 3.10 has no buffer protocol, hence the array interface.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct Rows {
-    file: Arc<MappedFile>,
-    range: Range<usize>,
+    bytes: RowBytes,
+}
+
+enum RowBytes {
+    Mapped(Arc<InputFile>, Range<usize>),
+    Read(Vec<u8>),
+}
+
+impl Rows {
+    fn bytes(&self) -> &[u8] {
+        match &self.bytes {
+            RowBytes::Mapped(file, range) => {
+                file.mapped().map_or(&[], |bytes| &bytes[range.clone()])
+            }
+            RowBytes::Read(bytes) => bytes,
+        }
+    }
 }
 
 #[pymethods]
 impl Rows {
     #[getter]
     fn __array_interface__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let bytes = &self.file.bytes()[self.range.clone()];
+        let bytes = self.bytes();
         let interface = PyDict::new(py);
         interface.set_item("version", 3)?;
         interface.set_item("shape", (bytes.len(),))?;
@@ -142,11 +158,11 @@ impl Rows {
     }
 
     fn __len__(&self) -> usize {
-        self.range.len()
+        self.bytes().len()
     }
 }
 
-/// The validated headers of a checkpoint directory or of one .safetensors file; data is mapped, never loaded.
+/// The validated headers of a checkpoint directory or of one .safetensors file; data is opened when it is asked for.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct Checkpoint {
     pub(super) inner: Arc<checkpoint::Checkpoint>,
@@ -224,18 +240,18 @@ impl Checkpoint {
     }
 
     fn rows(&self, py: Python<'_>, name: &str, start: usize, stop: usize) -> PyResult<Rows> {
-        self.find_rows(name, start, stop).map_err(|error| to_python(py, &error))
+        detached(py, || self.find_rows(name, start, stop))
     }
 
-    fn matrix(&self, py: Python<'_>, name: &str) -> PyResult<StoredMatrix> {
-        let inner = difference::StoredMatrix::open(&self.inner, name);
-        Ok(StoredMatrix { inner: inner.map_err(|error| to_python(py, &error))? })
+    fn matrix(&self, py: Python<'_>, name: &str) -> PyResult<Matrix> {
+        let inner = difference::Matrix::stored(&self.inner, name);
+        Ok(Matrix::new(inner.map_err(|error| to_python(py, &error))?))
     }
 
     fn release(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         let release = || {
-            let (shard, entry) = self.inner.get(name)?;
-            shard.mapped()?.release(entry.range.clone());
+            let (shard, entry) = self.inner.locate(name)?;
+            self.inner.file(shard)?.release(entry.range.clone());
             Ok(())
         };
         detached(py, release)
@@ -248,7 +264,7 @@ impl Checkpoint {
     }
 
     fn find_rows(&self, name: &str, start: usize, stop: usize) -> Result<Rows> {
-        let (shard, entry) = self.inner.get(name)?;
+        let (shard, entry) = self.inner.locate(name)?;
         // A scalar is one row.
         let rows = entry.shape.first().copied().unwrap_or(1);
         if start > stop || stop > rows {
@@ -263,9 +279,13 @@ impl Checkpoint {
             )));
         }
         let first = entry.range.start;
-        Ok(Rows {
-            file: Arc::clone(shard.mapped()?),
-            range: first + start * row..first + stop * row,
-        })
+        let range = first + start * row..first + stop * row;
+        let file = self.inner.file(shard)?;
+        if file.mapped().is_some() {
+            return Ok(Rows { bytes: RowBytes::Mapped(file, range) });
+        }
+        let mut bytes = vec![0; range.len()];
+        file.read(range, &mut bytes)?;
+        Ok(Rows { bytes: RowBytes::Read(bytes) })
     }
 }

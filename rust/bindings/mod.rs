@@ -18,7 +18,7 @@ mod _engine {
     #[pymodule_export]
     use super::checkpoint::{Checkpoint, FileIdentity, Rows, TensorInfo};
     #[pymodule_export]
-    use super::difference::{Block, StoredMatrix};
+    use super::difference::{Block, Matrix};
     #[pymodule_export]
     use super::interruption::Watchdog;
     #[pymodule_export]
@@ -28,7 +28,7 @@ mod _engine {
     #[pymodule_export]
     use super::pattern::Pattern;
     #[pymodule_export]
-    use super::plan::{Plan, Progress};
+    use super::plan::{Mismatch, NonFinite, Plan, Progress, ShardFacts, Verification};
     #[pymodule_export]
     use super::simd_levels;
     #[pymodule_export]

@@ -1,32 +1,33 @@
-//! Checkpoints on disk: which shards they have, what those hold, and their bytes, mapped on demand.
+//! Checkpoints on disk: which shards they have, what those hold, and their bytes, opened on demand.
 
 mod header;
 mod header_json;
 mod identity;
 mod index;
-mod input_file;
 mod json;
 mod lookup;
 mod mapping;
+mod reader;
 mod regular;
 mod weight_map;
 
 pub use header::{Header, TensorEntry};
 pub use identity::{FileIdentity, StatedIdentity};
 pub(crate) use index::check_file_name;
-pub use input_file::{InputFile, ReadBackend};
 pub use mapping::MappedFile;
+pub use reader::{InputFile, ReadBackend};
 
 use crate::{Error, Result};
 use lookup::Lookup;
+use reader::OpenFiles;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::Arc;
 use weight_map::WeightMap;
 
 /// Tensors of a checkpoint at most.
 pub const MOST_TENSORS: usize = 1_000_000;
 
-/// One shard: its name within the checkpoint, its validated header and, once asked for, its bytes.
+/// One shard: its name within the checkpoint and its validated header.
 #[derive(Debug)]
 pub struct Shard {
     /// File name, as the index or the directory has it.
@@ -35,46 +36,13 @@ pub struct Shard {
     pub path: PathBuf,
     /// What it holds.
     pub header: Header,
-    backend: ReadBackend,
-    mapping: OnceLock<Arc<MappedFile>>,
-    input: Mutex<Weak<InputFile>>,
 }
 
 impl Shard {
-    fn open(directory: &Path, name: &str, backend: ReadBackend) -> Result<Self> {
+    fn open(directory: &Path, name: &str) -> Result<Self> {
         let path = directory.join(name);
         let header = Header::read(&path)?;
-        let (mapping, input) = (OnceLock::new(), Mutex::default());
-        Ok(Self { name: name.to_owned(), path, header, backend, mapping, input })
-    }
-
-    /// The shard as an open file, read as the checkpoint's backend says. Callers at the same time share it; when the
-    /// last of them drops it, it is closed.
-    ///
-    /// # Errors
-    /// Those of [`InputFile::open`].
-    pub fn input(&self) -> Result<Arc<InputFile>> {
-        let mut known = self.input.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(input) = known.upgrade() {
-            return Ok(input);
-        }
-        let size = self.header.identity.size;
-        let input = Arc::new(InputFile::open(&self.path, size, self.backend)?);
-        *known = Arc::downgrade(&input);
-        Ok(input)
-    }
-
-    /// The shard's bytes, mapped at the first call.
-    ///
-    /// # Errors
-    /// [`Error::Read`] if it cannot be mapped, [`Error::InputChanged`] if its length changed since the header was read.
-    pub fn mapped(&self) -> Result<&Arc<MappedFile>> {
-        if let Some(mapping) = self.mapping.get() {
-            return Ok(mapping);
-        }
-        let mapping = MappedFile::open(&self.path, self.header.identity.size)?;
-        // Two threads may map at once; one mapping wins, the other is dropped unused.
-        Ok(self.mapping.get_or_init(|| Arc::new(mapping)))
+        Ok(Self { name: name.to_owned(), path, header })
     }
 
     /// Checks that size, times and inode are those seen when the header was read.
@@ -105,6 +73,7 @@ pub struct Checkpoint {
     /// Numbers of tensors that do not count, since the index names another shard for them; ascending.
     superseded: Vec<u32>,
     len: usize,
+    files: OpenFiles,
 }
 
 impl Checkpoint {
@@ -155,7 +124,7 @@ impl Checkpoint {
         let mut starts = Vec::with_capacity(files.len());
         let mut total = 0;
         for file in files {
-            let shard = Shard::open(&path, file, backend)?;
+            let shard = Shard::open(&path, file)?;
             starts.push(u32::try_from(total).unwrap_or(u32::MAX));
             total += shard.header.len();
             if total > MOST_TENSORS {
@@ -166,7 +135,8 @@ impl Checkpoint {
             shards.push(shard);
         }
         let (lookup, superseded, len) = (Lookup::with_capacity(total), Vec::new(), total);
-        let mut checkpoint = Self { path, index, shards, starts, lookup, superseded, len };
+        let files = OpenFiles::new(backend);
+        let mut checkpoint = Self { path, index, shards, starts, lookup, superseded, len, files };
         checkpoint.number_tensors(weight_map)?;
         Ok(checkpoint)
     }
@@ -296,6 +266,32 @@ impl Checkpoint {
     /// Those of [`Shard::check_unchanged`].
     pub fn check_unchanged(&self) -> Result<()> {
         self.shards.iter().try_for_each(Shard::check_unchanged)
+    }
+
+    /// As [`Checkpoint::get`], with the shard's number.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`].
+    pub fn locate(&self, name: &str) -> Result<(usize, TensorEntry<'_>)> {
+        let id = self.id(name).ok_or_else(|| self.absent(name))?;
+        let shard = self.starts.partition_point(|&start| start <= id.0) - 1;
+        Ok((shard, self.entry(id).1))
+    }
+
+    /// How the data is read.
+    #[must_use]
+    pub fn backend(&self) -> ReadBackend {
+        self.files.backend()
+    }
+
+    /// The open file of the shard with this number, for merge and analysis alike. It is closed some time after the last
+    /// user has let it go.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::open`].
+    pub fn file(&self, shard: usize) -> Result<Arc<InputFile>> {
+        let Shard { path, header, .. } = &self.shards[shard];
+        self.files.get(shard, path, &header.identity)
     }
 }
 

@@ -4,9 +4,9 @@
 //! that neither the number of threads nor their timing changes a bit, and what is kept grows with the number of threads,
 //! not of chunks. Counts are whole numbers; their order does not matter.
 
-use super::queue::chunks;
+use super::work::chunks;
 use crate::methods::{Finding, Method, NONFINITE_SUMS};
-use crate::plan::{Operation, OutputTensor, PlannedShard};
+use crate::plan::Computation;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,28 +15,6 @@ use std::time::Duration;
 
 /// How often a worker that waits for others looks whether they have given up.
 const POLL: Duration = Duration::from_millis(20);
-
-/// The observations of all tensors of several shards.
-pub(super) struct Observations(Vec<Vec<Option<Observation>>>);
-
-impl Observations {
-    pub(super) fn new(shards: &[&PlannedShard]) -> Self {
-        let of_shard = |shard: &&PlannedShard| -> Vec<Option<Observation>> {
-            shard.tensors.iter().map(Observation::of).collect()
-        };
-        Self(shards.iter().map(of_shard).collect())
-    }
-
-    /// The observation of a tensor, if its method observes.
-    pub(super) fn get(&self, shard: usize, tensor: usize) -> Option<&Observation> {
-        self.0[shard][tensor].as_ref()
-    }
-
-    /// The observations of a shard's tensors.
-    pub(super) fn of_shard(&self, shard: usize) -> &[Option<Observation>] {
-        &self.0[shard]
-    }
-}
 
 /// The observation of one tensor, over all passes.
 #[derive(Debug)]
@@ -69,10 +47,11 @@ pub(super) struct Assignment {
 }
 
 impl Observation {
-    fn of(tensor: &OutputTensor) -> Option<Self> {
-        let Operation::Compute { method, dtype, .. } = &tensor.operation else { return None };
+    /// That of a tensor of so many elements, if its method observes.
+    pub(super) fn of(computation: &Computation, elements: usize) -> Option<Self> {
+        let method = &computation.method;
         let passes = method.passes();
-        let chunks = chunks(tensor.range.len() / dtype.size(), method.row()).count();
+        let chunks = chunks(elements, method.row()).count();
         if passes == 0 {
             return None;
         }

@@ -1,15 +1,16 @@
 //! The merge itself: workers fill tiles and write them; the last tile of a shard commits it.
 
 use super::Progress;
-use super::observation::Observations;
-use super::queue::{CHUNK, Item, Queue};
-use super::tile::TileFiller;
+use super::queue::{Item, Queue};
+use super::tile::{NonFinite, TileFiller};
+use super::work::CHUNK;
 use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
 use crate::writer::{JobDirectory, TileBuffer, TileFile, WriteMode};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -111,26 +112,26 @@ pub struct ShardFacts {
     /// Whether the journal had it, so that nothing was done.
     pub resumed: bool,
     /// Input tensors that were merged though they hold NaN or infinity, if that was allowed.
-    pub nonfinite_inputs: Vec<String>,
+    pub nonfinite_inputs: Vec<NonFinite>,
 }
 
 /// A shard being written.
 struct OpenShard {
     tiles_left: AtomicUsize,
     state: Mutex<Option<(Arc<TileFile>, Instant)>>,
-    nonfinite_inputs: Mutex<BTreeSet<String>>,
+    nonfinite_inputs: Mutex<BTreeSet<NonFinite>>,
 }
 
 impl OpenShard {
     /// Moves a worker's findings, nearly always none, to the shard.
-    fn note_nonfinite(&self, found: &mut Vec<String>) {
+    fn note_nonfinite(&self, found: &mut Vec<NonFinite>) {
         if !found.is_empty() {
             let mut known = self.nonfinite_inputs.lock().unwrap_or_else(PoisonError::into_inner);
             known.extend(found.drain(..));
         }
     }
 
-    fn nonfinite_inputs(&self) -> Vec<String> {
+    fn nonfinite_inputs(&self) -> Vec<NonFinite> {
         let known = self.nonfinite_inputs.lock().unwrap_or_else(PoisonError::into_inner);
         known.iter().cloned().collect()
     }
@@ -172,17 +173,8 @@ pub fn execute(
         progress.finish_shard();
     }
     let (cloned, pending) = clone_equal(plan, pending, output, options.write, progress)?;
-    let operands = pending
-        .iter()
-        .flat_map(|shard| &shard.tensors)
-        .map(|tensor| tensor.operation.width())
-        .max()
-        .unwrap_or(1);
-    let mut tensors = pending.iter().flat_map(|shard| &shard.tensors);
-    let observed = tensors.any(|tensor| tensor.passes() > 0);
-    let (threads, tile_bytes) = options.fit(operands, observed)?;
-    let queue = Queue::new(&pending, tile_bytes, &|_| true);
-    let observations = Observations::new(&pending);
+    let (threads, tile_bytes) = options.fit(8, true)?;
+    let queue = Queue::new(plan, &pending, tile_bytes, &|_, _| true);
     let open: Vec<OpenShard> = (0..pending.len())
         .map(|number| OpenShard {
             tiles_left: AtomicUsize::new(queue.tiles_of(number)),
@@ -204,19 +196,12 @@ pub fn execute(
             let tile = match item {
                 Item::Tile(tile) => tile,
                 Item::Chunk(chunk) => {
-                    return filler.observe(pending[chunk.shard], &chunk, &observations, stopped);
+                    return filler.observe(pending[chunk.tensor.shard], &chunk, stopped);
                 }
             };
             let (shard, slot) = (pending[tile.shard], &open[tile.shard]);
             let file = slot.file(output, shard, options.write)?;
-            let known = observations.of_shard(tile.shard);
-            filler.fill(
-                shard,
-                known,
-                tile.span.clone(),
-                buffer.filled(tile.span.len()),
-                stopped,
-            )?;
+            filler.fill(plan, shard, &tile, buffer.filled(tile.span.len()), stopped)?;
             slot.note_nonfinite(&mut filler.nonfinite_inputs);
             file.write(buffer, tile.span.start)?;
             progress.advance(tile.span.len());
@@ -259,13 +244,14 @@ fn clone_equal<'a>(
     let mut refused = false;
     for shard in shards {
         let started = Instant::now();
-        let input = if refused { None } else { shard.equal_input()? };
+        let input = if refused { None } else { plan.equal_input(shard)? };
         let Some(input) = input else {
             left.push(shard);
             continue;
         };
         let size = shard.layout.size;
-        let Some(file) = output.clone_shard(&shard.file, size, input.file())? else {
+        let source = File::open(input.path()).map_err(|e| Error::read(input.path(), e))?;
+        let Some(file) = output.clone_shard(&shard.file, size, &source)? else {
             refused = true;
             left.push(shard);
             continue;

@@ -42,6 +42,7 @@ def engine_plan(
         sources[name] = {"path": str(path), "files": stated_files(path)}
     each = each or [{} for _ in operands]
     planned = []
+    operations = []
     for name, tensor in operands[0].items():
         merge: dict[str, Any] = {"method": method, "parameters": dict(shared or {}), "operands": []}
         for number, parameters in enumerate(each):
@@ -60,10 +61,16 @@ def engine_plan(
                 "name": name,
                 "dtype": DTYPE_NAMES[str(dtype or tensor.dtype)],
                 "shape": list(tensor.shape),
-                "merge": merge,
+                "operation": len(operations),
             }
         )
-    plan = {"version": 1, "sources": sources, "shards": [{"file": "out.safetensors", "tensors": planned}]}
+        operations.append({"merge": merge})
+    plan = {
+        "version": 2,
+        "sources": sources,
+        "operations": operations,
+        "shards": [{"file": "out.safetensors", "tensors": planned}],
+    }
     return _engine.Plan(json.dumps(plan))
 
 
@@ -99,6 +106,6 @@ def engine_merge(
     output.finish()
     merged = load_file(directory / "out" / "out.safetensors")
     checked = parsed.verify(directory / "out")
-    assert checked["mismatches"] == []
-    assert checked["bytes_checked"] == checked["bytes_total"]
+    assert checked.mismatches == []
+    assert checked.bytes_checked == checked.bytes_total
     return merged

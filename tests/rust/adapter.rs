@@ -1,6 +1,6 @@
 //! Operands that adapters change, against dense arithmetic in f64.
 
-use crate::fixtures::{Tensor, open_job, publish, random_floats, source, write};
+use crate::fixtures::{self, Tensor, open_job, publish, random_floats, source, write};
 use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
@@ -93,14 +93,12 @@ impl Fixture {
             .iter()
             .map(|(operand, weight)| json!({"operand": operand, "weight": weight}))
             .collect();
-        let plan = json!({
-            "version": 1,
-            "sources": {"x": source(&self.directory.path().join("in"))},
-            "shards": [{"file": "model.safetensors", "tensors": [{
-                "name": "w", "dtype": "F32", "shape": [OUT, IN],
-                "merge": {"method": "linear", "parameters": {"normalize": false}, "operands": operands},
-            }]}],
-        });
+        let shard = json!({"file": "model.safetensors", "tensors": [{
+            "name": "w", "dtype": "F32", "shape": [OUT, IN],
+            "merge": {"method": "linear", "parameters": {"normalize": false}, "operands": operands},
+        }]});
+        let sources = json!({"x": source(&self.directory.path().join("in"))});
+        let plan = fixtures::plan(sources, vec![shard]);
         self.check_positioned_reads(&plan.to_string());
         Plan::from_json(&plan.to_string()).unwrap()
     }
@@ -109,7 +107,7 @@ impl Fixture {
     fn check_positioned_reads(&self, plan: &str) {
         let options = Options { threads: 2, tile_bytes: 4096, ..Options::default() };
         let values = [ReadBackend::Mmap, ReadBackend::Pread]
-            .map(|backend| self.run(&Plan::open(plan, backend).unwrap(), &options));
+            .map(|backend| self.run(&fixtures::open(plan, backend), &options));
         let bits = values.map(|values| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
         assert_eq!(bits[0], bits[1]);
     }
@@ -247,14 +245,12 @@ fn factors_that_do_not_fit_are_refused_by_name() {
     let plan = |change: &dyn Fn(&mut Value)| {
         let mut operand = reference("w");
         change(&mut operand);
-        let plan = json!({
-            "version": 1,
-            "sources": {"x": source(&fixture.directory.path().join("in"))},
-            "shards": [{"file": "model.safetensors", "tensors": [{
-                "name": "w", "dtype": "F32", "shape": [OUT, IN],
-                "merge": {"method": "linear", "operands": [{"operand": operand, "weight": 1.0}]},
-            }]}],
-        });
+        let shard = json!({"file": "model.safetensors", "tensors": [{
+            "name": "w", "dtype": "F32", "shape": [OUT, IN],
+            "merge": {"method": "linear", "operands": [{"operand": operand, "weight": 1.0}]},
+        }]});
+        let sources = json!({"x": source(&fixture.directory.path().join("in"))});
+        let plan = fixtures::plan(sources, vec![shard]);
         Plan::from_json(&plan.to_string()).unwrap_err().to_string()
     };
     type Change<'a> = &'a dyn Fn(&mut Value);

@@ -1,6 +1,6 @@
 //! Checkpoints of related models, and plans that merge them by every method.
 
-use crate::fixtures::{encode, open_job, publish, random_values, source, write_raw};
+use crate::fixtures::{self, encode, open_job, publish, random_values, source, write_raw};
 use safemerge_fast::Result;
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
@@ -131,7 +131,7 @@ impl Scene {
         });
         let sources: Map<String, Value> =
             (0..=MODELS).map(|model| (role(model), source(&self.path(&role(model))))).collect();
-        json!({"version": 1, "sources": sources, "shards": files.collect::<Vec<_>>()})
+        fixtures::plan(sources.into(), files.collect())
     }
 
     /// Executes a plan and gives the bytes of its files.
