@@ -18,7 +18,7 @@ mod _engine {
     #[pymodule_export]
     use super::difference::{Block, StoredMatrix};
     #[pymodule_export]
-    use super::methods::methods;
+    use super::methods::{MethodInfo, ParameterInfo, methods};
     #[pymodule_export]
     use super::output::Output;
     #[pymodule_export]

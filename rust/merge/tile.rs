@@ -5,7 +5,7 @@ use super::operand::OperandLoader;
 use super::queue::Chunk;
 use crate::dtype::Float;
 use crate::kernels::Kernels;
-use crate::methods::{Method, Slice, Tally};
+use crate::methods::{Facts, Method, Slice, Tally};
 use crate::plan::{Operand, Operation, OutputTensor, PlannedShard};
 use crate::{Error, Result};
 use std::ops::Range;
@@ -62,7 +62,7 @@ struct Job<'a> {
     operands: &'a [Operand],
     has_base: bool,
     dtype: Float,
-    facts: &'a [f64],
+    facts: &'a Facts,
 }
 
 impl Job<'_> {
@@ -117,7 +117,7 @@ impl TileFiller {
                 Operation::Compute { method, operands, has_base, dtype } => {
                     let facts = match &known[number] {
                         Some(observation) => observation.facts(stopped)?,
-                        None => method.start().into(),
+                        None => method.start(),
                     };
                     self.loader.enter(tensor);
                     let (method, has_base, dtype) = (&**method, *has_base, *dtype);
@@ -165,7 +165,7 @@ impl TileFiller {
             self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
             with_slice(&self.operands, &job, &elements, |slice| {
-                method.observe(&self.kernels, chunk.pass, facts, slice, &mut tally);
+                method.observe(&self.kernels, facts, slice, &mut tally);
             });
         }
         release(operands, &chunk.elements);
