@@ -10,8 +10,10 @@ __all__ = [
     "FileIdentity",
     "JobDirectory",
     "Matrix",
+    "MethodInfo",
     "Mismatch",
     "NonFinite",
+    "ParameterInfo",
     "Pattern",
     "Plan",
     "Progress",
@@ -30,38 +32,84 @@ __all__ = [
 __version__: str
 """Version of the engine, the same as the package's."""
 
-@type_check_only
-class ParameterInfo(TypedDict):
-    name: str
-    scope: Literal["shared", "operand"]
-    kind: Literal["number", "integer", "flag", "choice"]
-    default: float | int | bool | str | None
-    least: float | None
-    most: float | None
-    choices: list[str]
-    help: str
+@final
+class ParameterInfo:
+    """A parameter of a merge method."""
 
-@type_check_only
-class MethodInfo(TypedDict):
-    name: str
-    title: str
-    summary: str
-    reference: str
-    base: Literal["none", "optional", "required"]
-    least_operands: int
-    most_operands: int | None
-    passes: int
-    parameters: list[ParameterInfo]
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> Literal["shared", "operand"]:
+        """Whether it has one value, or one for each operand."""
+    @property
+    def kind(self) -> Literal["number", "integer", "flag", "choice"]: ...
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+    @property
+    def default(self) -> float | int | bool | str | None:
+        """The value where none is given; None if it must be given."""
+    @property
+    def least(self) -> float | None:
+        """The least number; None if there is none."""
+    @property
+    def most(self) -> float | None:
+        """The largest number; None if there is none."""
+    @property
+    def choices(self) -> list[str]:
+        """The words of a choice; the first is the default."""
+    @property
+    def help(self) -> str:
+        """One sentence or two."""
+
+@final
+class MethodInfo:
+    """A merge method: what it is called, what it needs, which parameters it takes, and what holds of it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def reference(self) -> str:
+        """Address of the paper or page that describes it."""
+    @property
+    def base(self) -> Literal["none", "optional", "required"]: ...
+    @property
+    def least_operands(self) -> int:
+        """The fewest models it merges, the base not counted."""
+    @property
+    def most_operands(self) -> int | None:
+        """The most; None if any number will do."""
+    @property
+    def passes(self) -> int:
+        """How often inputs are read at most before they are blended."""
+    @property
+    def parameters(self) -> list[ParameterInfo]:
+        """Its parameters, those of operands first."""
+    @property
+    def interpolates(self) -> str | None:
+        """The shared parameter that leads from the base (0) to the one operand (1), if it interpolates so."""
+    @property
+    def weighs(self) -> bool:
+        """Whether it weighs models against each other: by a weight of each, or by interpolation."""
+    @property
+    def votes(self) -> bool:
+        """Whether elements vote on their sign, so that a lone update always wins."""
+    @property
+    def sole(self) -> bool:
+        """Whether mergekit, given one model only, takes that model's tensor as it is."""
+    @property
+    def copies(self) -> bool:
+        """Whether it gives its one operand unchanged, by default."""
+    @property
+    def sums(self) -> bool:
+        """Whether it is a weighted sum, so that weights of operands that share a tensor may be added up."""
 
 def methods() -> list[MethodInfo]:
-    """Every merge method.
-
-    Returns:
-        For each: name, title, summary, reference; base ("none", "optional", "required"); least_operands and
-        most_operands (None: any number), the base not counted; passes, how often inputs are read at most before
-        they are blended; parameters, each with name, scope ("shared", "operand"), kind ("number", "integer",
-        "flag", "choice"), default (None: it must be given), least, most, choices and help.
-    """
+    """Every merge method."""
 
 def fault_points() -> list[str]:
     """The names of the engine's fail points; none in a build without the feature `faults`."""

@@ -22,7 +22,7 @@ mod _engine {
     #[pymodule_export]
     use super::interruption::Watchdog;
     #[pymodule_export]
-    use super::methods::methods;
+    use super::methods::{MethodInfo, ParameterInfo, methods};
     #[pymodule_export]
     use super::job::{JobDirectory, WrittenFile, fault_points};
     #[pymodule_export]

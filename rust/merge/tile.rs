@@ -5,7 +5,7 @@ use super::loader::{Loading, OperandLoader};
 use super::queue::{Chunk, Tile};
 use super::work::{SUB_TILE, chunks, elements_of, parts};
 use crate::kernels::Kernels;
-use crate::methods::{Slice, Tally};
+use crate::methods::{Facts, Slice, Tally};
 use crate::plan::{Computation, Operand, Operation, Plan, PlannedShard};
 use crate::{Error, Result};
 use std::ops::Range;
@@ -67,7 +67,7 @@ struct Job<'a> {
     file: &'a str,
     tensor: &'a Entered,
     computation: &'a Computation,
-    facts: &'a [f64],
+    facts: &'a Facts,
     stopped: &'a dyn Fn() -> bool,
 }
 
@@ -217,7 +217,7 @@ impl TileFiller {
             self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
             with_slice(&self.operands, computation, &elements, |slice| {
-                method.observe(&self.kernels, pass, facts, slice, &mut tally);
+                method.observe(&self.kernels, facts, slice, &mut tally);
             });
         }
         release(&computation.operands, &elements);
