@@ -9,6 +9,7 @@ pub(crate) mod loader;
 mod memory;
 mod observation;
 mod once;
+mod pages;
 mod queue;
 pub mod stream;
 mod tile;
