@@ -576,6 +576,24 @@ class Plan:
     @property
     def bytes_written(self) -> int: ...
     def shard_digest(self, file: str) -> str: ...
+    def memory(
+        self,
+        *,
+        threads: int | None = None,
+        memory_budget: int | None = None,
+        tile_bytes: int | None = None,
+    ) -> int:
+        """Bytes that execute would take at most: buffers, windows on inputs, factors and counters.
+
+        Args:
+            threads: As execute takes it.
+            memory_budget: As execute takes it.
+            tile_bytes: As execute takes it.
+
+        Raises:
+            PlanError: The budget is too small, or the tile size no multiple of 4096.
+        """
+
     def execute(
         self,
         output: JobDirectory,
