@@ -1,5 +1,6 @@
 //! Checkpoints on disk: which shards they have, what those hold, and their bytes, mapped on demand.
 
+mod advice;
 mod header;
 mod header_json;
 mod identity;
@@ -17,6 +18,7 @@ pub(crate) use index::check_file_name;
 pub use input_file::{InputFile, ReadBackend};
 pub use mapping::MappedFile;
 
+use crate::error::printable;
 use crate::{Error, Result};
 use lookup::Lookup;
 use std::path::{Path, PathBuf};
@@ -161,7 +163,7 @@ impl Checkpoint {
             if total > MOST_TENSORS {
                 let problem =
                     format!("its files hold more than {MOST_TENSORS} tensors, the most allowed");
-                return Err(Error::Limit { path, problem });
+                return Err(Error::Unusable { path, problem });
             }
             shards.push(shard);
         }
@@ -188,9 +190,9 @@ impl Checkpoint {
                         path,
                         format!(
                             "tensor `{}` stands in both {} and {}, and nothing says which counts",
-                            tensor.name,
-                            entry_of(shards, starts, first).0.name,
-                            shard.name
+                            printable(tensor.name),
+                            printable(&entry_of(shards, starts, first).0.name),
+                            printable(&shard.name)
                         ),
                     ));
                 }
@@ -204,7 +206,9 @@ impl Checkpoint {
             return Err(Error::index(
                 &self.path.join(index),
                 format!(
-                    "it places tensor `{tensor}` in {file}, which does not hold it; download the checkpoint again"
+                    "it places tensor `{}` in {}, which does not hold it; download the checkpoint again",
+                    printable(tensor),
+                    printable(file)
                 ),
             ));
         }
