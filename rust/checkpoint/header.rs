@@ -4,6 +4,7 @@ use super::header_json::{Described, Parser};
 use super::identity::FileIdentity;
 use super::lookup::Lookup;
 use super::{MOST_TENSORS, regular};
+use crate::error::printable;
 use crate::{Error, Result};
 use safetensors::tensor::Dtype;
 use serde::Deserializer;
@@ -74,11 +75,14 @@ impl Header {
     /// Reads and validates the header of the file at `path`; the data is not touched.
     ///
     /// # Errors
-    /// [`Error::Read`], [`Error::Header`], [`Error::Limit`], or [`Error::Length`] if the file is shorter or longer than
+    /// [`Error::Read`], [`Error::Header`], [`Error::Unusable`], or [`Error::Length`] if the file is shorter or longer than
     /// the header says.
     pub fn read(path: &Path) -> Result<Self> {
         let (file, metadata) = regular::open(path).map_err(|e| Error::read(path, e))?;
         let size = metadata.len();
+        if regular::is_lfs_pointer(&file) {
+            return Err(Error::unusable(path, regular::LFS_ADVICE));
+        }
         if size < LENGTH_BYTES as u64 {
             return Err(Error::header(path, format!("it has only {size} bytes")));
         }
@@ -154,7 +158,7 @@ impl Table {
         let mut json = serde_json::Deserializer::from_str(text);
         let parsed = json.deserialize_map(Parser(&mut add)).and_then(|()| json.end());
         if let Some(problem) = beyond_limit {
-            return Err(Error::Limit { path: path.to_owned(), problem });
+            return Err(Error::Unusable { path: path.to_owned(), problem });
         }
         parsed.map_err(|e| corrupt(&e))?;
         // Stable, so that the order of tensors without bytes is the header's.
@@ -172,7 +176,8 @@ impl Table {
             Some(format!("it describes more than {MOST_TENSORS} tensors, the most allowed"))
         } else if tensor.shape.kept().is_none() {
             Some(format!(
-                "its tensor `{name}` has more than {MOST_DIMENSIONS} dimensions, the most allowed"
+                "its tensor `{}` has more than {MOST_DIMENSIONS} dimensions, the most allowed",
+                printable(name)
             ))
         } else {
             None
@@ -220,26 +225,29 @@ impl Table {
         for (number, record) in (0..).zip(&self.records) {
             let name = self.name(record);
             if lookup.insert(name, number, name_of).is_some() {
-                return Err(format!("tensor `{name}` stands twice"));
+                return Err(format!("tensor `{}` stands twice", printable(name)));
             }
         }
         let mut end = 0;
         for record in &self.records {
             let entry = self.entry(record);
-            let name = entry.name;
+            let name = || printable(entry.name);
             if record.start != end || record.end < record.start {
                 return Err(format!(
-                    "the offsets {} and {} of tensor `{name}` leave a hole, overlap or run backwards",
-                    record.start, record.end
+                    "the offsets {} and {} of tensor `{}` leave a hole, overlap or run backwards",
+                    record.start,
+                    record.end,
+                    name()
                 ));
             }
             end = record.end;
             let elements = entry.shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
             let bits = elements.and_then(|elements| elements.checked_mul(record.dtype.bitsize()));
-            let bits = bits.ok_or_else(|| format!("the size of tensor `{name}` overflows"))?;
+            let bits = bits.ok_or_else(|| format!("the size of tensor `{}` overflows", name()))?;
             if !bits.is_multiple_of(8) || bits / 8 != record.end - record.start {
                 return Err(format!(
-                    "tensor `{name}` of shape {:?} and dtype {} has {} bytes",
+                    "tensor `{}` of shape {:?} and dtype {} has {} bytes",
+                    name(),
                     entry.shape,
                     record.dtype,
                     record.end - record.start

@@ -2,6 +2,7 @@
 
 use super::header::MOST_DIMENSIONS;
 use super::json::{Skipped, Text};
+use crate::error::printable;
 use safetensors::tensor::Dtype;
 use serde::de::{
     Deserialize, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor,
@@ -73,7 +74,7 @@ impl<'de> DeserializeSeed<'de> for Named<'_> {
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Described, D::Error> {
         deserializer
             .deserialize_struct("TensorInfo", FIELDS, DescribedVisitor)
-            .map_err(|e| D::Error::custom(format_args!("tensor `{}`: {e}", self.0)))
+            .map_err(|e| D::Error::custom(format_args!("tensor `{}`: {e}", printable(self.0))))
     }
 }
 

@@ -1,5 +1,6 @@
 //! Checkpoints on disk: which shards they have, what those hold, and their bytes, opened on demand.
 
+mod advice;
 mod header;
 mod header_json;
 mod identity;
@@ -18,6 +19,7 @@ pub use mapping::MappedFile;
 pub use reader::{InputFile, ReadBackend};
 pub use regular::file_digest;
 
+use crate::error::printable;
 use crate::{Error, Result};
 use lookup::Lookup;
 use reader::OpenFiles;
@@ -131,7 +133,7 @@ impl Checkpoint {
             if total > MOST_TENSORS {
                 let problem =
                     format!("its files hold more than {MOST_TENSORS} tensors, the most allowed");
-                return Err(Error::Limit { path, problem });
+                return Err(Error::Unusable { path, problem });
             }
             shards.push(shard);
         }
@@ -159,9 +161,9 @@ impl Checkpoint {
                         path,
                         format!(
                             "tensor `{}` stands in both {} and {}, and nothing says which counts",
-                            tensor.name,
-                            entry_of(shards, starts, first).0.name,
-                            shard.name
+                            printable(tensor.name),
+                            printable(&entry_of(shards, starts, first).0.name),
+                            printable(&shard.name)
                         ),
                     ));
                 }
@@ -175,7 +177,9 @@ impl Checkpoint {
             return Err(Error::index(
                 &self.path.join(index),
                 format!(
-                    "it places tensor `{tensor}` in {file}, which does not hold it; download the checkpoint again"
+                    "it places tensor `{}` in {}, which does not hold it; download the checkpoint again",
+                    printable(tensor),
+                    printable(file)
                 ),
             ));
         }

@@ -329,7 +329,7 @@ fn limits_are_named_and_hold() {
         format!(r#"{{"deep":{{"dtype":"U8","shape":[{ones}],"data_offsets":[0,1]}}}}"#)
     };
     let error = refusal(&dimensions(65), 1);
-    assert!(matches!(error, Error::Limit { .. }), "{error}");
+    assert!(matches!(error, Error::Unusable { .. }), "{error}");
     assert!(error.to_string().contains("`deep` has more than 64 dimensions"), "{error}");
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.safetensors");

@@ -3,6 +3,9 @@
 mod adapter;
 mod checkpoint;
 mod difference;
+mod directories;
+
+mod errors;
 mod fixtures;
 mod headers;
 mod kernels;
