@@ -1,64 +1,214 @@
-//! Differences of stored matrices, block by block, with their squares: what an analysis reads of two models.
+//! Matrices as an analysis reads them, block by block: tensors as they are stored, or sums of tensors that adapters
+//! change, by the same arithmetic as in a merge; and differences of two, with their squares.
 
-use crate::checkpoint::{Checkpoint, MappedFile};
+use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
 use crate::kernels::Kernels;
+use crate::merge::loader::{Loading, OperandLoader, Shared};
+use crate::plan::{GivenSources, Input, Operand, resolve_sum, schema};
 use crate::{Error, Result};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Elements that are read, subtracted and squared while they are in the first-level cache.
 const TILE: usize = 1024;
 
-/// A 2-D tensor of floats as it lies in its mapped file. It keeps the mapping alive.
-#[derive(Debug, Clone)]
-pub struct StoredMatrix {
+/// A 2-D tensor of floats: one that is stored, or the sum of weight · operand over its terms.
+#[derive(Debug)]
+pub struct Matrix {
     name: String,
-    file: Arc<MappedFile>,
-    /// Its bytes in the file: rows · columns · dtype.size() of them, at any alignment.
-    range: Range<usize>,
-    dtype: Float,
     rows: usize,
     columns: usize,
+    terms: Vec<(f32, Operand)>,
+    shared: Shared,
+    /// What the terms' last blocks left, for the next ones.
+    reader: Mutex<Reader>,
 }
 
-impl StoredMatrix {
-    /// Finds a matrix and maps its file; reads nothing of it.
+#[derive(Debug)]
+struct Reader {
+    loader: OperandLoader,
+    term: Vec<f32>,
+}
+
+impl Matrix {
+    /// Finds a matrix of a checkpoint; reads nothing of it.
     ///
     /// # Errors
-    /// [`Error::NoTensor`]; [`Error::Option`] if it is not 2-D or its dtype is not a [`Float`]; and those of
-    /// [`crate::checkpoint::Shard::mapped`].
-    pub fn open(checkpoint: &Checkpoint, name: &str) -> Result<Self> {
-        let (shard, entry) = checkpoint.get(name)?;
-        let (&[rows, columns], Some(dtype)) =
-            (entry.shape.as_slice(), Float::from_safetensors(entry.dtype))
-        else {
-            return Err(Error::Option(format!(
-                "tensor `{name}` ({}, shape {:?}) is not a matrix of floats",
-                entry.dtype, entry.shape
-            )));
-        };
-        Ok(Self {
-            name: name.to_owned(),
-            file: Arc::clone(shard.mapped()?),
-            range: entry.range.clone(),
-            dtype,
-            rows,
-            columns,
-        })
+    /// [`Error::NoTensor`]; [`Error::Option`] if it is not 2-D or its dtype is not a [`Float`].
+    pub fn stored(checkpoint: &Arc<Checkpoint>, name: &str) -> Result<Self> {
+        let input = Input::find(checkpoint, name)?;
+        if Float::from_safetensors(input.dtype).is_none() {
+            return Err(not_a_matrix(&input));
+        }
+        Self::of(name, vec![(1.0, Operand::plain(input)?)])
     }
 
-    /// The stored shape, (rows, columns).
+    /// The sum of weight · operand over terms; `name` is for messages, and the tensor of operands that name none.
+    /// Nothing is read until a block is.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`]; [`Error::Plan`] if an operand is not sound; [`Error::Option`] if it is no matrix.
+    pub fn sum(
+        sources: &GivenSources,
+        name: &str,
+        terms: &[schema::WeightedOperand],
+    ) -> Result<Self> {
+        Self::of(name, resolve_sum(sources, name, terms)?)
+    }
+
+    fn of(name: &str, terms: Vec<(f32, Operand)>) -> Result<Self> {
+        let operands: Vec<&Operand> = terms.iter().map(|(_, operand)| operand).collect();
+        let Some(first) = operands.first().map(|operand| &operand.tensor.input) else {
+            return Err(Error::Option(format!("tensor `{name}` is made of nothing")));
+        };
+        let &[rows, columns] = first.shape.as_slice() else { return Err(not_a_matrix(first)) };
+        let reader = Reader { loader: OperandLoader::new(Kernels::detect()), term: Vec::new() };
+        let shared = Shared::of(operands);
+        Ok(Self { name: name.to_owned(), rows, columns, shared, reader: Mutex::new(reader), terms })
+    }
+
+    /// The shape, (rows, columns).
     #[must_use]
     pub fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }
 
-    /// The bytes of elements that are counted row by row.
-    fn bytes(&self, elements: Range<usize>) -> &[u8] {
-        let size = self.dtype.size();
-        &self.file.bytes()[self.range.clone()][elements.start * size..elements.end * size]
+    /// The tensor that it is, as it is stored; `None` if it is composed.
+    #[must_use]
+    pub fn as_stored(&self) -> Option<&Operand> {
+        match self.terms.as_slice() {
+            [(weight, operand)] if *weight == 1.0 && operand.is_plain() => Some(operand),
+            _ => None,
+        }
     }
+
+    /// Loads adjacent elements, counted row by row, as f32.
+    fn load(
+        &self,
+        elements: Range<usize>,
+        stopped: &dyn Fn() -> bool,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let Some(plain) = self.as_stored() else { return self.compose(elements, stopped, out) };
+        match plain.tensor.input.mapped()? {
+            Some(bytes) => {
+                let bytes = &bytes[plain.tensor.place(&elements)];
+                Kernels::detect().load(plain.tensor.dtype, bytes, out);
+                Ok(())
+            }
+            None => self.compose(elements, stopped, out),
+        }
+    }
+
+    fn compose(
+        &self,
+        elements: Range<usize>,
+        stopped: &dyn Fn() -> bool,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
+        let Reader { loader, term } = &mut *reader;
+        let kernels = Kernels::detect();
+        for (number, (weight, operand)) in self.terms.iter().enumerate() {
+            let from = Loading { number, operand, shared: &self.shared, stopped };
+            if number == 0 {
+                loader.load(&from, elements.clone(), out)?;
+                if *weight != 1.0 {
+                    out.iter_mut().for_each(|value| *value *= weight);
+                }
+                continue;
+            }
+            term.resize(out.len(), 0.0);
+            loader.load(&from, elements.clone(), term)?;
+            kernels.multiply_add(out, term, *weight);
+        }
+        Ok(())
+    }
+
+    /// Checks that a block lies within the matrix, and gives the beginning of `out` that it fills.
+    fn place<'a>(
+        &self,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+        out: &'a mut [f32],
+    ) -> Result<&'a mut [f32]> {
+        let shape = self.shape();
+        for (what, span, extent) in [("rows", rows, shape.0), ("columns", columns, shape.1)] {
+            if span.start > span.end || span.end > extent {
+                return Err(Error::Option(format!(
+                    "{what} {} to {} of tensor `{}` were asked for, it has {extent}",
+                    span.start, span.end, self.name
+                )));
+            }
+        }
+        // Within a matrix that lies in a file, so that no product below overflows.
+        let elements = rows.len() * columns.len();
+        let room = out.len();
+        out.get_mut(..elements).ok_or_else(|| {
+            Error::Option(format!("a block of {elements} elements does not fit into {room}"))
+        })
+    }
+
+    /// Calls `work` with each run of adjacent elements of a block, and the part of `out` that it fills.
+    fn runs(
+        &self,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+        out: &mut [f32],
+        mut work: impl FnMut(usize, &mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        // Whole rows are one long one.
+        let whole = columns.len() == self.columns;
+        let (first, width) = if whole {
+            (rows.start * self.columns, out.len())
+        } else {
+            (rows.start * self.columns + columns.start, columns.len())
+        };
+        let rows = out.chunks_exact_mut(width).enumerate();
+        rows.into_iter().try_for_each(|(number, row)| work(first + number * self.columns, row))
+    }
+
+    /// Reads a block as f32, row after row, into the beginning of `out`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if the block is not within the matrix or `out` is too small for it; [`Error::Interrupted`] if
+    /// `stopped` says so; and those of reading the inputs.
+    pub fn read(
+        &self,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+        stopped: &dyn Fn() -> bool,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let out = self.place(rows, columns, out)?;
+        self.runs(rows, columns, out, |first, row| {
+            let mut start = first;
+            for tile in row.chunks_mut(TILE) {
+                let elements = start..start + tile.len();
+                start = elements.end;
+                self.load(elements, stopped, tile)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Gives the pages of its inputs back.
+    pub fn release(&self) {
+        for input in self.terms.iter().flat_map(|(_, operand)| operand.inputs()) {
+            input.release(&(0..input.range.len()));
+        }
+    }
+}
+
+fn not_a_matrix(input: &Input) -> Error {
+    Error::Option(format!(
+        "tensor `{}` ({}, shape {:?}) is not a matrix of floats",
+        input.tensor, input.dtype, input.shape
+    ))
 }
 
 /// Sums of squares over one block, in f64; NaN or infinite if a value is.
@@ -73,8 +223,8 @@ pub struct Squares {
 /// Two matrices of one shape, of which blocks of the first minus the second are read.
 #[derive(Debug, Clone, Copy)]
 pub struct Difference<'a> {
-    minuend: &'a StoredMatrix,
-    subtrahend: &'a StoredMatrix,
+    minuend: &'a Matrix,
+    subtrahend: &'a Matrix,
 }
 
 impl<'a> Difference<'a> {
@@ -82,7 +232,7 @@ impl<'a> Difference<'a> {
     ///
     /// # Errors
     /// [`Error::Option`] if they differ in shape.
-    pub fn new(minuend: &'a StoredMatrix, subtrahend: &'a StoredMatrix) -> Result<Self> {
+    pub fn new(minuend: &'a Matrix, subtrahend: &'a Matrix) -> Result<Self> {
         if minuend.shape() != subtrahend.shape() {
             return Err(Error::Option(format!(
                 "tensors `{}` and `{}` have the shapes {:?} and {:?}; their difference needs one shape",
@@ -99,69 +249,36 @@ impl<'a> Difference<'a> {
     /// difference is rounded once.
     ///
     /// # Errors
-    /// [`Error::Option`] if the block is not within the matrices or `out` is too small for it.
+    /// Those of [`Matrix::read`].
     pub fn read(
         &self,
         kernels: &Kernels,
-        rows: Range<usize>,
-        columns: Range<usize>,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
         minuend_squares: bool,
+        stopped: &dyn Fn() -> bool,
         out: &mut [f32],
     ) -> Result<Squares> {
-        let shape = self.minuend.shape();
-        for (what, span, extent) in [("rows", &rows, shape.0), ("columns", &columns, shape.1)] {
-            if span.start > span.end || span.end > extent {
-                return Err(Error::Option(format!(
-                    "{what} {} to {} of tensor `{}` were asked for, it has {extent}",
-                    span.start, span.end, self.minuend.name
-                )));
-            }
-        }
-        // Within a matrix that is mapped, so that no product below overflows.
-        let elements = rows.len() * columns.len();
-        let room = out.len();
-        let out = out.get_mut(..elements).ok_or_else(|| {
-            Error::Option(format!("a block of {elements} elements does not fit into {room}"))
-        })?;
-        if elements == 0 {
-            return Ok(Squares::default());
-        }
-        // Whole rows are one long one.
-        let (first, width) = if columns.len() == shape.1 {
-            (rows.start * shape.1, elements)
-        } else {
-            (rows.start * shape.1 + columns.start, columns.len())
-        };
+        let out = self.minuend.place(rows, columns, out)?;
         let mut squares = Squares::default();
-        for (number, row) in out.chunks_exact_mut(width).enumerate() {
-            self.read_row(kernels, first + number * shape.1, minuend_squares, row, &mut squares);
-        }
-        Ok(squares)
-    }
-
-    /// Reads adjacent elements, from the one with this number on.
-    fn read_row(
-        &self,
-        kernels: &Kernels,
-        first: usize,
-        minuend_squares: bool,
-        out: &mut [f32],
-        squares: &mut Squares,
-    ) {
         let mut scratch = [0.0_f32; TILE];
-        let mut start = first;
-        for tile in out.chunks_mut(TILE) {
-            let elements = start..start + tile.len();
-            start = elements.end;
-            kernels.load(self.minuend.dtype, self.minuend.bytes(elements.clone()), tile);
-            if minuend_squares {
-                squares.minuend += kernels.dot(tile, tile);
+        self.minuend.runs(rows, columns, out, |first, row| {
+            let mut start = first;
+            for tile in row.chunks_mut(TILE) {
+                let elements = start..start + tile.len();
+                start = elements.end;
+                self.minuend.load(elements.clone(), stopped, tile)?;
+                if minuend_squares {
+                    squares.minuend += kernels.dot(tile, tile);
+                }
+                let scratch = &mut scratch[..tile.len()];
+                self.subtrahend.load(elements, stopped, scratch)?;
+                // The product with -1 is exact.
+                kernels.multiply_add(tile, scratch, -1.0);
+                squares.difference += kernels.dot(tile, tile);
             }
-            let scratch = &mut scratch[..tile.len()];
-            kernels.load(self.subtrahend.dtype, self.subtrahend.bytes(elements), scratch);
-            // The product with -1 is exact.
-            kernels.multiply_add(tile, scratch, -1.0);
-            squares.difference += kernels.dot(tile, tile);
-        }
+            Ok(())
+        })?;
+        Ok(squares)
     }
 }

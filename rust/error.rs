@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// Result of an engine call.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong. [`Error::stage`] tells whose fault it is.
 #[derive(Debug, thiserror::Error)]
@@ -31,12 +31,31 @@ pub enum Error {
         /// The cause.
         source: io::Error,
     },
+    /// The process has as many files open as it may.
+    #[error(
+        "cannot open {}: this process may have {limit} files open, and all are; raise the limit (ulimit -n), or use \
+         fewer --threads", path.display()
+    )]
+    Descriptors {
+        /// The file.
+        path: PathBuf,
+        /// Most descriptors of the process.
+        limit: u64,
+    },
     /// A header that breaks the format.
     #[error("{} is not a valid safetensors file: {problem}; save or download it again", path.display())]
     Header {
         /// The shard.
         path: PathBuf,
         /// What is wrong with it.
+        problem: String,
+    },
+    /// An input beyond what is read, so that nobody's file takes all memory or time.
+    #[error("{} is not read: {problem}", path.display())]
+    Limit {
+        /// The file or directory.
+        path: PathBuf,
+        /// Which limit it exceeds.
         problem: String,
     },
     /// Header and file disagree about the file's length.
@@ -133,13 +152,13 @@ pub enum Error {
     },
     /// No room for the output.
     #[error(
-        "no space left for {} ({needed} bytes); free some space and continue with --resume, or choose another output",
-        path.display()
+        "no space left for {}{}; free some space and continue with --resume, or choose another output",
+        path.display(), if *needed == 0 { String::new() } else { format!(" ({needed} bytes)") }
     )]
     DiskFull {
         /// The file being written.
         path: PathBuf,
-        /// Its full size in bytes.
+        /// Its full size in bytes; zero where no data is written, as for a directory.
         needed: u64,
     },
     /// The operating system refused a write.
@@ -186,7 +205,9 @@ impl Error {
             Self::NotFound { .. }
             | Self::NoWeights { .. }
             | Self::Read { .. }
+            | Self::Descriptors { .. }
             | Self::Header { .. }
+            | Self::Limit { .. }
             | Self::Length { .. }
             | Self::Index { .. }
             | Self::NoTensor { .. }
@@ -202,8 +223,22 @@ impl Error {
         }
     }
 
+    /// Whether something was not there, or no longer.
+    pub(crate) fn is_not_found(&self) -> bool {
+        match self {
+            Self::Read { source, .. } | Self::Write { source, .. } => {
+                source.kind() == io::ErrorKind::NotFound
+            }
+            _ => false,
+        }
+    }
+
     pub(crate) fn read(path: &Path, source: io::Error) -> Self {
-        Self::Read { path: path.to_owned(), source }
+        let path = path.to_owned();
+        match descriptor_limit(&source) {
+            Some(limit) => Self::Descriptors { path, limit },
+            None => Self::Read { path, source },
+        }
     }
 
     pub(crate) fn header(path: &Path, problem: impl Into<String>) -> Self {
@@ -219,6 +254,17 @@ impl Error {
     }
 
     pub(crate) fn write(path: &Path, source: io::Error) -> Self {
-        Self::Write { path: path.to_owned(), source }
+        let path = path.to_owned();
+        match descriptor_limit(&source) {
+            Some(limit) => Self::Descriptors { path, limit },
+            None => Self::Write { path, source },
+        }
     }
+}
+
+/// Most descriptors of this process, if that is what an error is about.
+fn descriptor_limit(error: &io::Error) -> Option<u64> {
+    use rustix::process::{Resource, getrlimit};
+    (error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()))
+        .then(|| getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX))
 }

@@ -3,12 +3,13 @@
 //! A plan says, as plain data, what every tensor of an output checkpoint is made of. The engine executes that data
 //! and nothing else; it knows neither what a language model is nor why a tensor is merged. Its stages, in order:
 //!
-//! 1. [`checkpoint`]: headers are read and validated, shards are mapped read-only.
-//! 2. [`plan`]: the JSON is parsed, and everything it claims is checked against those headers.
-//! 3. [`kernels`] convert between dtypes and blend, with one scalar twin for every SIMD version.
-//! 4. [`difference`]: blocks of the difference of two stored matrices, for an analysis before there is a plan.
-//! 5. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
-//! 6. [`writer`]: tiles go to partial files, which are synced and renamed; a journal remembers what is committed.
+//! 1. [`checkpoint`]: headers are read and validated, shards are opened for reading.
+//! 2. [`kernels`] convert between dtypes and blend, with one scalar twin for every SIMD version.
+//! 3. [`methods`]: how operands become one tensor, what their parameters are, and what they must know of whole tensors.
+//! 4. [`plan`]: the JSON is parsed, and everything it claims is checked against headers and methods.
+//! 5. [`writer`]: tiles go to partial files, which are synced and renamed; a journal remembers what is committed.
+//! 6. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
+//! 7. [`difference`]: blocks of matrices and of their differences, for an analysis before there is a plan.
 //!
 //! `bindings`, behind the feature `python`, is the only user of PyO3.
 
@@ -22,12 +23,14 @@ pub mod error;
 pub mod dtype;
 
 pub mod checkpoint;
-pub mod difference;
 pub mod kernels;
-pub mod merge;
 pub mod methods;
 pub mod plan;
 pub mod writer;
+
+pub mod merge;
+
+pub mod difference;
 
 #[cfg(feature = "python")]
 mod bindings;

@@ -13,6 +13,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._engine import __version__ as __version__
     from .analysis.scores import Score, Scores
+    from .api import (
+        FoldConfiguration,
+        FoldReport,
+        MergeConfiguration,
+        MergekitReport,
+        MergeReport,
+        analyze,
+        fold,
+        merge,
+        preview,
+        resta,
+        run,
+        verify,
+        wise_ft,
+    )
     from .errors import (
         AdapterError,
         AnalysisError,
@@ -21,18 +36,13 @@ if TYPE_CHECKING:
         PairingError,
         PlanError,
         SafemergeError,
+        SettingError,
         VerificationError,
     )
     from .progress import ProgressEvent
-    from .recipes.fold import FoldConfiguration, FoldReport, fold
-    from .recipes.mergekit.execution import MergekitReport
-    from .recipes.run import run
-    from .recipes.safemerge.configuration import MergeConfiguration
-    from .recipes.safemerge.dry_run import Preview, preview
-    from .recipes.safemerge.merge import merge
-    from .recipes.safemerge.scoring import analyze
-    from .recipes.verification import VerifyReport, verify
-    from .report.merge_report import MergeReport
+    from .recipes.preview import Preview
+    from .recipes.verify import VerifyReport
+    from .report.report import Report
 
 __all__ = [
     "AdapterError",
@@ -48,47 +58,42 @@ __all__ = [
     "PlanError",
     "Preview",
     "ProgressEvent",
+    "Report",
     "SafemergeError",
     "Score",
     "Scores",
+    "SettingError",
     "VerificationError",
     "VerifyReport",
     "analyze",
     "fold",
     "merge",
     "preview",
+    "resta",
     "run",
     "verify",
+    "wise_ft",
 ]
 
+# Homes of what lies neither in errors nor in api.
 _HOMES = {
     "__version__": "_engine",
+    "Preview": "recipes.preview",
+    "ProgressEvent": "progress",
+    "Report": "report.report",
     "Score": "analysis.scores",
     "Scores": "analysis.scores",
-    "MergeConfiguration": "recipes.safemerge.configuration",
-    "FoldConfiguration": "recipes.fold",
-    "FoldReport": "recipes.fold",
-    "fold": "recipes.fold",
-    "MergekitReport": "recipes.mergekit.execution",
-    "run": "recipes.run",
-    "Preview": "recipes.safemerge.dry_run",
-    "preview": "recipes.safemerge.dry_run",
-    "merge": "recipes.safemerge.merge",
-    "ProgressEvent": "progress",
-    "MergeReport": "report.merge_report",
-    "analyze": "recipes.safemerge.scoring",
-    "VerifyReport": "recipes.verification",
-    "verify": "recipes.verification",
+    "VerifyReport": "recipes.verify",
 }
 
 
 def __getattr__(name: str) -> object:
     """Loads a public name from the module that defines it."""
+    if name not in _HOMES and name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    home = _HOMES.get(name, "errors" if name in __all__ else None)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name, "errors" if name.endswith("Error") else "api")
     value = getattr(import_module(f".{home}", __name__), name)
     globals()[name] = value
     return value

@@ -1,21 +1,30 @@
 """The Rust engine: headers, mapped tensors, plans and their execution. Knows nothing of safety."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Literal, TypedDict, final, type_check_only
+from typing import Any, Literal, TypedDict, final, type_check_only
 
 __all__ = [
     "Block",
     "Checkpoint",
-    "Output",
+    "FileIdentity",
+    "JobDirectory",
+    "Matrix",
+    "MethodInfo",
+    "Mismatch",
+    "NonFinite",
+    "ParameterInfo",
     "Pattern",
     "Plan",
     "Progress",
     "Rows",
-    "StoredMatrix",
+    "ShardFacts",
     "TensorInfo",
+    "Verification",
     "Watchdog",
+    "WrittenFile",
     "__version__",
+    "fault_points",
     "methods",
     "simd_levels",
 ]
@@ -23,81 +32,201 @@ __all__ = [
 __version__: str
 """Version of the engine, the same as the package's."""
 
-@type_check_only
-class ParameterInfo(TypedDict):
-    name: str
-    scope: Literal["shared", "operand"]
-    kind: Literal["number", "integer", "flag", "choice"]
-    default: float | int | bool | str | None
-    least: float | None
-    most: float | None
-    choices: list[str]
-    help: str
+@final
+class ParameterInfo:
+    """A parameter of a merge method."""
 
-@type_check_only
-class MethodInfo(TypedDict):
-    name: str
-    title: str
-    summary: str
-    reference: str
-    base: Literal["none", "optional", "required"]
-    least_operands: int
-    most_operands: int | None
-    passes: int
-    parameters: list[ParameterInfo]
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> Literal["shared", "operand"]:
+        """Whether it has one value, or one for each operand."""
+    @property
+    def kind(self) -> Literal["number", "integer", "flag", "choice"]: ...
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+    @property
+    def default(self) -> float | int | bool | str | None:
+        """The value where none is given; None if it must be given."""
+    @property
+    def least(self) -> float | None:
+        """The least number; None if there is none."""
+    @property
+    def most(self) -> float | None:
+        """The largest number; None if there is none."""
+    @property
+    def choices(self) -> list[str]:
+        """The words of a choice; the first is the default."""
+    @property
+    def help(self) -> str:
+        """One sentence or two."""
+
+@final
+class MethodInfo:
+    """A merge method: what it is called, what it needs, which parameters it takes, and what holds of it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def reference(self) -> str:
+        """Address of the paper or page that describes it."""
+    @property
+    def base(self) -> Literal["none", "optional", "required"]: ...
+    @property
+    def least_operands(self) -> int:
+        """The fewest models it merges, the base not counted."""
+    @property
+    def most_operands(self) -> int | None:
+        """The most; None if any number will do."""
+    @property
+    def passes(self) -> int:
+        """How often inputs are read at most before they are blended."""
+    @property
+    def parameters(self) -> list[ParameterInfo]:
+        """Its parameters, those of operands first."""
+    @property
+    def interpolates(self) -> str | None:
+        """The shared parameter that leads from the base (0) to the one operand (1), if it interpolates so."""
+    @property
+    def weighs(self) -> bool:
+        """Whether it weighs models against each other: by a weight of each, or by interpolation."""
+    @property
+    def votes(self) -> bool:
+        """Whether elements vote on their sign, so that a lone update always wins."""
+    @property
+    def sole(self) -> bool:
+        """Whether mergekit, given one model only, takes that model's tensor as it is."""
+    @property
+    def copies(self) -> bool:
+        """Whether it gives its one operand unchanged, by default."""
+    @property
+    def sums(self) -> bool:
+        """Whether it is a weighted sum, so that weights of operands that share a tensor may be added up."""
 
 def methods() -> list[MethodInfo]:
-    """Every merge method.
+    """Every merge method."""
 
-    Returns:
-        For each: name, title, summary, reference; base ("none", "optional", "required"); least_operands and
-        most_operands (None: any number), the base not counted; passes, how often inputs are read at most before
-        they are blended; parameters, each with name, scope ("shared", "operand"), kind ("number", "integer",
-        "flag", "choice"), default (None: it must be given), least, most, choices and help.
-    """
+def fault_points() -> list[str]:
+    """The names of the engine's fail points; none in a build without the feature `faults`."""
 
 def simd_levels() -> list[str]:
     """Kernel versions that this processor can run, fastest first; the last is always "scalar"."""
 
-@type_check_only
-class FileIdentity(TypedDict):
-    """What tells one shard from another without reading its data."""
+@final
+class FileIdentity:
+    """What was seen of a shard when its header was read. Equal if all of it is."""
 
-    size: int
-    mtime_ns: int
-    header_digest: str
+    @property
+    def size(self) -> int:
+        """Bytes."""
+    @property
+    def mtime_ns(self) -> int:
+        """Modification time, nanoseconds since the epoch."""
+    @property
+    def ctime_ns(self) -> int:
+        """Time of the inode's last change, nanoseconds since the epoch; nobody can set it back."""
+    @property
+    def inode(self) -> int: ...
+    @property
+    def device(self) -> int:
+        """The device of the inode; other after a reboot."""
+    @property
+    def header_digest(self) -> str:
+        """BLAKE3 of the length field and the header, hexadecimal."""
+    def to_dict(self) -> dict[str, int | str]:
+        """As plans state it: size, mtime_ns, ctime_ns, inode, header_digest."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
 
-@type_check_only
-class ShardFacts(TypedDict):
-    """What happened to one output shard."""
+@final
+class NonFinite:
+    """An input tensor that was merged though it holds NaN or infinity. Equal places are equal and hash alike.
 
-    file: str
-    bytes_written: int
-    seconds: float
-    write: Literal["direct", "buffered", "cloned"]
-    resumed: bool
-    nonfinite_inputs: list[str]
+    Attributes:
+        tensor: Its name.
+        path: The file that it lies in.
+    """
 
-@type_check_only
-class Mismatch(TypedDict):
-    """The first byte of one tensor (or of the header, then tensor is None) that differs from the plan."""
+    @property
+    def tensor(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    def __hash__(self) -> int: ...
 
-    file: str
-    tensor: str | None
-    offset: int
+@final
+class ShardFacts:
+    """What happened to one output shard.
 
-@type_check_only
-class Verification(TypedDict):
-    """What a verification looked at and found."""
+    Attributes:
+        file: Its name.
+        bytes_written: Bytes written; zero if it had been committed before.
+        seconds: From its first tile to its commit.
+        write: How it was written: past the page cache, through it, or as a clone of an input of the same bytes.
+        resumed: Whether it had been committed before, so that nothing was done.
+        nonfinite_inputs: Input tensors that were merged though they hold NaN or infinity, if that was allowed.
+    """
 
-    files: int
-    bytes_checked: int
-    bytes_total: int
-    mismatches: list[Mismatch]
+    @property
+    def file(self) -> str: ...
+    @property
+    def bytes_written(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def write(self) -> Literal["direct", "buffered", "cloned"]: ...
+    @property
+    def resumed(self) -> bool: ...
+    @property
+    def nonfinite_inputs(self) -> list[NonFinite]: ...
+
+@final
+class Mismatch:
+    """The first byte of a tile that differs from the plan.
+
+    Attributes:
+        file: The output file.
+        tensor: The tensor that the byte belongs to; None for the header.
+        offset: Its place in the file.
+    """
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def tensor(self) -> str | None: ...
+    @property
+    def offset(self) -> int: ...
+
+@final
+class Verification:
+    """What a verification looked at and found.
+
+    Attributes:
+        files: Number of output files.
+        bytes_checked: Bytes that were compared.
+        bytes_total: Bytes of all those files.
+        mismatches: Differences, at most one for each tile of 4 MiB, by file and offset.
+    """
+
+    @property
+    def files(self) -> int: ...
+    @property
+    def bytes_checked(self) -> int: ...
+    @property
+    def bytes_total(self) -> int: ...
+    @property
+    def mismatches(self) -> list[Mismatch]: ...
 
 @final
 class TensorInfo:
-    """Name, dtype, shape and place of one tensor, from a header."""
+    """Name, dtype, shape and place of one tensor, from a header.
+
+    A reference into the checkpoint's tables, which it keeps alive; what is asked for is made then.
+    """
 
     @property
     def name(self) -> str: ...
@@ -109,10 +238,16 @@ class TensorInfo:
     def file(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
 
 @final
 class Rows:
-    """A read-only window on the bytes of some rows of a mapped tensor; numpy.asarray takes it without a copy."""
+    """The bytes of some rows of a tensor, read-only; numpy.asarray takes them without a copy.
+
+    A window on the mapped file, or memory of its own where files are read by position.
+    """
 
     @property
     def __array_interface__(self) -> dict[str, object]: ...
@@ -120,9 +255,21 @@ class Rows:
 
 @final
 class Checkpoint:
-    """The validated headers of a checkpoint directory or of one .safetensors file; data is mapped, never loaded."""
+    """The validated headers of a checkpoint directory or of one .safetensors file; data is opened when asked for.
 
-    def __new__(cls, path: str | PathLike[str]) -> Checkpoint: ...
+    def __new__(
+        cls, path: str | PathLike[str], *, read_backend: Literal["auto", "mmap", "pread"] = "auto"
+    ) -> Checkpoint:
+        """Reads and checks all headers; nothing of the tensors' data.
+
+        Args:
+            path: A checkpoint directory, or one .safetensors file.
+            read_backend: How the data is read when it is asked for.
+
+        Raises:
+            CheckpointError: There are no such weights, or a header or the index is not valid, or beyond a limit
+                (1,000,000 tensors, 64 dimensions, 100,000,000 bytes of header, 256 MiB of index).
+        """
     @property
     def path(self) -> str: ...
     @property
@@ -130,30 +277,92 @@ class Checkpoint:
     @property
     def files(self) -> list[str]: ...
     @property
-    def tensors(self) -> list[TensorInfo]: ...
-    def __len__(self) -> int: ...
+    def names(self) -> list[str]:
+        """Names of all tensors, file by file, then in the order of their bytes."""
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors, in the order of `names`."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+    def __len__(self) -> int:
+        """Number of tensors."""
     def __contains__(self, name: str, /) -> bool: ...
-    def tensor(self, name: str) -> TensorInfo: ...
-    def identity(self) -> dict[str, FileIdentity]: ...
+    def tensor(self, name: str) -> TensorInfo:
+        """One tensor.
+
+        Raises:
+            CheckpointError: There is no tensor of this name.
+        """
+    def identity(self) -> dict[str, FileIdentity]:
+        """The identity of every shard, by file name."""
+    def check_unchanged(self) -> None:
+        """Checks that size, times and inode of every shard are those seen when the checkpoint was opened.
+
+        Raises:
+            PlanError: A shard has changed.
+            CheckpointError: A shard is gone.
+        """
     def rows(self, name: str, start: int, stop: int) -> Rows: ...
-    def matrix(self, name: str) -> StoredMatrix:
-        """Maps a tensor that is a matrix of floats; reads nothing of it.
+    def matrix(self, name: str) -> Matrix:
+        """Finds a tensor that is a matrix of floats; reads nothing of it.
 
         Args:
             name: A 2-D tensor of dtype BF16, F16, F32 or F64.
 
         Raises:
-            CheckpointError: There is no such tensor, or its file cannot be mapped.
+            CheckpointError: There is no such tensor.
             PlanError: It is not such a matrix.
         """
     def release(self, name: str) -> None: ...
 
 @final
-class StoredMatrix:
-    """A 2-D tensor of floats in a mapped file; keeps the mapping alive."""
+class Matrix:
+    """A 2-D tensor of floats that is read in blocks: a stored one, or a weighted sum of tensors that adapters change.
 
+    The sum is computed by the arithmetic of a merge: float32, with fused multiply-adds over the terms.
+
+    Args:
+        name: The tensor's name, for messages; the tensor of operands that name none.
+        sources: Open checkpoints by the names that the terms use.
+        terms: The terms as the plan writes operands ({"operand": {"source", "tensor", "rows", "low_rank",
+            "magnitude"}, "weight"}), as plain data or as JSON; all of one shape.
+
+    Raises:
+        PlanError: The terms are malformed, or do not go together.
+        CheckpointError: A tensor is missing.
+    """
+
+    def __new__(
+        cls, name: str, *, sources: Mapping[str, Checkpoint], terms: Sequence[Mapping[str, Any]] | str
+    ) -> Matrix: ...
     @property
     def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> str:
+        """The stored dtype as safetensors names it; "F32" for a sum or what an adapter changes."""
+
+    def read(self, block: Block, rows: tuple[int, int], columns: tuple[int, int], *, offset: int = 0) -> None:
+        """Reads a block as float32, row after row, into memory from an element on. The GIL is released meanwhile.
+
+        Args:
+            block: The memory; nobody else may use it until this returns.
+            rows: Start and stop of the block's rows, as the matrix is stored.
+            columns: Start and stop of its columns.
+            offset: Element of the memory at which the block starts.
+
+        Raises:
+            PlanError: The block is not within the matrix, has more elements than the memory has from the offset
+                on, or an input is no longer the one that was opened.
+            CheckpointError: An input cannot be read.
+            RuntimeError: Another thread is filling this memory.
+        """
+
+    def release(self) -> None:
+        """Gives mapped pages of its inputs back; what is read again is mapped again."""
 
 @final
 class Block:
@@ -168,8 +377,8 @@ class Block:
     def __array_interface__(self) -> dict[str, object]: ...
     def read_difference(
         self,
-        minuend: StoredMatrix,
-        subtrahend: StoredMatrix,
+        minuend: Matrix,
+        subtrahend: Matrix,
         rows: tuple[int, int],
         columns: tuple[int, int],
         *,
@@ -213,25 +422,105 @@ class Progress:
     def cancel(self) -> None: ...
 
 @final
-class Output:
-    """An output directory, locked, with a journal of the shards that are committed in it."""
+class WrittenFile:
+    """A file of an output.
+
+    Attributes:
+        name: Its path from the output on, with slashes.
+        bytes: Its size.
+        digest: BLAKE3 in hexadecimal; None for shards, which are compared with their plan instead.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def digest(self) -> str | None: ...
+
+@final
+class JobDirectory:
+    """The directory in which an output is made, locked until it is published or closed.
+
+    It lies beside the output as `.NAME.safemerge`, or inside it as `.safemerge` where the output is a mounted
+    volume or its parent is not writable. It gets the output's name by one rename when all is there, so that what
+    stands under that name is whole. A job that was interrupted or killed goes on with resume.
+
+    Attributes:
+        output: The output: absolute, links resolved.
+        path: The job directory.
+        files: Where the output's files are: in the job directory until it is published, then the output.
+        complete: Whether the output is whole and has its name. True after publish, and for a job opened with resume
+            whose output was finished by an earlier run of the same identity; nothing can be written then.
+        committed: Names of the shards that the journal lists.
+        written: All files of the output so far, sorted by name: shards of this identity, and small files of this
+            session. A published report must list them as "files" and the identity as "job" for the output to be
+            known as this program's.
+    """
 
     def __new__(
         cls,
-        path: str | PathLike[str],
+        output: str | PathLike[str],
         *,
+        identity: str,
         inputs: Sequence[str | PathLike[str]] = ...,
         resume: bool = False,
-        overwrite: bool = False,
-    ) -> Output: ...
+        overwrite: Literal["no", "exchange", "in-place"] = "no",
+    ) -> JobDirectory:
+        """Opens the job of an output, or begins it.
+
+        Args:
+            output: Directory that the output gets. Missing parents are made.
+            identity: What tells this job from others: settings, identities of inputs, version. A job that is
+                resumed with another identity loses its own files; its shards are kept as far as their digests are
+                asked for.
+            inputs: Files and directories that must stay as they are; compared with the output by device and inode.
+            resume: Go on with an unfinished job; say complete of a finished one of the same identity.
+            overwrite: Throw an unfinished job away, and replace a finished output of this program: "exchange" keeps
+                it until the new one is complete, "in-place" removes it before the first new shard. With resume, an
+                unfinished job goes on in this mode.
+
+        Raises:
+            OutputError: The output or the job directory holds what this program did not write, or a finished or
+                unfinished output and neither resume nor overwrite; it is locked, or overlaps an input; it cannot be
+                written.
+        """
+    @property
+    def output(self) -> str: ...
     @property
     def path(self) -> str: ...
     @property
+    def files(self) -> str: ...
+    @property
+    def complete(self) -> bool: ...
+    @property
     def committed(self) -> list[str]: ...
-    def write_file(self, name: str, data: bytes) -> None: ...
-    def copy_file(self, source: str | PathLike[str], name: str) -> None: ...
-    def finish(self) -> None: ...
-    def close(self) -> None: ...
+    @property
+    def written(self) -> list[WrittenFile]: ...
+    def write_file(self, name: str, data: bytes) -> None:
+        """Writes a small file of the output, durably."""
+    def copy_file(self, source: str | PathLike[str], name: str) -> None:
+        """Copies a regular file into the output, durably."""
+    def append(self, name: str, data: bytes) -> None:
+        """Appends to a file of the job, never of the output; the data has reached the kernel when this returns.
+
+        Names are plain, without slashes, and do not begin with a dot. A failure leaves the file as it was.
+        """
+    def read(self, name: str) -> bytes | None:
+        """Reads a file of the job; None if there is no such file. A kill may have cut its end short."""
+    def remove(self, name: str) -> None:
+        """Removes a file of the job, if it is there."""
+    def publish(self) -> None:
+        """Gives the whole output its name, removes what it replaces and the job directory, and closes.
+
+        Files that are not in `written` are no part of the output.
+
+        Raises:
+            OutputError: The output's place is no longer what it was when the job was opened; or the message says
+                that the output is complete, and that something is left to clean up.
+        """
+    def close(self) -> None:
+        """Lets go of the job. What a later run can use stays for resume; without any, nothing stays."""
 
 @final
 class Pattern:
@@ -249,9 +538,26 @@ class Pattern:
 
 @final
 class Plan:
-    """A validated plan: what every output tensor is made of."""
+    """A validated plan: what every output tensor is made of.
 
-    def __new__(cls, json: str, *, read_backend: str = "auto") -> Plan: ...
+    Args:
+        json: The plan, version 2.
+        sources: Checkpoints that are open already, by the plan's names; their headers are not read again, and they are
+            read as they were opened. Names that the plan does not have are passed over.
+        read_backend: As Checkpoint takes it, for the sources that are not given.
+
+    Raises:
+        PlanError: The plan is malformed, contradicts the inputs' headers, or an input is not the one it was made for.
+        CheckpointError: An input cannot be opened.
+    """
+
+    def __new__(
+        cls,
+        json: str | bytes,
+        *,
+        sources: Mapping[str, Checkpoint] | None = None,
+        read_backend: str = "auto",
+    ) -> Plan: ...
     @property
     def shards(self) -> list[str]: ...
     @property
@@ -261,7 +567,7 @@ class Plan:
     def shard_digest(self, file: str) -> str: ...
     def execute(
         self,
-        output: Output,
+        output: JobDirectory,
         *,
         shards: Sequence[str] | None = None,
         threads: int | None = None,

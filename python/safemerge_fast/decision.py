@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from .analysis.scores import Score
 from .checkpoint.model import FLOATS
-from .errors import AnalysisError
+from .errors import AnalysisError, SettingError
 from .pairing.rows import Row
 
 __all__ = ["Decision", "Rule", "decide"]
@@ -19,7 +20,7 @@ class Rule:
     """Which modules are merged.
 
     Attributes:
-        threshold: With select "threshold", modules whose ρ is strictly below it are merged.
+        threshold: With select "threshold", modules whose ρ is strictly below it are merged; from 0 to 1.
         select: "threshold"; "lowest:N", the N modules (or layers) of lowest ρ; or "fraction:F", that share of
             them, to the nearest whole number. Equal ρ are taken in the order of their names.
         granularity: "module", or "layer": the mean ρ of a layer's modules decides for all of them.
@@ -37,8 +38,8 @@ class Rule:
     others: str = "keep"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.threshold):
-            raise AnalysisError(f"threshold should be a finite number, not {self.threshold}")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise AnalysisError(f"threshold should be a number from 0 to 1, as ρ is, not {self.threshold}")
         for field, value, allowed in (
             ("granularity", self.granularity, ("module", "layer")),
             ("on_undefined", self.on_undefined, ("merge", "keep")),
@@ -52,6 +53,21 @@ class Rule:
     def is_local(self) -> bool:
         """Whether a module's own score decides, so that a shard can be decided alone."""
         return self.select == "threshold" and self.granularity == "module"
+
+    def check_units(self, rows: Sequence[Row]) -> None:
+        """Refuses to take more modules (or layers) than there are.
+
+        Args:
+            rows: All rows.
+
+        Raises:
+            SettingError: select asks for more.
+        """
+        units = len(_units([row for row in rows if row.analysed], self))
+        kind, _, text = self.select.partition(":")
+        if kind == "lowest" and int(text) > units:
+            what = "layers" if self.granularity == "layer" else "modules"
+            raise SettingError(f"select is {self.select}, but only {units} {what} are analysed; ask for at most {units}")
 
     def count(self, candidates: int) -> int | None:
         """How many of the candidates are merged; None where the threshold says which.
@@ -106,8 +122,9 @@ def decide(rows: Sequence[Row], scores: Mapping[str, Score], rule: Rule) -> dict
     units = _units(analysed, rule)
     verdicts = _verdicts(units, scores, rule)
     unit_of = {row.name: unit for unit, members in units.items() for row in members}
-    given = {role for row in rows for role in row.terms}
-    needed = {"finetuned", "safe" if "safe" in given else "aligned"}
+    needed: set[str] = set()
+    if rule.others == "merge":
+        needed = {"finetuned", "safe" if any(row.has("safe") for row in rows) else "aligned"}
     return {
         row.name: verdicts[unit_of[row.name]] if row.analysed else _unanalysed(row, needed, rule)
         for row in rows
@@ -172,8 +189,13 @@ def _unanalysed(row: Row, needed: set[str], rule: Rule) -> Decision:
     if (
         rule.others == "merge"
         and row.dtype in FLOATS
-        and needed <= row.terms.keys()
+        and all(row.has(role) for role in needed)
         and len({row.terms[role] for role in needed}) > 1
     ):
         return Decision(True, f"{row.reason}: not analysed, merged with the others")
-    return Decision(False, f"{row.reason}: not analysed")
+    return _kept(row.reason)
+
+
+@cache
+def _kept(reason: str) -> Decision:
+    return Decision(False, f"{reason}: not analysed")

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import OutputError
 from .progress import ProgressCallback
-from .recipes.safemerge.merge import merge
-from .recipes.safemerge.scoring import analyze
-from .recipes.verification import VerifyReport, verify
-from .report.merge_report import MergeReport
+from .recipes.run import carry_out
+from .recipes.safemerge.scoring import analyze_settings
+from .recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
+from .recipes.verify import VerifyReport, VerifySettings, verify_output
+from .report.report import Report
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -71,7 +72,7 @@ class Demo:
     """
 
     directory: Path
-    report: MergeReport
+    report: Report
     verification: VerifyReport
     seconds: dict[str, float]
 
@@ -94,20 +95,18 @@ def run_demo(directory: str | os.PathLike[str], progress: ProgressCallback | Non
     models = make_quartet(directory)
     clock.append(time.perf_counter())
     scores = directory / "scores.json"
-    found = analyze(models["base"], models["aligned"], models["finetuned"], progress=progress)
+    roles = {role: str(models[role]) for role in ("base", "aligned", "finetuned")}
+    found = analyze_settings(AnalysisSettings(**roles, progress=progress))
     scores.write_text(found.to_json(), encoding="utf-8")
     clock.append(time.perf_counter())
-    report = merge(
-        models["base"],
-        models["aligned"],
-        models["finetuned"],
-        models["safe"],
-        output=directory / "merged",
-        scores=scores,
-        progress=progress,
+    merged = directory / "merged"
+    report = carry_out(
+        SafemergeSettings(
+            **roles, safe=str(models["safe"]), output=str(merged), scores=str(scores), progress=progress
+        )
     )
     clock.append(time.perf_counter())
-    verification = verify(directory / "merged", progress=progress)
+    verification = verify_output(VerifySettings(output=str(merged), progress=progress))
     clock.append(time.perf_counter())
     seconds = [stop - start for start, stop in pairwise(clock)]
     return Demo(

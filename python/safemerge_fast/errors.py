@@ -14,6 +14,7 @@ __all__ = [
     "PairingError",
     "PlanError",
     "SafemergeError",
+    "SettingError",
     "VerificationError",
 ]
 
@@ -42,6 +43,12 @@ class AnalysisError(SafemergeError):
 
 class PlanError(SafemergeError):
     """A plan is malformed, or the inputs are not those it was made for."""
+
+
+class SettingError(PlanError, ValueError):
+    """A setting has a value that it may not have."""
+
+    exit_code = 2
 
 
 class OutputError(SafemergeError):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ProgressCallback", "ProgressEvent"]
+__all__ = ["ProgressCallback", "ProgressEvent", "silent"]
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressEvent:
-    """How far one stage is. Stages overlap: the merge of one shard runs while the next is analysed.
+    """How far one stage is.
 
     Attributes:
         stage: "analysis" (counted in modules), "merge" or "verify" (counted in bytes).
@@ -27,3 +27,7 @@ class ProgressEvent:
 
 ProgressCallback = Callable[[ProgressEvent], None]
 """Called on the caller's own thread; what it raises stops the work."""
+
+
+def silent(event: ProgressEvent) -> None:
+    """Tells nobody."""

@@ -1,61 +1,409 @@
-"""What settings of several recipes may be, and how they are checked."""
+"""Settings as records: declared once, with name, type, range, default and help.
+
+Command-line options, fields of files, signatures of the Python API and the tables of the documentation are made from
+these declarations. A setting that a recipe adds is one annotated field of its record.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import os
+import shlex
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
-from .errors import PlanError
+import msgspec
+
+from .errors import PlanError, SettingError
 from .sizes import parse_size
 
+if TYPE_CHECKING:
+    from .progress import ProgressCallback
+else:
+    # A callable, which msgspec does not look into.
+    ProgressCallback = Any
+
 __all__ = [
-    "COMPATIBILITIES",
     "DTYPES",
-    "OUTPUT_FORMATS",
-    "READ_BACKENDS",
-    "check_dtype",
-    "check_read_backend",
-    "check_sizes",
-    "check_threads",
+    "AllowNonfinite",
+    "Dtype",
+    "Field",
+    "Kind",
+    "MaxShardSize",
+    "ReadBackend",
+    "RunSettings",
+    "Setting",
+    "Settings",
+    "fields_of",
+    "read_settings",
 ]
-
-OUTPUT_FORMATS = ("auto", "adapter", "checkpoint")
-"""What can be written; "auto" is an adapter if all that is merged are adapters."""
-
-READ_BACKENDS = ("auto", "mmap", "pread")
-"""How the engine reads inputs; "auto" reads network file systems by position and maps the others."""
-
-COMPATIBILITIES = ("peft-linear",)
-"""Other programs' ways to combine adapters that can be reproduced."""
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Output dtypes that can be asked for, and their names in safetensors; "auto" keeps each tensor's own."""
 
+MOST_THREADS = 4096
+"""More worker threads than this are a slip of the finger."""
 
-def check_sizes(configuration: Any) -> None:
-    """Replaces the fields max_shard_size and memory_budget, where set, by their bytes.
+
+class Kind(Enum):
+    """What a value is, where its type does not say it."""
+
+    TEXT = "text"
+    PATH = "a path"
+    MODEL = "a model"
+    SIZE = "a size like 5GB"
+    PATTERN = "a regular expression"
+    CALLBACK = "a function"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is declared of a field beside its type and default.
+
+    Attributes:
+        help: One sentence or two for a person, which serve option, docstring and documentation.
+        kind: What a text is.
+        least: The least number.
+        most: The largest number.
+        choices: Gives the words that may be chosen from, where the type does not list them.
+        metavar: What stands for the value in the command line's help.
+        default: The default in words, where None stands for something.
+        names: Further names on the command line, such as "-o".
+        decides: Whether the output's weights depend on it.
+        check: Raises a SafemergeError if a value is malformed.
+        in_files: Whether it may stand in a file; what belongs to one run may not.
+        on_command_line: Whether it is an option.
+    """
+
+    help: str
+    kind: Kind = Kind.TEXT
+    least: float | None = None
+    most: float | None = None
+    choices: Callable[[], Sequence[str]] | None = None
+    metavar: str | None = None
+    default: str | None = None
+    names: tuple[str, ...] = ()
+    decides: bool = True
+    check: Callable[[Any], object] | None = None
+    in_files: bool = True
+    on_command_line: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field of a record of settings.
+
+    Attributes:
+        name: Its name.
+        type: Its Python type.
+        default: Its default; msgspec.NODEFAULT where it must be given.
+        setting: What is declared of it.
+        choices: The words that may be chosen from; empty if any may.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    setting: Setting
+    choices: tuple[str, ...]
+
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is msgspec.NODEFAULT
+
+    @property
+    def types(self) -> frozenset[Any]:
+        """The types of its values; choices are str."""
+        members = typing.get_args(self.type) if typing.get_origin(self.type) not in (None, Literal) else ()
+        return frozenset(str if typing.get_origin(member) is Literal else member for member in members or (self.type,))
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is switched on by its name alone."""
+        return bool in self.types
+
+    def expected(self) -> str:
+        """What a value should be, in words that follow "should be"."""
+        setting = self.setting
+        if self.choices:
+            words = ", ".join(self.choices)
+            return f"true, false or {words}" if self.is_flag else f"one of {words}"
+        if self.is_flag:
+            return "true or false"
+        if setting.kind is not Kind.TEXT:
+            return setting.kind.value
+        if not self.types & {int, float}:
+            return "text"
+        noun = "a finite number" if float in self.types else "a whole number"
+        if setting.least is not None and setting.most is not None:
+            return f"{noun} from {setting.least:g} to {setting.most:g}"
+        return noun if setting.least is None else f"{noun} of at least {setting.least:g}"
+
+    def checked(self, value: Any) -> Any:
+        """The value as the record holds it: paths as text, sizes as bytes.
+
+        Raises:
+            SettingError: It is not one that the setting may have.
+        """
+        if value is None and type(None) in self.types:
+            return None
+        setting = self.setting
+        if setting.kind in (Kind.PATH, Kind.MODEL) and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        try:
+            if setting.kind is not Kind.CALLBACK:
+                value = msgspec.convert(value, self.type)
+            if setting.kind is Kind.SIZE:
+                value = parse_size(value)
+            if setting.check is not None:
+                setting.check(value)
+        except msgspec.ValidationError:
+            raise SettingError(f"{self.name} should be {self.expected()}, not {_shown(value)}") from None
+        except PlanError as error:
+            raise SettingError(f"{self.name}: {error}") from error
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (number and not self._in_range(value)) or (
+            self.choices and not isinstance(value, bool) and value not in self.choices
+        ):
+            raise SettingError(f"{self.name} should be {self.expected()}, not {_shown(value)}")
+        return value
+
+    def parsed(self, text: str) -> Any:
+        """Reads a value as a person types it; errors as those of checked."""
+        value: Any = text
+        try:
+            if float in self.types:
+                value = float(text)
+            elif int in self.types and str not in self.types:
+                value = int(text)
+        except ValueError:
+            raise SettingError(f"{self.name} should be {self.expected()}, not {_shown(text)}") from None
+        return self.checked(value)
+
+    def _in_range(self, number: float) -> bool:
+        least = -math.inf if self.setting.least is None else self.setting.least
+        most = math.inf if self.setting.most is None else self.setting.most
+        return (isinstance(number, int) or math.isfinite(number)) and least <= number <= most
+
+
+def _shown(value: object) -> str:
+    """A value as messages show it, not longer than a line can be."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_Record = TypeVar("_Record", bound="Settings")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What somebody asked for. Every field is checked when a record is made.
 
     Raises:
-        PlanError: One is no size.
+        SettingError: A value is not one that its setting may have.
     """
-    for name in ("max_shard_size", "memory_budget"):
-        value = getattr(configuration, name)
-        if value is not None:
-            object.__setattr__(configuration, name, parse_size(value))
+
+    recipe: ClassVar[str]
+    """Name of the recipe that these settings are of."""
+
+    command_name: ClassVar[str | None] = None
+    """The command that takes them as options; None where a file holds them."""
+
+    def __post_init__(self) -> None:
+        for field in fields_of(type(self)):
+            value = field.checked(getattr(self, field.name))
+            msgspec.structs.force_setattr(self, field.name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as JSON can hold them."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields_of(type(self))
+            if field.setting.kind is not Kind.CALLBACK
+        }
+
+    @classmethod
+    def from_dict(cls: type[_Record], values: Mapping[str, Any]) -> _Record:
+        """Reads what to_dict wrote.
+
+        Raises:
+            PlanError: A field is unknown, missing or out of range.
+        """
+        return read_settings(cls, values, "the settings")
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that decide the output's weights, by name, as far as they are set."""
+        return {
+            field.name: value
+            for field in fields_of(type(self))
+            if field.setting.decides and (value := getattr(self, field.name)) is not None
+        }
+
+    def command(self) -> str:
+        """The command line that makes the same weights: roles, output, and what differs from the defaults."""
+        if self.command_name is None:
+            output = getattr(self, "output", "OUT")
+            return shlex.join(["safemerge-fast", "run", f"{self.recipe}.yml", "-o", output])
+        words = ["safemerge-fast", self.command_name]
+        for field in fields_of(type(self)):
+            value = getattr(self, field.name)
+            shown = field.setting.decides or field.name == "output"
+            if not shown or value is None or value == field.default:
+                continue
+            words.append(f"--{field.name.replace('_', '-')}")
+            if value is not True:
+                words.append(str(value))
+        return shlex.join(words)
 
 
-def check_dtype(dtype: str) -> None:
-    """Raises PlanError if an output dtype is neither "auto" nor a key of DTYPES."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise PlanError(f"dtype should be auto, {', '.join(DTYPES)}, not {dtype!r}")
+@cache
+def fields_of(record: type[Settings]) -> tuple[Field, ...]:
+    """The fields of a record of settings, in the order in which they are shown."""
+    hints = typing.get_type_hints(record, include_extras=True)
+    fields = []
+    for field in msgspec.structs.fields(record):
+        annotation = hints[field.name]
+        setting = next(extra for extra in annotation.__metadata__ if isinstance(extra, Setting))
+        kind = annotation.__origin__
+        fields.append(Field(field.name, kind, field.default, setting, _choices(kind, setting)))
+    return tuple(fields)
 
 
-def check_threads(threads: int | None) -> None:
-    """Raises PlanError if a number of threads is below 1."""
-    if threads is not None and threads < 1:
-        raise PlanError(f"threads should be at least 1, not {threads}")
+def _choices(kind: Any, setting: Setting) -> tuple[str, ...]:
+    if setting.choices is not None:
+        return tuple(setting.choices())
+    members = (kind, *typing.get_args(kind)) if typing.get_origin(kind) is not Literal else (kind,)
+    literals = [member for member in members if typing.get_origin(member) is Literal]
+    return tuple(str(word) for literal in literals for word in typing.get_args(literal))
 
 
-def check_read_backend(name: str) -> None:
-    """Raises PlanError if a read backend is none of READ_BACKENDS."""
-    if name not in READ_BACKENDS:
-        raise PlanError(f"read_backend should be {', '.join(READ_BACKENDS)}, not {name!r}")
+def read_settings(
+    record: type[_Record], values: Mapping[str, Any], where: str, *, missing: Collection[str] = ()
+) -> _Record:
+    """Makes a record of values that come from a file.
+
+    Args:
+        record: The record's class.
+        values: Values by name.
+        where: What holds them, for messages.
+        missing: Fields that need not be there although they have no default.
+
+    Raises:
+        PlanError: A field is unknown, missing or out of range.
+    """
+    known = {field.name: field for field in fields_of(record)}
+    if unknown := [name for name in values if name not in known]:
+        raise PlanError(f"{where}: {record.recipe} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+    for name, field in known.items():
+        if field.required and name not in values and name not in missing:
+            raise PlanError(f"{where}: {record.recipe} needs the setting {name}")
+    try:
+        return record(**values)
+    except SettingError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    Setting("Output dtype of float tensors; auto keeps each one's own."),
+]
+"""The output's dtype, as several recipes take it."""
+
+MaxShardSize = Annotated[
+    int | str | None,
+    Setting(
+        "Most bytes per file, like 5GB.", kind=Kind.SIZE, metavar="SIZE", default="the model's own files"
+    ),
+]
+"""How large the output's files may be, as several recipes take it."""
+
+ReadBackend = Annotated[
+    Literal["auto", "mmap", "pread"],
+    Setting("Map inputs, or read them by position; auto maps all but network file systems.", decides=False),
+]
+"""How inputs are read."""
+
+AllowNonfinite = Annotated[
+    bool, Setting("Let NaN and infinity of the models through instead of refusing them.")
+]
+"""What becomes of values that are not finite."""
+
+
+class RunSettings(Settings, frozen=True, kw_only=True):
+    """What every recipe is told, besides what it is to make."""
+
+    output: Annotated[
+        str,
+        Setting(
+            "Output directory; new or empty.",
+            kind=Kind.PATH,
+            metavar="DIR",
+            names=("-o",),
+            decides=False,
+            in_files=False,
+        ),
+    ]
+    threads: Annotated[
+        int | None,
+        Setting(
+            "Worker threads.",
+            least=1,
+            most=MOST_THREADS,
+            default="processors + 2, at most 16",
+            decides=False,
+        ),
+    ] = None
+    memory_budget: Annotated[
+        int | str | None,
+        Setting(
+            "Most bytes for the merge's buffers and input windows, like 1GB.",
+            kind=Kind.SIZE,
+            metavar="SIZE",
+            decides=False,
+        ),
+    ] = None
+    read_backend: ReadBackend = "auto"
+    resume: Annotated[
+        bool,
+        Setting(
+            "Continue an unfinished job of this output; says so if it is complete.",
+            decides=False,
+            in_files=False,
+        ),
+    ] = False
+    overwrite: Annotated[
+        bool | Literal["in-place"],
+        Setting(
+            "Replace an earlier output once the new one is complete; in-place removes the old one first, where there is "
+            "no room for both.",
+            decides=False,
+            in_files=False,
+        ),
+    ] = False
+    allow_nonfinite: AllowNonfinite = False
+    progress: Annotated[
+        ProgressCallback | None,
+        Setting(
+            "Called with ProgressEvents; an exception that it raises stops the work.",
+            kind=Kind.CALLBACK,
+            decides=False,
+            in_files=False,
+            on_command_line=False,
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        if self.resume and self.overwrite:
+            raise SettingError("resume continues an output and overwrite starts it anew; give one of them")
+
+    @property
+    def overwriting(self) -> Literal["no", "exchange", "in-place"]:
+        """How an earlier output is replaced, as the engine takes it."""
+        if self.overwrite == "in-place":
+            return "in-place"
+        return "exchange" if self.overwrite else "no"

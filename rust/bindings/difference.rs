@@ -1,28 +1,92 @@
-//! `StoredMatrix` and `Block`: differences of mapped matrices in memory that numpy and torch see without a copy.
+//! `Matrix` and `Block`: matrices and their differences in memory that numpy and torch see without a copy.
 
-use super::error::{detached, to_python};
+use super::checkpoint::Checkpoint;
+use super::error::{detached, interruptible_within, to_python};
+use super::plan::json_bytes;
 use crate::difference::{self, Difference};
 use crate::kernels::Kernels;
+use crate::plan::{GivenSources, schema};
+use crate::{Error, Result};
 use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Alignment of a block in bytes: a cache line and the widest vector, so that no load of one crosses two lines.
 const ALIGNMENT: usize = 64;
 
-/// A 2-D tensor of floats in a mapped file; keeps the mapping alive.
+/// A 2-D tensor of floats that is read in blocks: one that is stored, or a weighted sum of tensors that adapters change.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
-pub struct StoredMatrix {
-    pub(super) inner: difference::StoredMatrix,
+pub struct Matrix {
+    inner: difference::Matrix,
+}
+
+impl Matrix {
+    pub(super) fn new(inner: difference::Matrix) -> Self {
+        Self { inner }
+    }
 }
 
 #[pymethods]
-impl StoredMatrix {
+impl Matrix {
+    #[new]
+    #[pyo3(signature = (name, *, sources, terms))]
+    fn from_terms(
+        py: Python<'_>,
+        name: &str,
+        sources: BTreeMap<String, Bound<'_, Checkpoint>>,
+        terms: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let sources = given(&sources);
+        let text = json_bytes(terms)?;
+        let inner = detached(py, || {
+            let terms: Vec<schema::WeightedOperand> =
+                serde_json::from_slice(&text).map_err(|e| {
+                    Error::Option(format!("the terms of tensor `{name}` are wrong: {e}"))
+                })?;
+            difference::Matrix::sum(&sources, name, &terms)
+        })?;
+        Ok(Self { inner })
+    }
+
     #[getter]
     fn shape(&self) -> (usize, usize) {
         self.inner.shape()
     }
+
+    #[getter]
+    fn dtype(&self) -> String {
+        let stored = self.inner.as_stored().map(|operand| operand.tensor.input.dtype.to_string());
+        stored.unwrap_or_else(|| "F32".to_owned())
+    }
+
+    #[pyo3(signature = (block, rows, columns, *, offset = 0))]
+    fn read(
+        &self,
+        py: Python<'_>,
+        block: &mut Block,
+        rows: (usize, usize),
+        columns: (usize, usize),
+        offset: usize,
+    ) -> PyResult<()> {
+        let out = block.from(offset);
+        interruptible_within(py, |stopped| {
+            self.inner.read(&(rows.0..rows.1), &(columns.0..columns.1), stopped, out)
+        })
+    }
+
+    fn release(&self) {
+        self.inner.release();
+    }
+}
+
+/// Open checkpoints by role, for the engine.
+pub(super) fn given(sources: &BTreeMap<String, Bound<'_, Checkpoint>>) -> GivenSources {
+    let shared =
+        sources.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.get().inner)));
+    shared.collect()
 }
 
 /// Writable float32 memory that the engine fills and that numpy.asarray takes without a copy.
@@ -36,6 +100,15 @@ pub struct Block {
     values: Vec<f32>,
     /// Where the aligned elements lie.
     aligned: Range<usize>,
+}
+
+impl Block {
+    /// Its elements from this one on.
+    fn from(&mut self, offset: usize) -> &mut [f32] {
+        let elements = &mut self.values[self.aligned.clone()];
+        let start = offset.min(elements.len());
+        &mut elements[start..]
+    }
 }
 
 #[pymethods]
@@ -73,8 +146,8 @@ impl Block {
     fn read_difference(
         &mut self,
         py: Python<'_>,
-        minuend: &StoredMatrix,
-        subtrahend: &StoredMatrix,
+        minuend: &Matrix,
+        subtrahend: &Matrix,
         rows: (usize, usize),
         columns: (usize, usize),
         offset: usize,
@@ -82,12 +155,10 @@ impl Block {
     ) -> PyResult<(f64, f64)> {
         let difference = Difference::new(&minuend.inner, &subtrahend.inner)
             .map_err(|error| to_python(py, &error))?;
-        let out = &mut self.values[self.aligned.clone()];
-        let start = offset.min(out.len());
-        let out = &mut out[start..];
-        let squares = detached(py, || {
+        let out = self.from(offset);
+        let squares = interruptible_within(py, |stopped| -> Result<_> {
             let (rows, columns) = (rows.0..rows.1, columns.0..columns.1);
-            difference.read(&Kernels::detect(), rows, columns, minuend_squares, out)
+            difference.read(&Kernels::detect(), &rows, &columns, minuend_squares, stopped, out)
         })?;
         Ok((squares.difference, squares.minuend))
     }

@@ -3,6 +3,8 @@
 use crate::error::{Error, Stage};
 use pyo3::exceptions::PyKeyboardInterrupt;
 use pyo3::prelude::*;
+use std::cell::{Cell, RefCell};
+use std::time::{Duration, Instant};
 
 /// The exception for an engine error. The classes live in Python, where exit codes and documentation are.
 pub(super) fn to_python(py: Python<'_>, error: &Error) -> PyErr {
@@ -46,6 +48,34 @@ pub(super) fn interruptible<T: Send>(
                 false
             }
         })
+    });
+    match (result, signal) {
+        (Ok(value), None) => Ok(value),
+        (_, Some(raised)) => Err(raised),
+        (Err(error), None) => Err(to_python(py, &error)),
+    }
+}
+
+/// As [`interruptible`], for work that asks by itself whether it is to stop, from the calling thread. Signals are looked
+/// for every 50 ms at the most.
+pub(super) fn interruptible_within<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce(&dyn Fn() -> bool) -> crate::Result<T> + Send,
+) -> PyResult<T> {
+    let (result, signal) = py.detach(|| {
+        let looked = Cell::new(Instant::now());
+        let signal = RefCell::new(None);
+        let stopped = || {
+            if looked.get().elapsed() >= Duration::from_millis(50) {
+                looked.set(Instant::now());
+                if let Err(raised) = Python::attach(|py| py.check_signals()) {
+                    signal.replace(Some(raised));
+                }
+            }
+            signal.borrow().is_some()
+        };
+        let result = work(&stopped);
+        (result, signal.into_inner())
     });
     match (result, signal) {
         (Ok(value), None) => Ok(value),

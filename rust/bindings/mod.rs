@@ -5,8 +5,8 @@ mod difference;
 mod error;
 mod interruption;
 mod methods;
-mod output;
 mod pattern;
+mod job;
 mod plan;
 
 use crate::kernels::Level;
@@ -16,24 +16,31 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _engine {
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, Rows, TensorInfo};
+    use super::checkpoint::{Checkpoint, FileIdentity, Rows, TensorInfo};
     #[pymodule_export]
-    use super::difference::{Block, StoredMatrix};
+    use super::difference::{Block, Matrix};
     #[pymodule_export]
     use super::interruption::Watchdog;
     #[pymodule_export]
-    use super::methods::methods;
+    use super::methods::{MethodInfo, ParameterInfo, methods};
     #[pymodule_export]
-    use super::output::Output;
+    use super::job::{JobDirectory, WrittenFile, fault_points};
     #[pymodule_export]
     use super::pattern::Pattern;
     #[pymodule_export]
-    use super::plan::{Plan, Progress};
+    use super::plan::{Mismatch, NonFinite, Plan, Progress, ShardFacts, Verification};
     #[pymodule_export]
     use super::simd_levels;
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_init]
+    fn init(_: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        #[cfg(feature = "faults")]
+        super::job::set_faults_up();
+        Ok(())
+    }
 }
 
 /// Kernel versions that this processor can run, fastest first; the last is always "scalar".

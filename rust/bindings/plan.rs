@@ -1,14 +1,17 @@
-//! `Plan` and `Progress`: validation, execution and verification.
+//! `Plan` and `Progress`: validation, execution and verification; and their results.
 
+use super::checkpoint::Checkpoint;
+use super::difference::given;
 use super::error::{detached, interruptible, to_python};
-use super::output::Output;
+use super::job::JobDirectory;
 use crate::checkpoint::ReadBackend;
 use crate::kernels::Kernels;
 use crate::merge::{self, stream, verify};
 use crate::writer::WriteMode;
 use crate::{Error, Result, plan};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -46,6 +49,104 @@ impl Progress {
     }
 }
 
+/// An input tensor that was merged though it holds NaN or infinity.
+#[pyclass(frozen, get_all, eq, hash, skip_from_py_object, module = "safemerge_fast._engine")]
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct NonFinite {
+    tensor: String,
+    path: String,
+}
+
+#[pymethods]
+impl NonFinite {
+    fn __repr__(&self) -> String {
+        format!("NonFinite(tensor={:?}, path={:?})", self.tensor, self.path)
+    }
+}
+
+/// What happened to one output shard.
+#[pyclass(frozen, get_all, module = "safemerge_fast._engine")]
+pub struct ShardFacts {
+    file: String,
+    bytes_written: usize,
+    seconds: f64,
+    write: &'static str,
+    resumed: bool,
+    nonfinite_inputs: Vec<NonFinite>,
+}
+
+impl From<stream::ShardFacts> for ShardFacts {
+    fn from(facts: stream::ShardFacts) -> Self {
+        let nonfinite_inputs = facts.nonfinite_inputs.into_iter().map(|place| NonFinite {
+            path: place.path.to_string_lossy().into_owned(),
+            tensor: place.tensor,
+        });
+        Self {
+            file: facts.file,
+            bytes_written: facts.bytes_written,
+            seconds: facts.seconds,
+            write: facts.write,
+            resumed: facts.resumed,
+            nonfinite_inputs: nonfinite_inputs.collect(),
+        }
+    }
+}
+
+/// The first byte of a tile that differs from the plan.
+#[pyclass(frozen, get_all, eq, skip_from_py_object, module = "safemerge_fast._engine")]
+#[derive(Clone, PartialEq, Eq)]
+pub struct Mismatch {
+    file: String,
+    tensor: Option<String>,
+    offset: usize,
+}
+
+#[pymethods]
+impl Mismatch {
+    fn __repr__(&self) -> String {
+        let Self { file, tensor, offset } = self;
+        format!("Mismatch(file={file:?}, tensor={tensor:?}, offset={offset})")
+    }
+}
+
+/// What a verification looked at and found.
+#[pyclass(frozen, get_all, module = "safemerge_fast._engine")]
+pub struct Verification {
+    files: usize,
+    bytes_checked: usize,
+    bytes_total: usize,
+    mismatches: Vec<Mismatch>,
+}
+
+/// The bytes of JSON that is given as text, as bytes, or as the plain data that it stands for.
+pub(super) fn json_bytes(value: &Bound<'_, PyAny>) -> PyResult<Json> {
+    if let Ok(text) = value.extract::<PyBackedStr>() {
+        return Ok(Json::Text(text));
+    }
+    if let Ok(bytes) = value.extract::<PyBackedBytes>() {
+        return Ok(Json::Bytes(bytes));
+    }
+    let text = value.py().import("json")?.call_method1("dumps", (value,))?;
+    Ok(Json::Text(text.extract::<PyBackedStr>()?))
+}
+
+/// JSON that Python holds.
+pub(super) enum Json {
+    Text(PyBackedStr),
+    Bytes(PyBackedBytes),
+}
+
+impl std::ops::Deref for Json {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Text(text) => text.as_bytes(),
+            Self::Bytes(bytes) => bytes,
+        }
+    }
+}
+
 /// A validated plan: what every output tensor is made of.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct Plan {
@@ -55,9 +156,17 @@ pub struct Plan {
 #[pymethods]
 impl Plan {
     #[new]
-    #[pyo3(signature = (json, *, read_backend = "auto"))]
-    fn new(py: Python<'_>, json: &str, read_backend: &str) -> PyResult<Self> {
-        let inner = detached(py, || plan::Plan::open(json, ReadBackend::named(read_backend)?))?;
+    #[pyo3(signature = (json, *, sources = None, read_backend = "auto"))]
+    fn new(
+        py: Python<'_>,
+        json: &Bound<'_, PyAny>,
+        sources: Option<BTreeMap<String, Bound<'_, Checkpoint>>>,
+        read_backend: &str,
+    ) -> PyResult<Self> {
+        let json = json_bytes(json)?;
+        let sources = given(&sources.unwrap_or_default());
+        let inner =
+            detached(py, || plan::Plan::open(&json, ReadBackend::named(read_backend)?, &sources))?;
         Ok(Self { inner })
     }
 
@@ -85,10 +194,10 @@ impl Plan {
     #[pyo3(signature = (output, *, shards = None, threads = None, memory_budget = None, tile_bytes = None,
                         write = "auto", simd = None, allow_nonfinite = false, progress = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python method")]
-    fn execute<'py>(
+    fn execute(
         &self,
-        py: Python<'py>,
-        output: &Output,
+        py: Python<'_>,
+        output: &JobDirectory,
         shards: Option<Vec<String>>,
         threads: Option<usize>,
         memory_budget: Option<usize>,
@@ -97,7 +206,7 @@ impl Plan {
         simd: Option<&str>,
         allow_nonfinite: bool,
         progress: Option<&Progress>,
-    ) -> PyResult<Vec<Bound<'py, PyDict>>> {
+    ) -> PyResult<Vec<ShardFacts>> {
         let progress = progress.map(|progress| Arc::clone(&progress.inner)).unwrap_or_default();
         let execution = interruptible(py, |poll| {
             let defaults = stream::Options::default();
@@ -112,25 +221,15 @@ impl Plan {
             let selected = self.inner.select(shards.as_deref())?;
             stream::execute(&self.inner, &selected, &*output.get()?, &options, &progress, poll)
         })?;
-        let facts = execution.into_iter().map(|shard| {
-            let fact = PyDict::new(py);
-            fact.set_item("file", shard.file)?;
-            fact.set_item("bytes_written", shard.bytes_written)?;
-            fact.set_item("seconds", shard.seconds)?;
-            fact.set_item("write", shard.write)?;
-            fact.set_item("resumed", shard.resumed)?;
-            fact.set_item("nonfinite_inputs", shard.nonfinite_inputs)?;
-            Ok(fact)
-        });
-        facts.collect()
+        Ok(execution.into_iter().map(ShardFacts::from).collect())
     }
 
     #[pyo3(signature = (directory, *, shards = None, threads = None, simd = None, sample = 1.0, seed = 0,
                         progress = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python method")]
-    fn verify<'py>(
+    fn verify(
         &self,
-        py: Python<'py>,
+        py: Python<'_>,
         directory: PathBuf,
         shards: Option<Vec<String>>,
         threads: Option<usize>,
@@ -138,28 +237,27 @@ impl Plan {
         sample: f64,
         seed: u64,
         progress: Option<&Progress>,
-    ) -> PyResult<Bound<'py, PyDict>> {
+    ) -> PyResult<Verification> {
         let progress = progress.map(|progress| Arc::clone(&progress.inner)).unwrap_or_default();
         let (found, files) = interruptible(py, |poll| {
             let threads = threads.unwrap_or_else(stream::default_threads);
             let options = verify::Options { threads, sample, seed, kernels: kernels(simd)? };
             let selected = self.inner.select(shards.as_deref())?;
-            let found = verify::verify(&selected, &directory, &options, &progress, poll)?;
+            let found =
+                verify::verify(&self.inner, &selected, &directory, &options, &progress, poll)?;
             Ok((found, selected.len()))
         })?;
-        let mismatches = found.mismatches.into_iter().map(|mismatch| {
-            let entry = PyDict::new(py);
-            entry.set_item("file", mismatch.file)?;
-            entry.set_item("tensor", mismatch.tensor)?;
-            entry.set_item("offset", mismatch.offset)?;
-            Ok(entry)
+        let mismatches = found.mismatches.into_iter().map(|mismatch| Mismatch {
+            file: mismatch.file,
+            tensor: mismatch.tensor,
+            offset: mismatch.offset,
         });
-        let result = PyDict::new(py);
-        result.set_item("files", files)?;
-        result.set_item("bytes_checked", found.bytes_checked)?;
-        result.set_item("bytes_total", found.bytes_total)?;
-        result.set_item("mismatches", mismatches.collect::<PyResult<Vec<_>>>()?)?;
-        Ok(result)
+        Ok(Verification {
+            files,
+            bytes_checked: found.bytes_checked,
+            bytes_total: found.bytes_total,
+            mismatches: mismatches.collect(),
+        })
     }
 }
 

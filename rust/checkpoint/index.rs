@@ -1,18 +1,13 @@
 //! Which files make up a checkpoint, by the rules that transformers follows.
 
+use super::regular;
+use super::weight_map::{Index, WeightMap};
 use crate::{Error, Result};
-use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
-/// Tensor name to shard file.
-pub(super) type WeightMap = BTreeMap<String, String>;
-
-/// Index files carry more than this (sizes, counts); nothing of that is needed or believed.
-#[derive(Deserialize)]
-struct Index {
-    weight_map: WeightMap,
-}
+/// Bytes of an index at most; that of a million tensors has some 100 MB.
+const LARGEST_INDEX: u64 = 256 << 20;
 
 /// The files of a checkpoint.
 pub(super) struct Found {
@@ -90,10 +85,11 @@ pub(super) fn find(path: &Path) -> Result<Found> {
 
 fn from_index(directory: &Path, name: &str) -> Result<Found> {
     let path = directory.join(name);
-    let bytes = std::fs::read(&path).map_err(|e| Error::read(&path, e))?;
+    let bytes = regular::read(&path, LARGEST_INDEX)?;
     let index: Index = serde_json::from_slice(&bytes)
         .map_err(|e| Error::index(&path, format!("it is not an index in JSON ({e})")))?;
-    let files: BTreeSet<&String> = index.weight_map.values().collect();
+    let mut files = index.weight_map.files().to_vec();
+    files.sort_unstable();
     if files.is_empty() {
         return Err(Error::index(&path, "its weight_map is empty"));
     }
@@ -108,7 +104,6 @@ fn from_index(directory: &Path, name: &str) -> Result<Found> {
             ));
         }
     }
-    let files = files.into_iter().cloned().collect();
     Ok(Found {
         directory: directory.to_owned(),
         index: Some(name.to_owned()),

@@ -16,16 +16,24 @@ pub struct MappedFile {
 }
 
 impl MappedFile {
-    /// Maps the file at `path`, which must have `size` bytes.
+    /// Opens and maps the file at `path`, which must have `size` bytes.
     ///
     /// # Errors
     /// [`Error::Read`] if the file cannot be mapped, [`Error::InputChanged`] if its size is another.
     pub fn open(path: &Path, size: u64) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::read(path, e))?;
+        Self::map(&file, path, size)
+    }
+
+    /// Maps an open file, which must have `size` bytes; `path` is for messages. The mapping outlives the descriptor.
+    ///
+    /// # Errors
+    /// As [`MappedFile::open`].
+    pub fn map(file: &File, path: &Path, size: u64) -> Result<Self> {
         // SAFETY: the mapping is private to this process and never written to. If another process truncates the
         // file, an access past its end raises SIGBUS; if it rewrites the file, the bytes change under us. Both are
         // outside this process's power: callers compare size and time before and after each shard.
-        let bytes = unsafe { MmapOptions::new().map(&file) }.map_err(|e| Error::read(path, e))?;
+        let bytes = unsafe { MmapOptions::new().map(file) }.map_err(|e| Error::read(path, e))?;
         if bytes.len() as u64 != size {
             return Err(Error::InputChanged { path: path.to_owned(), what: "its size differs" });
         }

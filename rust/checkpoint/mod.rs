@@ -1,20 +1,33 @@
-//! Checkpoints on disk: which shards they have, what those hold, and their bytes, mapped on demand.
+//! Checkpoints on disk: which shards they have, what those hold, and their bytes, opened on demand.
 
 mod header;
+mod header_json;
+mod identity;
 mod index;
-mod input_file;
+mod json;
+mod lookup;
 mod mapping;
+mod reader;
+mod regular;
+mod weight_map;
 
-pub use header::{FileIdentity, Header, TensorEntry};
-pub use input_file::{InputFile, ReadBackend};
+pub use header::{Header, TensorEntry};
+pub use identity::{FileIdentity, StatedIdentity};
+pub(crate) use index::check_file_name;
 pub use mapping::MappedFile;
+pub use reader::{InputFile, ReadBackend};
 
 use crate::{Error, Result};
-use std::collections::HashMap;
+use lookup::Lookup;
+use reader::OpenFiles;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use weight_map::WeightMap;
 
-/// One shard: its name within the checkpoint, its validated header and, once asked for, its mapping.
+/// Tensors of a checkpoint at most.
+pub const MOST_TENSORS: usize = 1_000_000;
+
+/// One shard: its name within the checkpoint and its validated header.
 #[derive(Debug)]
 pub struct Shard {
     /// File name, as the index or the directory has it.
@@ -23,115 +36,149 @@ pub struct Shard {
     pub path: PathBuf,
     /// What it holds.
     pub header: Header,
-    mapping: OnceLock<Arc<MappedFile>>,
 }
 
 impl Shard {
     fn open(directory: &Path, name: &str) -> Result<Self> {
         let path = directory.join(name);
         let header = Header::read(&path)?;
-        Ok(Self { name: name.to_owned(), path, header, mapping: OnceLock::new() })
+        Ok(Self { name: name.to_owned(), path, header })
     }
 
-    /// The shard's bytes, mapped at the first call.
+    /// Checks that size, times and inode are those seen when the header was read.
     ///
     /// # Errors
-    /// [`Error::Read`] if it cannot be mapped, [`Error::InputChanged`] if its length changed since the header was read.
-    pub fn mapped(&self) -> Result<&Arc<MappedFile>> {
-        if let Some(mapping) = self.mapping.get() {
-            return Ok(mapping);
-        }
-        let mapping = MappedFile::open(&self.path, self.header.identity.size)?;
-        // Two threads may map at once; one mapping wins, the other is dropped unused.
-        Ok(self.mapping.get_or_init(|| Arc::new(mapping)))
-    }
-
-    /// Whether size or modification time differ from those seen when the header was read.
-    ///
-    /// # Errors
-    /// [`Error::InputChanged`] if so, [`Error::Read`] if the file is gone.
+    /// [`Error::InputChanged`] if one differs, [`Error::Read`] if the file is gone.
     pub fn check_unchanged(&self) -> Result<()> {
         let metadata = std::fs::metadata(&self.path).map_err(|e| Error::read(&self.path, e))?;
-        self.header.identity.matches_metadata(&self.path, &metadata)
+        self.header.identity.check_metadata(&self.path, &metadata)
     }
 }
 
+/// The place of a tensor in a checkpoint: tensors are numbered in file order, then by offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TensorId(u32);
+
 /// A checkpoint: a directory of shards, or one file.
+///
+/// 200,000 tensors take some 60 bytes each, and their names.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     index: Option<String>,
     shards: Vec<Shard>,
-    places: HashMap<String, (usize, usize)>,
+    /// For each shard, the number of its first tensor.
+    starts: Vec<u32>,
+    lookup: Lookup,
+    /// Numbers of tensors that do not count, since the index names another shard for them; ascending.
+    superseded: Vec<u32>,
+    len: usize,
+    files: OpenFiles,
 }
 
 impl Checkpoint {
+    /// As [`Checkpoint::open_with`], read as seems best.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open_with`].
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_with(path, ReadBackend::Auto)
+    }
+
     /// Reads and validates the headers of all shards of a directory, or of one `.safetensors` file.
     ///
     /// # Errors
-    /// If the path is missing, no weights are found, the index is unusable or names a tensor that its shard lacks, or
-    /// any header is invalid. Nothing of the tensors' data is read.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// If the path is missing, no weights are found, the index is unusable or names a tensor that its shard lacks, any
+    /// header is invalid, or there are more than [`MOST_TENSORS`]. Nothing of the tensors' data is read.
+    pub fn open_with(path: &Path, backend: ReadBackend) -> Result<Self> {
         let absolute = std::path::absolute(path).map_err(|e| Error::read(path, e))?;
         let found = index::find(&absolute)?;
-        Self::from_files(found.directory, found.index, &found.files, found.weight_map.as_ref())
+        let places = found.weight_map.as_ref();
+        Self::from_files(found.directory, found.index, &found.files, places, backend)
     }
 
     /// Opens just these files of a directory, as a plan names them.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`], and if a name is not that of a file in this very directory.
+    /// As [`Checkpoint::open_with`], and if a name is not that of a file in this very directory.
     pub fn open_files<'a>(
         directory: &Path,
         files: impl IntoIterator<Item = &'a String>,
+        backend: ReadBackend,
     ) -> Result<Self> {
         let files: Vec<String> = files.into_iter().cloned().collect();
         for file in &files {
-            index::check_file_name(directory, file)?;
+            check_file_name(directory, file)?;
         }
-        Self::from_files(directory.to_owned(), None, &files, None)
+        Self::from_files(directory.to_owned(), None, &files, None, backend)
     }
 
     fn from_files(
         path: PathBuf,
         index: Option<String>,
         files: &[String],
-        weight_map: Option<&index::WeightMap>,
+        weight_map: Option<&WeightMap>,
+        backend: ReadBackend,
     ) -> Result<Self> {
-        let shards: Vec<Shard> =
-            files.iter().map(|file| Shard::open(&path, file)).collect::<Result<_>>()?;
-        let mut places = HashMap::new();
-        for (number, shard) in shards.iter().enumerate() {
-            for (position, tensor) in shard.header.tensors.iter().enumerate() {
-                let mapped = weight_map.and_then(|map| map.get(&tensor.name));
-                if mapped.is_some_and(|file| file != &shard.name) {
+        let mut shards = Vec::with_capacity(files.len());
+        let mut starts = Vec::with_capacity(files.len());
+        let mut total = 0;
+        for file in files {
+            let shard = Shard::open(&path, file)?;
+            starts.push(u32::try_from(total).unwrap_or(u32::MAX));
+            total += shard.header.len();
+            if total > MOST_TENSORS {
+                let problem =
+                    format!("its files hold more than {MOST_TENSORS} tensors, the most allowed");
+                return Err(Error::Limit { path, problem });
+            }
+            shards.push(shard);
+        }
+        let (lookup, superseded, len) = (Lookup::with_capacity(total), Vec::new(), total);
+        let files = OpenFiles::new(backend);
+        let mut checkpoint = Self { path, index, shards, starts, lookup, superseded, len, files };
+        checkpoint.number_tensors(weight_map)?;
+        Ok(checkpoint)
+    }
+
+    /// Enters all tensors into the lookup table.
+    fn number_tensors(&mut self, weight_map: Option<&WeightMap>) -> Result<()> {
+        let Self { path, shards, starts, lookup, superseded, .. } = self;
+        let (path, shards, starts) = (&*path, &**shards, &**starts);
+        let name_of = |number: u32| entry_of(shards, starts, number).1.name;
+        let mut number = 0;
+        for shard in shards.iter() {
+            for tensor in shard.header.tensors() {
+                let mapped = weight_map.and_then(|map| map.file(tensor.name));
+                if mapped.is_some_and(|file| file != shard.name) {
                     // The index decides where a tensor stands twice; loaders follow it, and so do we.
-                    continue;
-                }
-                if let Some((first, _)) = places.insert(tensor.name.clone(), (number, position)) {
-                    let first: &Shard = &shards[first];
+                    superseded.push(number);
+                } else if let Some(first) = lookup.insert(tensor.name, number, name_of) {
                     return Err(Error::index(
-                        &path,
+                        path,
                         format!(
                             "tensor `{}` stands in both {} and {}, and nothing says which counts",
-                            tensor.name, first.name, shard.name
+                            tensor.name,
+                            entry_of(shards, starts, first).0.name,
+                            shard.name
                         ),
                     ));
                 }
+                number += 1;
             }
         }
-        if let (Some(map), Some(index)) = (weight_map, &index)
-            && let Some((tensor, file)) =
-                map.iter().find(|(tensor, _)| !places.contains_key(*tensor))
+        self.len -= self.superseded.len();
+        if let (Some(map), Some(index)) = (weight_map, &self.index)
+            && let Some((tensor, file)) = map.iter().find(|(tensor, _)| self.id(tensor).is_none())
         {
             return Err(Error::index(
-                &path.join(index),
+                &self.path.join(index),
                 format!(
                     "it places tensor `{tensor}` in {file}, which does not hold it; download the checkpoint again"
                 ),
             ));
         }
-        Ok(Self { path, index, shards, places })
+        Ok(())
     }
 
     /// The directory that holds the shards, absolute.
@@ -152,42 +199,106 @@ impl Checkpoint {
         &self.shards
     }
 
+    /// The places of all tensors, in file order, then by offset.
+    pub fn ids(&self) -> impl Iterator<Item = TensorId> {
+        let mut superseded = self.superseded.iter().peekable();
+        let tensors = self.len + self.superseded.len();
+        (0..u32::try_from(tensors).unwrap_or(u32::MAX))
+            .filter(move |number| superseded.next_if_eq(&number).is_none())
+            .map(TensorId)
+    }
+
     /// Every tensor with its shard, in file order, then by offset.
-    pub fn tensors(&self) -> impl Iterator<Item = (&Shard, &TensorEntry)> {
-        self.shards.iter().enumerate().flat_map(move |(number, shard)| {
-            shard.header.tensors.iter().enumerate().filter_map(move |(position, tensor)| {
-                (self.places.get(&tensor.name) == Some(&(number, position)))
-                    .then_some((shard, tensor))
-            })
-        })
+    pub fn tensors(&self) -> impl Iterator<Item = (&Shard, TensorEntry<'_>)> {
+        self.ids().map(|id| self.entry(id))
     }
 
     /// Number of tensors.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.len
     }
 
     /// Whether there is no tensor at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.len == 0
+    }
+
+    /// The place of a tensor, if the checkpoint has it.
+    #[must_use]
+    pub fn id(&self, name: &str) -> Option<TensorId> {
+        self.lookup.find(name, |number| self.entry(TensorId(number)).1.name).map(TensorId)
+    }
+
+    /// The shard and entry of the tensor with this place, which must be one of this checkpoint.
+    ///
+    /// # Panics
+    /// If it is another's, and beyond the last tensor of this one.
+    #[must_use]
+    pub fn entry(&self, id: TensorId) -> (&Shard, TensorEntry<'_>) {
+        entry_of(&self.shards, &self.starts, id.0)
     }
 
     /// The shard and entry of a tensor, if the checkpoint has it.
     #[must_use]
-    pub fn find(&self, name: &str) -> Option<(&Shard, &TensorEntry)> {
-        self.places.get(name).map(|&(shard, tensor)| {
-            (&self.shards[shard], &self.shards[shard].header.tensors[tensor])
-        })
+    pub fn find(&self, name: &str) -> Option<(&Shard, TensorEntry<'_>)> {
+        self.id(name).map(|id| self.entry(id))
     }
 
     /// As [`Checkpoint::find`], for callers to whom absence is an error.
     ///
     /// # Errors
     /// [`Error::NoTensor`].
-    pub fn get(&self, name: &str) -> Result<(&Shard, &TensorEntry)> {
-        self.find(name)
-            .ok_or_else(|| Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() })
+    pub fn get(&self, name: &str) -> Result<(&Shard, TensorEntry<'_>)> {
+        self.find(name).ok_or_else(|| self.absent(name))
     }
+
+    /// The error that there is no such tensor.
+    #[must_use]
+    pub fn absent(&self, name: &str) -> Error {
+        Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() }
+    }
+
+    /// Checks that size, times and inode of every shard are those seen when the checkpoint was opened.
+    ///
+    /// # Errors
+    /// Those of [`Shard::check_unchanged`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.shards.iter().try_for_each(Shard::check_unchanged)
+    }
+
+    /// As [`Checkpoint::get`], with the shard's number.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`].
+    pub fn locate(&self, name: &str) -> Result<(usize, TensorEntry<'_>)> {
+        let id = self.id(name).ok_or_else(|| self.absent(name))?;
+        let shard = self.starts.partition_point(|&start| start <= id.0) - 1;
+        Ok((shard, self.entry(id).1))
+    }
+
+    /// How the data is read.
+    #[must_use]
+    pub fn backend(&self) -> ReadBackend {
+        self.files.backend()
+    }
+
+    /// The open file of the shard with this number, for merge and analysis alike. It is closed some time after the last
+    /// user has let it go.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::open`].
+    pub fn file(&self, shard: usize) -> Result<Arc<InputFile>> {
+        let Shard { path, header, .. } = &self.shards[shard];
+        self.files.get(shard, path, &header.identity)
+    }
+}
+
+/// The tensor with this number, of shards whose first ones have the numbers `starts`.
+fn entry_of<'a>(shards: &'a [Shard], starts: &[u32], number: u32) -> (&'a Shard, TensorEntry<'a>) {
+    // A shard without tensors starts where the next one does: the last of them is the one.
+    let shard = starts.partition_point(|&start| start <= number) - 1;
+    let place = (number - starts[shard]) as usize;
+    (&shards[shard], shards[shard].header.tensor(place))
 }

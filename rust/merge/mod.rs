@@ -1,15 +1,21 @@
-//! Execution of plans: operands are loaded and changed by adapters (`operand`), observed whole where a method asks for
-//! it (`observation`), and blended into tiles ([`tile`]). A queue puts all that in order (`queue`); workers stream the
-//! tiles to disk ([`stream`]) or compare them with what is there ([`verify`]).
+//! Execution of plans: output files are cut into tiles and tensors into chunks (`work`); a tensor is entered (`entered`),
+//! its operands are loaded and changed by adapters (`loader`), observed whole where a method asks for it (`observation`),
+//! and blended into tiles (`tile`). A queue puts all that in order (`queue`); workers stream the tiles to disk
+//! ([`stream`]) or compare them with what is there ([`verify`]).
 
+mod entered;
+pub(crate) mod loader;
 mod observation;
-mod operand;
+mod once;
 mod queue;
 pub mod stream;
-pub mod tile;
+mod tile;
 pub mod verify;
 mod windows;
+mod work;
 mod workers;
+
+pub use tile::NonFinite;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 

@@ -4,9 +4,9 @@
 //! that neither the number of threads nor their timing changes a bit, and what is kept grows with the number of threads,
 //! not of chunks. Counts are whole numbers; their order does not matter.
 
-use super::queue::chunks;
-use crate::methods::{Finding, Method, NONFINITE_SUMS};
-use crate::plan::{Operation, OutputTensor, PlannedShard};
+use super::work::chunks;
+use crate::methods::{Facts, Finding, Method, NONFINITE_SUMS};
+use crate::plan::Computation;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,28 +15,6 @@ use std::time::Duration;
 
 /// How often a worker that waits for others looks whether they have given up.
 const POLL: Duration = Duration::from_millis(20);
-
-/// The observations of all tensors of several shards.
-pub(super) struct Observations(Vec<Vec<Option<Observation>>>);
-
-impl Observations {
-    pub(super) fn new(shards: &[&PlannedShard]) -> Self {
-        let of_shard = |shard: &&PlannedShard| -> Vec<Option<Observation>> {
-            shard.tensors.iter().map(Observation::of).collect()
-        };
-        Self(shards.iter().map(of_shard).collect())
-    }
-
-    /// The observation of a tensor, if its method observes.
-    pub(super) fn get(&self, shard: usize, tensor: usize) -> Option<&Observation> {
-        self.0[shard][tensor].as_ref()
-    }
-
-    /// The observations of a shard's tensors.
-    pub(super) fn of_shard(&self, shard: usize) -> &[Option<Observation>] {
-        &self.0[shard]
-    }
-}
 
 /// The observation of one tensor, over all passes.
 #[derive(Debug)]
@@ -51,7 +29,7 @@ pub struct Observation {
 struct State {
     /// The pass under way; `passes` once nothing is left to learn.
     pass: usize,
-    facts: Arc<[f64]>,
+    facts: Facts,
     /// Sums of the chunks before this one have been added up.
     next: usize,
     total: Vec<f64>,
@@ -62,21 +40,22 @@ struct State {
 
 /// What a worker needs to observe a chunk.
 pub(super) struct Assignment {
-    pub facts: Arc<[f64]>,
+    pub facts: Facts,
     pub sums: Vec<f64>,
     pub counts: Arc<[AtomicU32]>,
     pub stride: usize,
 }
 
 impl Observation {
-    fn of(tensor: &OutputTensor) -> Option<Self> {
-        let Operation::Compute { method, dtype, .. } = &tensor.operation else { return None };
+    /// That of a tensor of so many elements, if its method observes.
+    pub(super) fn of(computation: &Computation, elements: usize) -> Option<Self> {
+        let method = &computation.method;
         let passes = method.passes();
-        let chunks = chunks(tensor.range.len() / dtype.size(), method.row()).count();
+        let chunks = chunks(elements, method.row()).count();
         if passes == 0 {
             return None;
         }
-        let facts: Arc<[f64]> = method.start().into();
+        let facts = method.start();
         // A tensor without elements has nothing to be learnt of, and nothing to be blended.
         let pass = if chunks == 0 { passes } else { 0 };
         let state = State {
@@ -108,8 +87,8 @@ impl Observation {
     }
 
     /// What the blend needs to know; waits for it.
-    pub(super) fn facts(&self, stopped: &dyn Fn() -> bool) -> Result<Arc<[f64]>> {
-        Ok(Arc::clone(&self.wait(self.passes, stopped)?.facts))
+    pub(super) fn facts(&self, stopped: &dyn Fn() -> bool) -> Result<Facts> {
+        Ok(self.wait(self.passes, stopped)?.facts.clone())
     }
 
     /// What to do for a chunk of a pass; `None` if that pass turned out not to be needed.
@@ -123,12 +102,12 @@ impl Observation {
         if state.pass > pass {
             return Ok(None);
         }
-        let request = method.request(pass, &state.facts);
+        let request = method.request(&state.facts);
         if state.counts.len() != request.counts {
             state.counts = (0..request.counts).map(|_| AtomicU32::new(0)).collect();
         }
         Ok(Some(Assignment {
-            facts: Arc::clone(&state.facts),
+            facts: state.facts.clone(),
             sums: vec![0.0; request.sums],
             counts: Arc::clone(&state.counts),
             stride: request.stride,
@@ -161,8 +140,8 @@ impl Observation {
         }
         let counts: Vec<u32> =
             state.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
-        let Finding { facts, settled } = method.conclude(pass, &state.facts, &total, &counts)?;
-        state.facts = facts.into();
+        let Finding { facts, settled } = method.conclude(&state.facts, &total, &counts)?;
+        state.facts = facts;
         state.pass = if settled { self.passes } else { pass + 1 };
         state.counts = [].into();
         self.advanced.notify_all();

@@ -1,18 +1,22 @@
-//! The order of the work: before a tile, the observe passes of the tensors that it is the first to hold.
+//! The order of the work: before a tile, the observe passes of the large tensors that it is the first to hold.
 //!
-//! Items are taken in order, and an item waits for nothing but earlier ones; so somebody always has work.
+//! Items are taken in order, and an item waits for nothing but earlier ones; so somebody always has work. Small tensors,
+//! those that lie within one tile and one chunk, are nobody else's business: whoever fills the tile enters, observes and
+//! leaves them one by one, so that a tile of thousands of them holds but one at a time.
 
-use super::tile::{prefetch_elements, prefetch_tile};
-use crate::plan::{Operation, PlannedShard};
+use super::entered::Entered;
+use super::work::{CHUNK, chunks, parts};
+use crate::Result;
+use crate::checkpoint::ReadBackend;
+use crate::plan::{Operation, Plan, PlannedShard};
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// How many items before its turn an item's inputs start to be read.
-const PREFETCH: usize = 4;
-
-/// Elements of a chunk of an observe pass, about.
-pub(super) const CHUNK: usize = 1 << 20;
+pub(super) const PREFETCH: usize = 4;
+/// Smaller parts of inputs are left to the kernel's own reading ahead.
+const LEAST_PREFETCH: usize = 64 << 10;
 
 /// A piece of work.
 #[derive(Debug, Clone)]
@@ -28,33 +32,34 @@ pub(super) enum Item {
 pub(super) struct Tile {
     pub shard: usize,
     pub span: Range<usize>,
+    /// Whether it is to be filled.
+    pub wanted: bool,
+    /// The file's header, if part of it lies in the tile.
+    pub header: Option<Arc<Vec<u8>>>,
+    /// Those of its tensors that others work on, too, with their numbers in the file.
+    pub large: Vec<(usize, Arc<Entered>)>,
 }
 
 /// A part of an observe pass over one tensor.
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
-    pub shard: usize,
-    /// Number of the tensor in the shard.
-    pub tensor: usize,
+    pub tensor: Arc<Entered>,
     pub pass: usize,
     /// Number of the chunk in the pass.
     pub number: usize,
     pub elements: Range<usize>,
 }
 
-/// The elements of each chunk of a tensor.
-pub(super) fn chunks(elements: usize, row: Option<usize>) -> impl Iterator<Item = Range<usize>> {
-    // Whole rows, for methods that need them.
-    let step = row.map_or(CHUNK, |row| CHUNK.next_multiple_of(row.max(1)));
-    (0..elements).step_by(step).map(move |start| start..elements.min(start + step))
-}
+/// Whether a tile of a shard, given by the shard's number and the tile's start, is to be filled.
+pub(super) type Wanted<'a> = &'a (dyn Fn(usize, usize) -> bool + Sync);
 
 /// All work on several shards, handed out piece by piece.
 pub(super) struct Queue<'a> {
+    plan: &'a Plan,
     shards: &'a [&'a PlannedShard],
     tile_bytes: usize,
-    /// Whether a tile will be filled at all; tensors that lie in no such tile are not observed.
-    wanted: &'a (dyn Fn(&Tile) -> bool + Sync),
+    /// Tensors that lie in no tile that is wanted are not observed.
+    wanted: Wanted<'a>,
     state: Mutex<State>,
 }
 
@@ -63,8 +68,9 @@ struct State {
     /// Where the next tile starts.
     shard: usize,
     offset: usize,
-    /// Tensors of that shard before this one have been observed.
-    observed: usize,
+    header: Option<Arc<Vec<u8>>>,
+    /// The large tensor that was entered last, with its number.
+    last: Option<(usize, Arc<Entered>)>,
     items: VecDeque<Item>,
     /// How many of the items have been read ahead.
     prefetched: usize,
@@ -72,11 +78,12 @@ struct State {
 
 impl<'a> Queue<'a> {
     pub(super) fn new(
+        plan: &'a Plan,
         shards: &'a [&'a PlannedShard],
         tile_bytes: usize,
-        wanted: &'a (dyn Fn(&Tile) -> bool + Sync),
+        wanted: Wanted<'a>,
     ) -> Self {
-        Self { shards, tile_bytes, wanted, state: Mutex::default() }
+        Self { plan, shards, tile_bytes, wanted, state: Mutex::default() }
     }
 
     /// Number of tiles of one shard.
@@ -85,10 +92,13 @@ impl<'a> Queue<'a> {
     }
 
     /// The next piece of work, if any is left.
-    pub(super) fn take(&self) -> Option<Item> {
+    ///
+    /// # Errors
+    /// Those of [`Plan::tensor`].
+    pub(super) fn take(&self) -> Result<Option<Item>> {
         let (item, ahead) = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            while state.items.len() <= PREFETCH && self.extend(&mut state) {}
+            while state.items.len() <= PREFETCH && self.extend(&mut state)? {}
             let item = state.items.pop_front();
             let done = state.prefetched.saturating_sub(1);
             let until = state.items.len().min(PREFETCH).max(done);
@@ -101,54 +111,112 @@ impl<'a> Queue<'a> {
             (item, ahead)
         };
         for item in ahead {
-            self.prefetch(&item);
+            self.prefetch(&item)?;
         }
-        item
+        Ok(item)
     }
 
-    fn prefetch(&self, item: &Item) {
+    /// Starts to read what an item needs. Where inputs are read by position, that would have to wait for them.
+    fn prefetch(&self, item: &Item) -> Result<()> {
+        if self.plan.backends().all(|backend| backend == ReadBackend::Pread) {
+            return Ok(());
+        }
         match item {
-            Item::Tile(tile) if (self.wanted)(tile) => {
-                prefetch_tile(self.shards[tile.shard], &tile.span);
+            Item::Chunk(chunk) => prefetch_elements(&chunk.tensor, &chunk.elements),
+            Item::Tile(tile) if tile.wanted => {
+                let shard = self.shards[tile.shard];
+                for part in parts(&shard.layout, &tile.span) {
+                    if part.bytes.len() < LEAST_PREFETCH {
+                        continue;
+                    }
+                    match tile.large.iter().find(|(number, _)| *number == part.tensor) {
+                        Some((_, tensor)) => prefetch_bytes(tensor, &part.bytes),
+                        None => {
+                            let tensor = Entered::new(self.plan, shard, tile.shard, part.tensor)?;
+                            prefetch_bytes(&tensor, &part.bytes);
+                        }
+                    }
+                }
             }
             Item::Tile(_) => {}
-            Item::Chunk(chunk) => {
-                prefetch_elements(&self.shards[chunk.shard].tensors[chunk.tensor], &chunk.elements);
-            }
         }
+        Ok(())
     }
 
     /// Appends the next tile and what must come before it; false if there is none.
-    fn extend(&self, state: &mut State) -> bool {
+    fn extend(&self, state: &mut State) -> Result<bool> {
         while self.shards.get(state.shard).is_some_and(|shard| state.offset >= shard.layout.size) {
-            (state.shard, state.offset, state.observed) = (state.shard + 1, 0, 0);
+            (state.shard, state.offset, state.last, state.header) =
+                (state.shard + 1, 0, None, None);
         }
-        let Some(shard) = self.shards.get(state.shard) else { return false };
-        let end = shard.layout.size.min(state.offset + self.tile_bytes);
-        let tile = Tile { shard: state.shard, span: state.offset..end };
-        if (self.wanted)(&tile) {
-            let held = shard.tensors.partition_point(|tensor| tensor.range.end <= tile.span.start);
-            let first = held.max(state.observed);
-            let last = shard.tensors.partition_point(|tensor| tensor.range.start < tile.span.end);
-            for tensor in first..last {
-                Self::observe(shard, state, tensor);
+        let Some(&planned) = self.shards.get(state.shard) else { return Ok(false) };
+        let (shard, start) = (state.shard, state.offset);
+        let span = start..planned.layout.size.min(start + self.tile_bytes);
+        let wanted = (self.wanted)(shard, start);
+        let mut tile = Tile { shard, span, wanted, header: None, large: Vec::new() };
+        if wanted {
+            if start >= planned.layout.header {
+                state.header = None;
+            } else if state.header.is_none() {
+                state.header = Some(Arc::new(self.plan.header(planned)?));
             }
-            state.observed = last.max(state.observed);
+            tile.header.clone_from(&state.header);
+            for part in parts(&planned.layout, &tile.span) {
+                let elements = part.bytes.len() / Plan::element_bytes(planned, part.tensor);
+                if part.whole && elements <= CHUNK {
+                    continue;
+                }
+                let tensor = match &state.last {
+                    Some((number, tensor)) if *number == part.tensor => Arc::clone(tensor),
+                    _ => Self::enter(state, self.plan, planned, part.tensor)?,
+                };
+                tile.large.push((part.tensor, tensor));
+            }
+        }
+        state.offset = tile.span.end;
+        // A tensor that ends here will not be met again.
+        if state.last.as_ref().is_some_and(|(_, last)| last.output.range.end <= state.offset) {
+            state.last = None;
         }
         state.items.push_back(Item::Tile(tile));
-        state.offset = end;
-        true
+        Ok(true)
     }
 
-    fn observe(planned: &PlannedShard, state: &mut State, tensor: usize) {
-        let output = &planned.tensors[tensor];
-        let Operation::Compute { method, dtype, .. } = &output.operation else { return };
-        let elements = output.range.len() / dtype.size();
-        for pass in 0..method.passes() {
-            for (number, elements) in chunks(elements, method.row()).enumerate() {
-                let shard = state.shard;
-                state.items.push_back(Item::Chunk(Chunk { shard, tensor, pass, number, elements }));
+    /// Enters a large tensor, and appends the passes over it.
+    fn enter(
+        state: &mut State,
+        plan: &Plan,
+        planned: &PlannedShard,
+        number: usize,
+    ) -> Result<Arc<Entered>> {
+        let tensor = Arc::new(Entered::new(plan, planned, state.shard, number)?);
+        state.last = Some((number, Arc::clone(&tensor)));
+        if let Some(computation) = tensor.computation() {
+            for pass in 0..computation.method.passes() {
+                let chunks = chunks(tensor.elements(), computation.method.row());
+                for (number, elements) in chunks.enumerate() {
+                    let tensor = Arc::clone(&tensor);
+                    state.items.push_back(Item::Chunk(Chunk { tensor, pass, number, elements }));
+                }
             }
         }
+        Ok(tensor)
+    }
+}
+
+/// Starts to read what some bytes of a tensor are made of.
+fn prefetch_bytes(tensor: &Entered, bytes: &Range<usize>) {
+    match &tensor.output.operation {
+        Operation::Copy(input) => input.prefetch(bytes),
+        Operation::Compute(computation) => {
+            prefetch_elements(tensor, &super::work::elements_of(bytes, computation.dtype));
+        }
+    }
+}
+
+/// Starts to read what some elements of a tensor are computed from.
+fn prefetch_elements(tensor: &Entered, elements: &Range<usize>) {
+    for operand in tensor.computation().iter().flat_map(|computation| &computation.operands) {
+        operand.tensor.input.prefetch(&operand.tensor.place(elements));
     }
 }

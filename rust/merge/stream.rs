@@ -1,15 +1,16 @@
 //! The merge itself: workers fill tiles and write them; the last tile of a shard commits it.
 
 use super::Progress;
-use super::observation::Observations;
-use super::queue::{CHUNK, Item, Queue};
-use super::tile::TileFiller;
+use super::queue::{Item, Queue};
+use super::tile::{NonFinite, TileFiller};
+use super::work::CHUNK;
 use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
-use crate::writer::{Output, TileBuffer, TileFile, WriteMode};
+use crate::writer::{JobDirectory, TileBuffer, TileFile, WriteMode};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -111,26 +112,26 @@ pub struct ShardFacts {
     /// Whether the journal had it, so that nothing was done.
     pub resumed: bool,
     /// Input tensors that were merged though they hold NaN or infinity, if that was allowed.
-    pub nonfinite_inputs: Vec<String>,
+    pub nonfinite_inputs: Vec<NonFinite>,
 }
 
 /// A shard being written.
 struct OpenShard {
     tiles_left: AtomicUsize,
     state: Mutex<Option<(Arc<TileFile>, Instant)>>,
-    nonfinite_inputs: Mutex<BTreeSet<String>>,
+    nonfinite_inputs: Mutex<BTreeSet<NonFinite>>,
 }
 
 impl OpenShard {
     /// Moves a worker's findings, nearly always none, to the shard.
-    fn note_nonfinite(&self, found: &mut Vec<String>) {
+    fn note_nonfinite(&self, found: &mut Vec<NonFinite>) {
         if !found.is_empty() {
             let mut known = self.nonfinite_inputs.lock().unwrap_or_else(PoisonError::into_inner);
             known.extend(found.drain(..));
         }
     }
 
-    fn nonfinite_inputs(&self) -> Vec<String> {
+    fn nonfinite_inputs(&self) -> Vec<NonFinite> {
         let known = self.nonfinite_inputs.lock().unwrap_or_else(PoisonError::into_inner);
         known.iter().cloned().collect()
     }
@@ -138,7 +139,7 @@ impl OpenShard {
     /// The shard's partial file, created by whoever comes first.
     fn file(
         &self,
-        output: &Output,
+        output: &JobDirectory,
         shard: &PlannedShard,
         mode: WriteMode,
     ) -> Result<Arc<TileFile>> {
@@ -152,7 +153,7 @@ impl OpenShard {
     }
 }
 
-/// Executes shards of a plan into an output directory. Shards that its journal lists with the same digest are left
+/// Executes shards of a plan into a job directory. Shards that its journal lists with the same digest are left
 /// alone. `poll` runs on the calling thread every 50 ms and stops the work by returning false.
 ///
 /// # Errors
@@ -160,12 +161,11 @@ impl OpenShard {
 pub fn execute(
     plan: &Plan,
     shards: &[&PlannedShard],
-    output: &Output,
+    output: &JobDirectory,
     options: &Options,
     progress: &Progress,
     poll: &mut dyn FnMut() -> bool,
 ) -> Result<Vec<ShardFacts>> {
-    output.check_apart(plan.source_paths())?;
     let (resumed, pending): (Vec<&PlannedShard>, Vec<&PlannedShard>) =
         shards.iter().partition(|shard| output.has(&shard.file, shard.layout.size, &shard.digest));
     for shard in &resumed {
@@ -173,17 +173,8 @@ pub fn execute(
         progress.finish_shard();
     }
     let (cloned, pending) = clone_equal(plan, pending, output, options.write, progress)?;
-    let operands = pending
-        .iter()
-        .flat_map(|shard| &shard.tensors)
-        .map(|tensor| tensor.operation.width())
-        .max()
-        .unwrap_or(1);
-    let mut tensors = pending.iter().flat_map(|shard| &shard.tensors);
-    let observed = tensors.any(|tensor| tensor.passes() > 0);
-    let (threads, tile_bytes) = options.fit(operands, observed)?;
-    let queue = Queue::new(&pending, tile_bytes, &|_| true);
-    let observations = Observations::new(&pending);
+    let (threads, tile_bytes) = options.fit(8, true)?;
+    let queue = Queue::new(plan, &pending, tile_bytes, &|_, _| true);
     let open: Vec<OpenShard> = (0..pending.len())
         .map(|number| OpenShard {
             tiles_left: AtomicUsize::new(queue.tiles_of(number)),
@@ -205,19 +196,12 @@ pub fn execute(
             let tile = match item {
                 Item::Tile(tile) => tile,
                 Item::Chunk(chunk) => {
-                    return filler.observe(pending[chunk.shard], &chunk, &observations, stopped);
+                    return filler.observe(pending[chunk.tensor.shard], &chunk, stopped);
                 }
             };
             let (shard, slot) = (pending[tile.shard], &open[tile.shard]);
             let file = slot.file(output, shard, options.write)?;
-            let known = observations.of_shard(tile.shard);
-            filler.fill(
-                shard,
-                known,
-                tile.span.clone(),
-                buffer.filled(tile.span.len()),
-                stopped,
-            )?;
+            filler.fill(plan, shard, &tile, buffer.filled(tile.span.len()), stopped)?;
             slot.note_nonfinite(&mut filler.nonfinite_inputs);
             file.write(buffer, tile.span.start)?;
             progress.advance(tile.span.len());
@@ -248,7 +232,7 @@ pub fn execute(
 fn clone_equal<'a>(
     plan: &Plan,
     shards: Vec<&'a PlannedShard>,
-    output: &Output,
+    output: &JobDirectory,
     write: WriteMode,
     progress: &Progress,
 ) -> Result<(Vec<ShardFacts>, Vec<&'a PlannedShard>)> {
@@ -260,13 +244,14 @@ fn clone_equal<'a>(
     let mut refused = false;
     for shard in shards {
         let started = Instant::now();
-        let input = if refused { None } else { shard.equal_input()? };
+        let input = if refused { None } else { plan.equal_input(shard)? };
         let Some(input) = input else {
             left.push(shard);
             continue;
         };
         let size = shard.layout.size;
-        let Some(file) = output.clone_shard(&shard.file, size, input.file())? else {
+        let source = File::open(input.path()).map_err(|e| Error::read(input.path(), e))?;
+        let Some(file) = output.clone_shard(&shard.file, size, &source)? else {
             refused = true;
             left.push(shard);
             continue;
@@ -292,7 +277,7 @@ fn commit(
     plan: &Plan,
     shard: &PlannedShard,
     slot: &OpenShard,
-    output: &Output,
+    output: &JobDirectory,
 ) -> Result<ShardFacts> {
     plan.check_inputs_unchanged(shard)?;
     let taken = slot.state.lock().unwrap_or_else(PoisonError::into_inner).take();

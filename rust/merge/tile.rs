@@ -1,17 +1,15 @@
 //! Tiles: aligned spans of an output file, whatever tensors they cut.
 
-use super::observation::{Observation, Observations};
-use super::operand::OperandLoader;
-use super::queue::Chunk;
-use crate::dtype::Float;
+use super::entered::Entered;
+use super::loader::{Loading, OperandLoader};
+use super::queue::{Chunk, Tile};
+use super::work::{SUB_TILE, chunks, elements_of, parts};
 use crate::kernels::Kernels;
-use crate::methods::{Method, Slice, Tally};
-use crate::plan::{Operand, Operation, OutputTensor, PlannedShard};
+use crate::methods::{Facts, Slice, Tally};
+use crate::plan::{Computation, Operand, Operation, Plan, PlannedShard};
 use crate::{Error, Result};
 use std::ops::Range;
-
-/// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
-const SUB_TILE: usize = 1024;
+use std::path::PathBuf;
 
 /// Elements after which a worker looks whether it is to stop: a chunk or a tile of a slow method takes long.
 const PATIENCE: usize = 1 << 16;
@@ -40,9 +38,18 @@ impl<'a> Watch<'a> {
     }
 }
 
+/// An input tensor in which NaN or infinity was met.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct NonFinite {
+    /// Its name.
+    pub tensor: String,
+    /// The file that it lies in.
+    pub path: PathBuf,
+}
+
 /// Fills tiles. Each worker owns one; its buffers are reused for every tile.
 #[derive(Debug)]
-pub struct TileFiller {
+pub(super) struct TileFiller {
     kernels: Kernels,
     loader: OperandLoader,
     allow_nonfinite: bool,
@@ -50,31 +57,30 @@ pub struct TileFiller {
     blended: Vec<f32>,
     /// Elements of which not all bytes are wanted.
     stored: Vec<u8>,
-    /// Input tensors in which NaN or infinity was met, as `name of path`.
-    pub nonfinite_inputs: Vec<String>,
+    /// Input tensors in which NaN or infinity was met.
+    pub nonfinite_inputs: Vec<NonFinite>,
 }
 
 /// One computed tensor.
+#[derive(Clone, Copy)]
 struct Job<'a> {
-    shard: &'a PlannedShard,
-    tensor: &'a OutputTensor,
-    method: &'a dyn Method,
-    operands: &'a [Operand],
-    has_base: bool,
-    dtype: Float,
-    facts: &'a [f64],
+    file: &'a str,
+    tensor: &'a Entered,
+    computation: &'a Computation,
+    facts: &'a Facts,
+    stopped: &'a dyn Fn() -> bool,
 }
 
 impl Job<'_> {
     fn error(&self, problem: String) -> Error {
-        Error::Merge { file: self.shard.file.clone(), tensor: self.tensor.name.clone(), problem }
+        let tensor = self.tensor.output.name.clone();
+        Error::Merge { file: self.file.to_owned(), tensor, problem }
     }
 }
 
 impl TileFiller {
     /// A filler that uses these kernels; `allow_nonfinite` lets NaN and infinity of inputs through.
-    #[must_use]
-    pub fn new(kernels: Kernels, allow_nonfinite: bool) -> Self {
+    pub(super) fn new(kernels: Kernels, allow_nonfinite: bool) -> Self {
         Self {
             kernels,
             loader: OperandLoader::new(kernels),
@@ -86,46 +92,81 @@ impl TileFiller {
         }
     }
 
-    /// Fills `out` with the bytes `span` of the shard's file, then gives the input pages it read back. `known` are the
-    /// observations of the shard's tensors; they are waited for until `stopped`.
+    /// Fills `out` with the bytes of a tile of the shard's file, then gives the input pages it read back. Observations
+    /// of large tensors are waited for until `stopped`; small ones are observed here.
     ///
     /// # Errors
-    /// [`Error::NonFiniteInput`], [`Error::NonFiniteResult`], [`Error::Merge`], [`Error::Interrupted`].
+    /// [`Error::NonFiniteInput`], [`Error::NonFiniteResult`], [`Error::Merge`], [`Error::Interrupted`], and those of
+    /// reading the inputs.
     pub(super) fn fill(
         &mut self,
+        plan: &Plan,
         shard: &PlannedShard,
-        known: &[Option<Observation>],
-        span: Range<usize>,
+        tile: &Tile,
         out: &mut [u8],
         stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
+        let span = &tile.span;
         debug_assert_eq!(span.len(), out.len());
-        let header = &shard.layout.header;
-        if span.start < header.len() {
+        if let Some(header) = &tile.header {
             let stop = header.len().min(span.end);
             out[..stop - span.start].copy_from_slice(&header[span.start..stop]);
         }
-        for (number, part) in parts(shard, &span) {
-            let tensor = &shard.tensors[number];
-            let start = tensor.range.start + part.start - span.start;
-            let out = &mut out[start..start + part.len()];
-            match &tensor.operation {
-                Operation::Copy(input) => {
-                    input.read(&part, out)?;
-                    input.release(part);
+        for part in parts(&shard.layout, span) {
+            let out = &mut out[part.place];
+            match tile.large.iter().find(|(number, _)| *number == part.tensor) {
+                Some((_, tensor)) => {
+                    self.fill_part(&shard.file, tensor, &part.bytes, out, stopped)?
                 }
-                Operation::Compute { method, operands, has_base, dtype } => {
-                    let facts = match &known[number] {
-                        Some(observation) => observation.facts(stopped)?,
-                        None => method.start().into(),
-                    };
-                    self.loader.enter(tensor);
-                    let (method, has_base, dtype) = (&**method, *has_base, *dtype);
-                    let job =
-                        Job { shard, tensor, method, operands, has_base, dtype, facts: &facts };
-                    self.compute_part(&job, part.clone(), out, &mut Watch::new(stopped))?;
-                    release(operands, &elements_of(&part, dtype));
+                None => {
+                    let tensor = Entered::new(plan, shard, tile.shard, part.tensor)?;
+                    self.observe_whole(&shard.file, &tensor, stopped)?;
+                    self.fill_part(&shard.file, &tensor, &part.bytes, out, stopped)?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `out` with some bytes of a tensor.
+    fn fill_part(
+        &mut self,
+        file: &str,
+        tensor: &Entered,
+        bytes: &Range<usize>,
+        out: &mut [u8],
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let computation = match &tensor.output.operation {
+            Operation::Copy(input) => {
+                input.read(bytes, out)?;
+                input.release(bytes);
+                return Ok(());
+            }
+            Operation::Compute(computation) => computation,
+        };
+        let facts = match &tensor.observation {
+            Some(observation) => observation.facts(stopped)?,
+            None => computation.method.start().into(),
+        };
+        let job = Job { file, tensor, computation, facts: &facts, stopped };
+        self.compute_part(&job, bytes.clone(), out)?;
+        release(&computation.operands, &elements_of(bytes, computation.dtype));
+        Ok(())
+    }
+
+    /// Takes all observe passes over a tensor that nobody else works on.
+    fn observe_whole(
+        &mut self,
+        file: &str,
+        tensor: &Entered,
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let Some(computation) = tensor.computation() else { return Ok(()) };
+        for pass in 0..computation.method.passes() {
+            let chunks = chunks(tensor.elements(), computation.method.row());
+            for (number, elements) in chunks.enumerate() {
+                self.observe_elements(file, tensor, pass, number, elements, stopped)?;
             }
         }
         Ok(())
@@ -134,64 +175,71 @@ impl TileFiller {
     /// Observes a chunk of a tensor.
     ///
     /// # Errors
-    /// [`Error::Merge`] if the tensor turns out not to be mergeable, [`Error::Interrupted`].
+    /// [`Error::Merge`] if the tensor turns out not to be mergeable, [`Error::Interrupted`], and those of reading the
+    /// inputs.
     pub(super) fn observe(
         &mut self,
         shard: &PlannedShard,
         chunk: &Chunk,
-        observations: &Observations,
         stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let tensor = &shard.tensors[chunk.tensor];
-        let Some(observation) = observations.get(chunk.shard, chunk.tensor) else { return Ok(()) };
-        let Operation::Compute { method, operands, has_base, dtype } = &tensor.operation else {
+        let Chunk { tensor, pass, number, elements } = chunk;
+        self.observe_elements(&shard.file, tensor, *pass, *number, elements.clone(), stopped)
+    }
+
+    fn observe_elements(
+        &mut self,
+        file: &str,
+        tensor: &Entered,
+        pass: usize,
+        number: usize,
+        elements: Range<usize>,
+        stopped: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let (Some(observation), Some(computation)) = (&tensor.observation, tensor.computation())
+        else {
             return Ok(());
         };
-        let (method, has_base, dtype) = (&**method, *has_base, *dtype);
-        let Some(mut assignment) = observation.begin(method, chunk.pass, stopped)? else {
+        let method = &*computation.method;
+        let Some(mut assignment) = observation.begin(method, pass, stopped)? else {
             return Ok(());
         };
         let facts = &assignment.facts;
-        let job = Job { shard, tensor, method, operands, has_base, dtype, facts };
-        self.loader.enter(tensor);
+        let job = Job { file, tensor, computation, facts, stopped };
         let step = method.row().unwrap_or(SUB_TILE).max(1);
         let mut watch = Watch::new(stopped);
-        for start in chunk.elements.clone().step_by(step) {
+        for start in elements.clone().step_by(step) {
             if !(start / step).is_multiple_of(assignment.stride) {
                 continue;
             }
-            let elements = start..chunk.elements.end.min(start + step);
+            let elements = start..elements.end.min(start + step);
             watch.pass(elements.len())?;
             self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
-            with_slice(&self.operands, &job, &elements, |slice| {
-                method.observe(&self.kernels, chunk.pass, facts, slice, &mut tally);
+            with_slice(&self.operands, computation, &elements, |slice| {
+                method.observe(&self.kernels, facts, slice, &mut tally);
             });
         }
-        release(operands, &chunk.elements);
-        let finished = observation.finish(method, chunk.pass, chunk.number, assignment.sums);
+        release(&computation.operands, &elements);
+        let finished = observation.finish(method, pass, number, assignment.sums);
         finished.map_err(|problem| job.error(problem))
     }
 
     /// Computes the bytes `part`; a cut may fall inside an element where an input file was not aligned, and inside a row
     /// that has to be blended whole.
-    fn compute_part(
-        &mut self,
-        job: &Job<'_>,
-        part: Range<usize>,
-        out: &mut [u8],
-        watch: &mut Watch<'_>,
-    ) -> Result<()> {
-        let size = job.dtype.size();
-        let elements = elements_of(&part, job.dtype);
+    fn compute_part(&mut self, job: &Job<'_>, part: Range<usize>, out: &mut [u8]) -> Result<()> {
+        let Computation { method, dtype, .. } = job.computation;
+        let size = dtype.size();
+        let elements = elements_of(&part, *dtype);
+        let mut watch = Watch::new(job.stopped);
         // Without rows, sub-tiles start where the part does.
-        let (step, first) = match job.method.row() {
+        let (step, first) = match method.row() {
             Some(row) => (row.max(1), elements.start / row.max(1) * row.max(1)),
             None => (SUB_TILE, elements.start),
         };
-        let end = job.tensor.range.len() / size;
+        let end = job.tensor.elements();
         for start in (first..elements.end).step_by(step) {
-            let stop = if job.method.row().is_some() { end } else { elements.end };
+            let stop = if method.row().is_some() { end } else { elements.end };
             let unit = start..stop.min(start + step);
             let bytes = unit.start * size..unit.end * size;
             watch.pass(unit.len())?;
@@ -214,12 +262,15 @@ impl TileFiller {
     /// Loads elements of all operands.
     fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) -> Result<()> {
         let count = elements.len();
-        self.operands.resize_with(self.operands.len().max(job.operands.len()), Vec::new);
-        for (number, (operand, values)) in job.operands.iter().zip(&mut self.operands).enumerate() {
+        let operands = &job.computation.operands;
+        self.operands.resize_with(self.operands.len().max(operands.len()), Vec::new);
+        for (number, (operand, values)) in operands.iter().zip(&mut self.operands).enumerate() {
             if values.len() < count {
                 values.resize(count.max(SUB_TILE), 0.0);
             }
-            self.loader.load(number, operand, elements.clone(), &mut values[..count])?;
+            let from =
+                Loading { number, operand, shared: &job.tensor.shared, stopped: job.stopped };
+            self.loader.load(&from, elements.clone(), &mut values[..count])?;
         }
         Ok(())
     }
@@ -236,12 +287,13 @@ impl TileFiller {
             self.blended.resize(elements.len(), 0.0);
         }
         let blended = &mut self.blended[..elements.len()];
-        with_slice(&self.operands, job, &elements, |slice| {
-            job.method.blend(&self.kernels, job.facts, slice, blended)
+        let Computation { method, dtype, .. } = job.computation;
+        with_slice(&self.operands, job.computation, &elements, |slice| {
+            method.blend(&self.kernels, job.facts, slice, blended)
         })
         .map_err(|problem| job.error(problem))?;
-        let finite = self.kernels.store(job.dtype, blended, out);
-        if finite && (!job.method.leaves_out() || self.operands_finite(job, elements.len())) {
+        let finite = self.kernels.store(*dtype, blended, out);
+        if finite && (!method.leaves_out() || self.operands_finite(job, elements.len())) {
             return Ok(());
         }
         self.explain_nonfinite(job, elements)
@@ -249,7 +301,7 @@ impl TileFiller {
 
     /// Whether the operands' first loaded elements hold neither NaN nor infinity.
     fn operands_finite(&self, job: &Job<'_>, count: usize) -> bool {
-        let operands = &self.operands[..job.operands.len()];
+        let operands = &self.operands[..job.computation.operands.len()];
         self.kernels.run(
             #[inline(always)]
             || {
@@ -265,30 +317,31 @@ impl TileFiller {
     #[cold]
     fn explain_nonfinite(&mut self, job: &Job<'_>, elements: Range<usize>) -> Result<()> {
         for (offset, element) in elements.enumerate() {
-            let mut operands = job.operands.iter().zip(&self.operands);
+            let mut operands = job.computation.operands.iter().zip(&self.operands);
             if let Some((operand, _)) = operands.find(|(_, values)| !values[offset].is_finite()) {
                 let input = &operand.tensor.input;
                 if !self.allow_nonfinite {
                     return Err(Error::NonFiniteInput {
-                        path: input.path.clone(),
+                        path: input.path().to_owned(),
                         tensor: input.tensor.clone(),
                         element,
                         adapted: !operand.low_rank.is_empty() || operand.magnitude.is_some(),
                     });
                 }
-                let name = format!("{} of {}", input.tensor, input.path.display());
-                if !self.nonfinite_inputs.contains(&name) {
-                    self.nonfinite_inputs.push(name);
+                let place =
+                    NonFinite { tensor: input.tensor.clone(), path: input.path().to_owned() };
+                if !self.nonfinite_inputs.contains(&place) {
+                    self.nonfinite_inputs.push(place);
                 }
             } else {
                 // A NaN that finite inputs gave is not below the limit either.
-                let finite = self.blended[offset].abs() < job.dtype.overflow();
+                let finite = self.blended[offset].abs() < job.computation.dtype.overflow();
                 if !finite {
                     return Err(Error::NonFiniteResult {
-                        file: job.shard.file.clone(),
-                        tensor: job.tensor.name.clone(),
+                        file: job.file.to_owned(),
+                        tensor: job.tensor.output.name.clone(),
                         element,
-                        dtype: format!("{:?}", job.dtype),
+                        dtype: format!("{:?}", job.computation.dtype),
                     });
                 }
             }
@@ -300,72 +353,22 @@ impl TileFiller {
 /// Gives the loaded elements to `work`.
 fn with_slice<R>(
     loaded: &[Vec<f32>],
-    job: &Job<'_>,
+    computation: &Computation,
     elements: &Range<usize>,
     work: impl FnOnce(&Slice<'_>) -> R,
 ) -> R {
-    let all: Vec<&[f32]> =
-        loaded[..job.operands.len()].iter().map(|values| &values[..elements.len()]).collect();
-    let (operands, base) = all.split_at(all.len() - usize::from(job.has_base));
+    let loaded = &loaded[..computation.operands.len()];
+    let all: Vec<&[f32]> = loaded.iter().map(|values| &values[..elements.len()]).collect();
+    let (operands, base) = all.split_at(all.len() - usize::from(computation.has_base));
     work(&Slice { operands, base: base.first().copied(), first: elements.start })
 }
 
-/// The elements that some bytes of a tensor are part of.
-fn elements_of(bytes: &Range<usize>, dtype: Float) -> Range<usize> {
-    bytes.start / dtype.size()..bytes.end.div_ceil(dtype.size())
-}
-
-/// The numbers of the tensors that a span of the shard's file cuts, each with the bytes of it that lie in the span.
-fn parts<'a>(
-    shard: &'a PlannedShard,
-    span: &Range<usize>,
-) -> impl Iterator<Item = (usize, Range<usize>)> + 'a {
-    let span = span.clone();
-    let first = shard.tensors.partition_point(|tensor| tensor.range.end <= span.start);
-    shard.tensors.iter().enumerate().skip(first).map_while(move |(number, tensor)| {
-        let start = tensor.range.start.max(span.start);
-        let stop = tensor.range.end.min(span.end);
-        (tensor.range.start < span.end).then(|| {
-            let offset = tensor.range.start;
-            (number, start - offset..stop.max(start) - offset)
-        })
-    })
-}
-
-/// Starts to read what a span of the shard's file is made of.
-pub(super) fn prefetch_tile(shard: &PlannedShard, span: &Range<usize>) {
-    for (number, part) in parts(shard, span) {
-        let tensor = &shard.tensors[number];
-        match &tensor.operation {
-            Operation::Copy(input) => input.prefetch(part),
-            Operation::Compute { dtype, .. } => {
-                prefetch_elements(tensor, &elements_of(&part, *dtype));
-            }
-        }
-    }
-}
-
-/// Starts to read what some elements of a tensor are computed from.
-pub(super) fn prefetch_elements(tensor: &OutputTensor, elements: &Range<usize>) {
-    let Operation::Compute { operands, .. } = &tensor.operation else { return };
-    for operand in operands {
-        let size = operand.tensor.dtype.size();
-        operand.tensor.input.prefetch(elements.start * size..elements.end * size);
-    }
-}
-
-/// Gives the pages back that these elements of the operands were read from.
+/// Gives the pages back that these elements of the operands were read from; those of factors went when they were decoded.
 fn release(operands: &[Operand], elements: &Range<usize>) {
     for operand in operands {
-        let size = operand.tensor.dtype.size();
-        operand.tensor.input.release(elements.start * size..elements.end * size);
-        for term in &operand.low_rank {
-            // The pages of the other factor went back when it was decoded.
-            let left = if term.transpose { &term.a } else { &term.b };
-            left.input.release(0..left.input.range.len());
-        }
+        operand.tensor.input.release(&operand.tensor.place(elements));
         if let Some(rows) = &operand.rows {
-            rows.tensor.input.release(0..rows.tensor.input.range.len());
+            rows.tensor.input.release(&(0..rows.tensor.input.range.len()));
         }
     }
 }

@@ -1,16 +1,17 @@
 //! Verification: the plan is evaluated again and compared with the bytes on disk.
 
 use super::Progress;
-use super::observation::Observations;
-use super::queue::{Item, Queue, Tile};
+use super::queue::{Item, Queue};
 use super::stream::DEFAULT_TILE;
 use super::tile::TileFiller;
 use super::workers;
 use crate::checkpoint::MappedFile;
 use crate::kernels::Kernels;
-use crate::plan::PlannedShard;
+use crate::plan::{Plan, PlannedShard};
 use crate::{Error, Result};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// What to verify.
 #[derive(Debug, Clone)]
@@ -53,6 +54,7 @@ pub struct Verification {
 /// [`Error::Verification`] if a file is missing or has another size, and whatever reading the inputs raises. Bytes that
 /// differ are not an error here but listed in the result.
 pub fn verify(
+    plan: &Plan,
     shards: &[&PlannedShard],
     directory: &Path,
     options: &Options,
@@ -65,13 +67,17 @@ pub fn verify(
             options.sample
         )));
     }
-    let files = shards
-        .iter()
-        .map(|shard| open_output(directory, shard))
-        .collect::<Result<Vec<MappedFile>>>()?;
-    let wanted = |tile: &Tile| sampled(options, &shards[tile.shard].file, tile.span.start);
-    let queue = Queue::new(shards, DEFAULT_TILE, &wanted);
-    let observations = Observations::new(shards);
+    for shard in shards {
+        check_size(directory, shard)?;
+    }
+    let wanted = |shard: usize, start: usize| sampled(options, &shards[shard].file, start);
+    let queue = Queue::new(plan, shards, DEFAULT_TILE, &wanted);
+    let open: Vec<OpenOutput> = (0..shards.len())
+        .map(|number| OpenOutput {
+            tiles_left: AtomicUsize::new(queue.tiles_of(number)),
+            file: Mutex::new(None),
+        })
+        .collect();
     let states = workers::run(
         &queue,
         options.threads.max(1),
@@ -89,14 +95,14 @@ pub fn verify(
             let tile = match item {
                 Item::Tile(tile) => tile,
                 Item::Chunk(chunk) => {
-                    return filler.observe(shards[chunk.shard], &chunk, &observations, stopped);
+                    return filler.observe(shards[chunk.tensor.shard], &chunk, stopped);
                 }
             };
-            let (shard, file) = (shards[tile.shard], &files[tile.shard]);
-            if wanted(&tile) {
+            let (shard, slot) = (shards[tile.shard], &open[tile.shard]);
+            if tile.wanted {
+                let file = slot.file(directory, shard)?;
                 let expected = &mut buffer[..tile.span.len()];
-                let known = observations.of_shard(tile.shard);
-                filler.fill(shard, known, tile.span.clone(), expected, stopped)?;
+                filler.fill(plan, shard, &tile, expected, stopped)?;
                 let stored = &file.bytes()[tile.span.clone()];
                 if expected != stored {
                     let differs = expected.iter().zip(stored).position(|(a, b)| a != b);
@@ -104,6 +110,9 @@ pub fn verify(
                 }
                 found.bytes_checked += tile.span.len();
                 file.release(tile.span.clone());
+            }
+            if slot.tiles_left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                slot.close();
             }
             progress.advance(tile.span.len());
             Ok(())
@@ -121,7 +130,31 @@ pub fn verify(
     Ok(total)
 }
 
-fn open_output(directory: &Path, shard: &PlannedShard) -> Result<MappedFile> {
+/// An output file that is compared: mapped from its first tile to its last.
+struct OpenOutput {
+    tiles_left: AtomicUsize,
+    file: Mutex<Option<Arc<MappedFile>>>,
+}
+
+impl OpenOutput {
+    fn file(&self, directory: &Path, shard: &PlannedShard) -> Result<Arc<MappedFile>> {
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(file) = file.as_ref() {
+            return Ok(Arc::clone(file));
+        }
+        let size = check_size(directory, shard)?;
+        let opened = Arc::new(MappedFile::open(&directory.join(&shard.file), size)?);
+        *file = Some(Arc::clone(&opened));
+        Ok(opened)
+    }
+
+    fn close(&self) {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// The size of an output file, which must be the one that is planned.
+fn check_size(directory: &Path, shard: &PlannedShard) -> Result<u64> {
     let path = directory.join(&shard.file);
     let problem = |problem: String| Error::Verification { path: path.clone(), problem };
     let metadata =
@@ -133,12 +166,12 @@ fn open_output(directory: &Path, shard: &PlannedShard) -> Result<MappedFile> {
             shard.layout.size
         )));
     }
-    MappedFile::open(&path, metadata.len())
+    Ok(metadata.len())
 }
 
 fn mismatch(shard: &PlannedShard, offset: usize) -> Mismatch {
-    let tensor = shard.tensors.iter().find(|tensor| tensor.range.contains(&offset));
-    Mismatch { file: shard.file.clone(), tensor: tensor.map(|tensor| tensor.name.clone()), offset }
+    let tensor = shard.tensor_at(offset).map(|number| shard.name(number).to_owned());
+    Mismatch { file: shard.file.clone(), tensor, offset }
 }
 
 /// Whether a sample takes the tile: by a hash, so that the choice depends on no order. The first tile, which holds the

@@ -27,6 +27,9 @@ impl Windows {
     }
 
     /// Bytes `range` of an input's data. If they must be read, up to `ahead` bytes are, and kept under `place`.
+    ///
+    /// # Errors
+    /// Those of opening and reading the file.
     pub(super) fn bytes<'a>(
         &'a mut self,
         place: (usize, usize),
@@ -34,8 +37,8 @@ impl Windows {
         range: Range<usize>,
         ahead: usize,
     ) -> Result<&'a [u8]> {
-        if let Some(mapping) = input.file.mapping() {
-            return Ok(&mapping.bytes()[input.range.clone()][range]);
+        if let Some(bytes) = input.mapped()? {
+            return Ok(&bytes[range]);
         }
         let window = self.0.entry(place).or_default();
         if range.start < window.range.start || range.end > window.range.end {

@@ -54,8 +54,12 @@ pub(super) fn run<State: Send>(
             }
         };
         while !stopped() {
-            let Some(item) = queue.take() else { return Some(state) };
-            if let Err(error) = work(&mut state, item, &stopped) {
+            let done = match queue.take() {
+                Ok(Some(item)) => work(&mut state, item, &stopped),
+                Ok(None) => return Some(state),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = done {
                 fail(error);
             }
         }

@@ -1,10 +1,15 @@
 //! Plans: what every tensor of an output is made of, as data, parsed ([`schema`]), laid out in files ([`layout`]) and
-//! checked against the inputs (`validate`, `operand`).
+//! checked against the inputs (`resolve`, `plan`).
 
+mod inputs;
 pub mod layout;
-mod operand;
+#[expect(clippy::module_inception, reason = "the stage is named after what it makes")]
+mod plan;
+mod resolve;
 pub mod schema;
-mod validate;
 
-pub use operand::{FloatInput, Input, LowRank, Magnitude, Operand, Rows};
-pub use validate::{Operation, OutputTensor, Plan, PlannedShard};
+pub use inputs::{
+    Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, OutputTensor, Rows,
+};
+pub use plan::{Plan, PlannedShard};
+pub use resolve::{GivenSources, resolve_sum};

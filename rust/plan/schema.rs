@@ -1,24 +1,38 @@
-//! The plan as JSON, version 1. Unknown fields are errors, so that a misspelt one is never ignored.
+//! The plan as JSON, version 2. Unknown fields are errors, so that a misspelt one is never ignored.
+//!
+//! What a model with 200,000 tensors repeats is written once: tensors share the entries of a table of operations, and
+//! what an operand leaves out (its name, and the output's dtype and shape) is that of the tensor itself.
 
-use crate::checkpoint::FileIdentity;
+use crate::checkpoint::StatedIdentity;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// The version that this engine reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A whole plan.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Plan {
+pub struct Plan<'a> {
     /// Must be [`VERSION`].
     pub version: u32,
     /// The checkpoints that tensors come from, by a name that operands use.
     pub sources: BTreeMap<String, Source>,
+    /// What is done, by the numbers that tensors refer to.
+    pub operations: Vec<Operation>,
     /// The output files, in the order in which they are written.
-    pub shards: Vec<Shard>,
+    #[serde(borrow)]
+    pub shards: Vec<Shard<'a>>,
+}
+
+/// The part that every version has.
+#[derive(Debug, Clone, Copy, Deserialize)]
+pub struct Version {
+    /// See [`Plan::version`].
+    pub version: u32,
 }
 
 /// One input checkpoint.
@@ -28,42 +42,52 @@ pub struct Source {
     /// Its directory, absolute.
     pub path: PathBuf,
     /// The shards that the plan reads, by file name.
-    pub files: BTreeMap<String, FileIdentity>,
+    pub files: BTreeMap<String, StatedIdentity>,
 }
 
 /// One output file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Shard {
+pub struct Shard<'a> {
     /// File name within the output directory.
     pub file: String,
     /// The header's `__metadata__`. Readers of the transformers family want `format: pt`.
     #[serde(default = "pytorch_format")]
     pub metadata: BTreeMap<String, String>,
     /// The tensors, in the order of their bytes.
-    pub tensors: Vec<Tensor>,
+    #[serde(borrow)]
+    pub tensors: Vec<Tensor<'a>>,
 }
 
 fn pytorch_format() -> BTreeMap<String, String> {
     BTreeMap::from([("format".to_owned(), "pt".to_owned())])
 }
 
-/// One output tensor: exactly one of `copy` and `merge` is there.
+/// One output tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Tensor {
+pub struct Tensor<'a> {
     /// Name in the output.
-    pub name: String,
-    /// Element type in the output.
-    pub dtype: Dtype,
-    /// Dimensions.
-    pub shape: Vec<usize>,
+    #[serde(borrow)]
+    pub name: Cow<'a, str>,
+    /// Number of its operation.
+    pub operation: u32,
+    /// Element type in the output; that of the tensor that is copied, or of the first operand's, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Dtype>,
+    /// Dimensions; likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<Vec<usize>>,
+}
+
+/// What fills tensors.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Operation {
     /// Byte for byte from one source, or converted where the dtypes differ.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub copy: Option<TensorRef>,
+    Copy(TensorRef),
     /// Computed from several sources.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub merge: Option<Merge>,
+    Merge(Box<Merge>),
 }
 
 /// A tensor of a source.
@@ -72,8 +96,9 @@ pub struct Tensor {
 pub struct TensorRef {
     /// Key of [`Plan::sources`].
     pub source: String,
-    /// Name of the tensor there.
-    pub tensor: String,
+    /// Name of the tensor there; the output tensor's own if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor: Option<String>,
 }
 
 /// What is merged: a tensor, possibly changed by an adapter on the way, so that no merged copy of it need exist.
@@ -84,8 +109,9 @@ pub struct TensorRef {
 pub struct Operand {
     /// Key of [`Plan::sources`].
     pub source: String,
-    /// Name of the tensor there.
-    pub tensor: String,
+    /// Name of the tensor there; the output tensor's own if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor: Option<String>,
     /// Rows that are replaced (PEFT's trainable tokens).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<Rows>,

@@ -1,86 +1,107 @@
-//! The journal: which shards are committed, one JSON line each, and the lock on the output directory.
+//! The journal: which shards are committed, one JSON line each.
+//!
+//! A line says that a shard is committed, or takes that back. The last word on a file counts. A line that cannot be read is
+//! nobody's: it is passed over, and every line begins with a line break of its own, so that one cut short swallows nothing.
 
+use super::disk;
+use super::fault::Point;
+use super::name::FileName;
 use crate::{Error, Result};
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// One committed shard.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// More than a hundred thousand shards need.
+const LARGEST: u64 = 64 << 20;
+
+/// A shard that was renamed and synced.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
-    pub file: String,
-    pub size: usize,
+    pub size: u64,
     /// Digest of the plan and input identities that made it.
     pub digest: String,
 }
 
-/// An open, exclusively locked journal.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Commit { file: FileName, size: u64, digest: String },
+    Revoke { revoked: FileName },
+}
+
+/// An open journal.
 #[derive(Debug)]
 pub(super) struct Journal {
     file: File,
     path: PathBuf,
-    entries: Vec<Entry>,
+    entries: BTreeMap<FileName, Entry>,
 }
 
 impl Journal {
-    /// Opens or creates the journal and locks it for the life of this value.
-    pub(super) fn open(directory: &Path, name: &str) -> Result<Self> {
-        let path = directory.join(name);
-        let mut file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .open(&path)
-            .map_err(|e| Error::write(&path, e))?;
-        if let Err(errno) = flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            // A file system without locks (some network ones) is no reason to refuse; a lock held elsewhere is.
-            if errno == rustix::io::Errno::WOULDBLOCK {
-                return Err(Error::output(directory, "is locked: another merge is writing it"));
+    /// Opens the journal of a job directory, or creates it.
+    pub(super) fn open(job: &Path) -> Result<Self> {
+        let path = job.join("journal");
+        let bytes = disk::read_capped(&path, LARGEST)?;
+        let mut options = OpenOptions::new();
+        options.append(true).create(true).mode(0o666);
+        let file = disk::retry(Point::JournalOpen, || options.open(&path))
+            .map_err(|error| disk::failure(&path, 0, error))?;
+        if bytes.is_none() {
+            disk::sync_directory(Point::JournalDirectorySync, job)?;
+        }
+        let mut entries = BTreeMap::new();
+        for line in bytes.unwrap_or_default().split(|&byte| byte == b'\n') {
+            match serde_json::from_slice(line) {
+                Ok(Line::Commit { file, size, digest }) => {
+                    entries.insert(file, Entry { size, digest });
+                }
+                Ok(Line::Revoke { revoked }) => {
+                    entries.remove(&revoked);
+                }
+                Err(_) => {}
             }
         }
-        let mut text = Vec::new();
-        file.read_to_end(&mut text).map_err(|e| Error::read(&path, e))?;
-        let torn = text.last().is_some_and(|&byte| byte != b'\n');
-        if torn {
-            // A line cut short by a crash must not swallow the next one.
-            file.write_all(b"\n").map_err(|e| Error::write(&path, e))?;
-        }
-        let entries = text
-            .split(|&byte| byte == b'\n')
-            .filter_map(|line| serde_json::from_slice(line).ok())
-            .collect();
         Ok(Self { file, path, entries })
     }
 
-    pub(super) fn entries(&self) -> &[Entry] {
+    /// The committed shards.
+    pub(super) fn entries(&self) -> &BTreeMap<FileName, Entry> {
         &self.entries
     }
 
-    /// Appends an entry durably.
-    pub(super) fn append(&mut self, entry: Entry) -> Result<()> {
-        let mut line =
-            serde_json::to_vec(&entry).map_err(|e| Error::write(&self.path, e.into()))?;
-        line.push(b'\n');
-        self.file
-            .write_all(&line)
-            .and_then(|()| self.file.sync_data())
-            .map_err(|e| Error::write(&self.path, e))?;
-        self.entries.push(entry);
+    /// Forgets, in memory alone, what is not there as it is listed.
+    pub(super) fn retain(&mut self, is_there: impl Fn(&FileName, &Entry) -> bool) {
+        self.entries.retain(|file, entry| is_there(file, entry));
+    }
+
+    /// Enters a shard durably; it has its name already.
+    pub(super) fn commit(&mut self, file: &FileName, entry: Entry) -> Result<()> {
+        let line =
+            Line::Commit { file: file.clone(), size: entry.size, digest: entry.digest.clone() };
+        self.append(Point::CommitWrite, Point::CommitSync, &line)?;
+        self.entries.insert(file.clone(), entry);
         Ok(())
     }
 
-    /// Forgets every entry: the shards are about to go.
-    pub(super) fn clear(&mut self) -> Result<()> {
-        self.entries.clear();
-        self.file
-            .set_len(0)
-            .and_then(|()| self.file.sync_data())
-            .map_err(|e| Error::write(&self.path, e))
+    /// Takes an entry back durably, before the file gets other bytes.
+    pub(super) fn revoke(&mut self, file: &FileName) -> Result<()> {
+        self.append(
+            Point::RevokeWrite,
+            Point::RevokeSync,
+            &Line::Revoke { revoked: file.clone() },
+        )?;
+        self.entries.remove(file);
+        Ok(())
     }
 
-    pub(super) fn remove(&self) -> Result<()> {
-        std::fs::remove_file(&self.path).map_err(|e| Error::write(&self.path, e))
+    fn append(&mut self, write: Point, sync: Point, line: &Line) -> Result<()> {
+        let mut bytes = vec![b'\n'];
+        serde_json::to_writer(&mut bytes, line).map_err(|e| Error::write(&self.path, e.into()))?;
+        bytes.push(b'\n');
+        disk::write_all(write, &self.file, &bytes)
+            .and_then(|()| disk::retry(sync, || self.file.sync_data()))
+            .map_err(|error| disk::failure(&self.path, bytes.len() as u64, error))
     }
 }

@@ -1,10 +1,13 @@
 //! One output shard, written in aligned tiles: past the page cache where the file system allows it.
 
+use super::disk;
+use super::fault::Point;
+use super::name::FileName;
 use crate::{Error, Result};
 use memmap2::MmapMut;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -54,12 +57,13 @@ impl TileBuffer {
     }
 }
 
-/// A partial output file. Dropped before [`super::Output::commit_shard`], it is removed.
+/// A partial output file. Dropped before [`super::JobDirectory::commit_shard`], it is removed.
 #[derive(Debug)]
 pub struct TileFile {
     file: File,
     partial: PathBuf,
     target: PathBuf,
+    name: FileName,
     size: usize,
     mode: WriteMode,
     direct: AtomicBool,
@@ -68,50 +72,48 @@ pub struct TileFile {
 
 impl TileFile {
     pub(super) fn create(
-        partial: PathBuf,
-        target: PathBuf,
+        directory: &Path,
+        name: FileName,
         size: usize,
         mode: WriteMode,
     ) -> Result<Self> {
-        let (file, direct) = open(&partial, mode)?;
-        let new = Self {
+        let new = Self::open(directory, name, size, mode)?;
+        new.allocate()?;
+        Ok(new)
+    }
+
+    fn open(directory: &Path, name: FileName, size: usize, mode: WriteMode) -> Result<Self> {
+        let partial = directory.join(name.partial());
+        let (file, direct) = open(&partial, size, mode)?;
+        Ok(Self {
             file,
             partial,
-            target,
+            target: directory.join(name.as_str()),
+            name,
             size,
             mode,
             direct: AtomicBool::new(direct),
             committed: AtomicBool::new(false),
-        };
-        new.allocate()?;
-        Ok(new)
+        })
     }
 
     /// A file that shares the blocks of `source`, an input of the same size; `None` where the file system cannot do that.
     pub(super) fn clone_of(
         source: &File,
-        partial: PathBuf,
-        target: PathBuf,
+        directory: &Path,
+        name: FileName,
         size: usize,
     ) -> Result<Option<Self>> {
-        let (file, direct) = open(&partial, WriteMode::Buffered)?;
-        let new = Self {
-            file,
-            partial,
-            target,
-            size,
-            mode: WriteMode::Buffered,
-            direct: AtomicBool::new(direct),
-            committed: AtomicBool::new(false),
-        };
+        let new = Self::open(directory, name, size, WriteMode::Buffered)?;
         #[cfg(target_os = "linux")]
-        let cloned = rustix::fs::ioctl_ficlone(&new.file, source).is_ok();
+        let cloned =
+            disk::retry(Point::ShardClone, || Ok(rustix::fs::ioctl_ficlone(&new.file, source)?));
         #[cfg(not(target_os = "linux"))]
         let cloned = {
             let _ = source;
-            false
+            disk::retry(Point::ShardClone, || Err::<(), _>(io::ErrorKind::Unsupported.into()))
         };
-        Ok(cloned.then_some(new))
+        Ok(cloned.is_ok().then_some(new))
     }
 
     /// Reserves the whole file at once: fewer extents, and a full disk shows before any work is done.
@@ -119,14 +121,17 @@ impl TileFile {
         #[cfg(target_os = "linux")]
         {
             use rustix::fs::{FallocateFlags, fallocate};
-            use rustix::io::Errno;
-            match fallocate(&self.file, FallocateFlags::empty(), 0, self.size as u64) {
+            let size = self.size as u64;
+            let call = || Ok(fallocate(&self.file, FallocateFlags::empty(), 0, size)?);
+            if let Err(error) = disk::retry(Point::ShardAllocate, call) {
+                let missing = matches!(
+                    error.kind(),
+                    io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput
+                );
                 // A file system without preallocation still takes the writes.
-                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(()),
-                Err(errno) => Err(self.failure(errno.into())),
+                return if missing { Ok(()) } else { Err(self.failure(error)) };
             }
         }
-        #[cfg(not(target_os = "linux"))]
         Ok(())
     }
 
@@ -137,7 +142,8 @@ impl TileFile {
     pub fn write(&self, tile: &mut TileBuffer, offset: usize) -> Result<()> {
         let length = tile.filled;
         if self.is_direct() {
-            match self.file.write_all_at(tile.padded(), offset as u64) {
+            let tile = tile.padded();
+            match disk::write_all_at(Point::ShardWrite, &self.file, tile, offset as u64, BLOCK) {
                 Err(error)
                     if error.kind() == io::ErrorKind::InvalidInput
                         && self.mode == WriteMode::Auto =>
@@ -147,8 +153,8 @@ impl TileFile {
                 result => return result.map_err(|error| self.failure(error)),
             }
         }
-        self.file
-            .write_all_at(&tile.memory[..length], offset as u64)
+        let tile = &tile.memory[..length];
+        disk::write_all_at(Point::ShardWrite, &self.file, tile, offset as u64, 1)
             .map_err(|error| self.failure(error))
     }
 
@@ -177,25 +183,28 @@ impl TileFile {
         &self.target
     }
 
-    /// Cuts the padding off, syncs the data and gives the file its name.
-    pub(super) fn publish(&self) -> Result<usize> {
-        let cut = self.file.set_len(self.size as u64).and_then(|()| self.file.sync_data());
-        cut.and_then(|()| std::fs::rename(&self.partial, &self.target))
+    /// The shard's name in the output.
+    pub(super) fn name(&self) -> &FileName {
+        &self.name
+    }
+
+    /// Cuts the padding off and syncs the data; returns the size.
+    pub(super) fn finish(&self) -> Result<usize> {
+        disk::retry(Point::ShardTruncate, || self.file.set_len(self.size as u64))
+            .and_then(|()| disk::retry(Point::ShardSync, || self.file.sync_data()))
             .map_err(|error| self.failure(error))?;
-        self.committed.store(true, Ordering::Relaxed);
         Ok(self.size)
     }
 
+    /// Gives the file its name.
+    pub(super) fn rename(&self) -> Result<()> {
+        disk::rename(Point::ShardRename, &self.partial, &self.target)?;
+        self.committed.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn failure(&self, error: io::Error) -> Error {
-        let full = matches!(
-            error.kind(),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
-        );
-        if full {
-            Error::DiskFull { path: self.target.clone(), needed: self.size as u64 }
-        } else {
-            Error::write(&self.partial, error)
-        }
+        disk::failure(&self.target, self.size as u64, error)
     }
 }
 
@@ -209,20 +218,23 @@ impl Drop for TileFile {
 }
 
 /// Opens a new partial file, directly if the mode wants it and the file system can; says which it was.
-fn open(partial: &Path, mode: WriteMode) -> Result<(File, bool)> {
+fn open(partial: &Path, size: usize, mode: WriteMode) -> Result<(File, bool)> {
     let mut options = OpenOptions::new();
     // Only the owner's umask decides on permissions, unlike temporary files, which are private.
     options.write(true).create_new(true).mode(0o666);
+    let failed = |error| disk::failure(partial, size as u64, error);
     if mode != WriteMode::Buffered
         && let Some(flag) = direct_flag()
     {
-        match options.clone().custom_flags(flag).open(partial) {
+        let mut direct = options.clone();
+        direct.custom_flags(flag);
+        match disk::retry(Point::ShardCreate, || direct.open(partial)) {
             Ok(file) => return Ok((file, true)),
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
                 // The refused open may have created the file all the same.
                 drop(std::fs::remove_file(partial));
             }
-            Err(error) => return Err(Error::write(partial, error)),
+            Err(error) => return Err(failed(error)),
         }
     }
     if mode == WriteMode::Direct {
@@ -231,7 +243,9 @@ fn open(partial: &Path, mode: WriteMode) -> Result<(File, bool)> {
             partial.display()
         )));
     }
-    options.open(partial).map(|file| (file, false)).map_err(|error| Error::write(partial, error))
+    disk::retry(Point::ShardCreate, || options.open(partial))
+        .map(|file| (file, false))
+        .map_err(failed)
 }
 
 #[cfg(target_os = "linux")]

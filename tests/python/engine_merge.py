@@ -14,6 +14,11 @@ from safetensors.torch import load_file
 from safemerge_fast import _engine
 
 
+def stated_files(path: Path) -> dict[str, Any]:
+    """The files of a checkpoint as a plan states them."""
+    return {file: facts.to_dict() for file, facts in _engine.Checkpoint(path).identity().items()}
+
+
 def engine_plan(
     directory: Path,
     method: str,
@@ -34,9 +39,10 @@ def engine_plan(
         path = directory / name
         path.mkdir(exist_ok=True)
         write_safetensors(path / "model.safetensors", tensors)
-        sources[name] = {"path": str(path), "files": _engine.Checkpoint(path).identity()}
+        sources[name] = {"path": str(path), "files": stated_files(path)}
     each = each or [{} for _ in operands]
     planned = []
+    operations = []
     for name, tensor in operands[0].items():
         merge: dict[str, Any] = {"method": method, "parameters": dict(shared or {}), "operands": []}
         for number, parameters in enumerate(each):
@@ -55,10 +61,16 @@ def engine_plan(
                 "name": name,
                 "dtype": DTYPE_NAMES[str(dtype or tensor.dtype)],
                 "shape": list(tensor.shape),
-                "merge": merge,
+                "operation": len(operations),
             }
         )
-    plan = {"version": 1, "sources": sources, "shards": [{"file": "out.safetensors", "tensors": planned}]}
+        operations.append({"merge": merge})
+    plan = {
+        "version": 2,
+        "sources": sources,
+        "operations": operations,
+        "shards": [{"file": "out.safetensors", "tensors": planned}],
+    }
     return _engine.Plan(json.dumps(plan))
 
 
@@ -94,6 +106,6 @@ def engine_merge(
     output.finish()
     merged = load_file(directory / "out" / "out.safetensors")
     checked = parsed.verify(directory / "out")
-    assert checked["mismatches"] == []
-    assert checked["bytes_checked"] == checked["bytes_total"]
+    assert checked.mismatches == []
+    assert checked.bytes_checked == checked.bytes_total
     return merged

@@ -25,13 +25,17 @@ def peak():
     return int(line.split()[1]) << 10
 
 directory, merge = Path(sys.argv[1]), json.loads(sys.argv[2])
+def stated_files(path):
+    return {file: facts.to_dict() for file, facts in _engine.Checkpoint(path).identity().items()}
+
 sources = {
-    name: {"path": str(directory / name), "files": _engine.Checkpoint(directory / name).identity()}
+    name: {"path": str(directory / name), "files": stated_files(directory / name)}
     for name in ("left", "right")
 }
-tensor = {"name": "x", "dtype": "BF16", "shape": json.loads(sys.argv[3]), "merge": merge}
+tensor = {"name": "x", "dtype": "BF16", "shape": json.loads(sys.argv[3]), "operation": 0}
 shards = [{"file": "out.safetensors", "tensors": [tensor]}]
-plan = _engine.Plan(json.dumps({"version": 1, "sources": sources, "shards": shards}))
+operations = [{"merge": merge}]
+plan = _engine.Plan(json.dumps({"version": 2, "sources": sources, "operations": operations, "shards": shards}))
 before = peak()
 output = _engine.Output(directory / "out", overwrite=True)
 plan.execute(output, threads=2, tile_bytes=1 << 20)

@@ -1,12 +1,11 @@
 //! Operands that adapters change, against dense arithmetic in f64.
 
-use crate::fixtures::{Tensor, random_floats, source, write};
+use crate::fixtures::{self, Tensor, open_job, publish, random_floats, source, write};
 use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::plan::Plan;
-use safemerge_fast::writer::Output;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -94,14 +93,12 @@ impl Fixture {
             .iter()
             .map(|(operand, weight)| json!({"operand": operand, "weight": weight}))
             .collect();
-        let plan = json!({
-            "version": 1,
-            "sources": {"x": source(&self.directory.path().join("in"))},
-            "shards": [{"file": "model.safetensors", "tensors": [{
-                "name": "w", "dtype": "F32", "shape": [OUT, IN],
-                "merge": {"method": "linear", "parameters": {"normalize": false}, "operands": operands},
-            }]}],
-        });
+        let shard = json!({"file": "model.safetensors", "tensors": [{
+            "name": "w", "dtype": "F32", "shape": [OUT, IN],
+            "merge": {"method": "linear", "parameters": {"normalize": false}, "operands": operands},
+        }]});
+        let sources = json!({"x": source(&self.directory.path().join("in"))});
+        let plan = fixtures::plan(sources, vec![shard]);
         self.check_positioned_reads(&plan.to_string());
         Plan::from_json(&plan.to_string()).unwrap()
     }
@@ -110,17 +107,17 @@ impl Fixture {
     fn check_positioned_reads(&self, plan: &str) {
         let options = Options { threads: 2, tile_bytes: 4096, ..Options::default() };
         let values = [ReadBackend::Mmap, ReadBackend::Pread]
-            .map(|backend| self.run(&Plan::open(plan, backend).unwrap(), &options));
+            .map(|backend| self.run(&fixtures::open(plan, backend), &options));
         let bits = values.map(|values| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>());
         assert_eq!(bits[0], bits[1]);
     }
 
     fn run(&self, plan: &Plan, options: &Options) -> Vec<f32> {
         let out = self.directory.path().join("out");
-        let output = Output::open(&out, [], false, true).unwrap();
+        let output = open_job(&out).unwrap();
         let shards = plan.select(None).unwrap();
         execute(plan, &shards, &output, options, &Progress::default(), &mut || true).unwrap();
-        output.finish().unwrap();
+        publish(&output, "test").unwrap();
         self.read(&out)
     }
 
@@ -248,14 +245,12 @@ fn factors_that_do_not_fit_are_refused_by_name() {
     let plan = |change: &dyn Fn(&mut Value)| {
         let mut operand = reference("w");
         change(&mut operand);
-        let plan = json!({
-            "version": 1,
-            "sources": {"x": source(&fixture.directory.path().join("in"))},
-            "shards": [{"file": "model.safetensors", "tensors": [{
-                "name": "w", "dtype": "F32", "shape": [OUT, IN],
-                "merge": {"method": "linear", "operands": [{"operand": operand, "weight": 1.0}]},
-            }]}],
-        });
+        let shard = json!({"file": "model.safetensors", "tensors": [{
+            "name": "w", "dtype": "F32", "shape": [OUT, IN],
+            "merge": {"method": "linear", "operands": [{"operand": operand, "weight": 1.0}]},
+        }]});
+        let sources = json!({"x": source(&fixture.directory.path().join("in"))});
+        let plan = fixtures::plan(sources, vec![shard]);
         Plan::from_json(&plan.to_string()).unwrap_err().to_string()
     };
     type Change<'a> = &'a dyn Fn(&mut Value);

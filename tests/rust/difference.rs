@@ -2,21 +2,22 @@
 
 use crate::fixtures::{Tensor, random_floats, write, write_raw};
 use safemerge_fast::checkpoint::Checkpoint;
-use safemerge_fast::difference::{Difference, StoredMatrix};
+use safemerge_fast::difference::{Difference, Matrix};
 use safemerge_fast::kernels::Kernels;
 use safetensors::Dtype;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 const FLOATS: [Dtype; 4] = [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64];
 
 /// More columns than a tile has, and a divisor of nothing.
 const SHAPE: [usize; 2] = [7, 1500];
 
-fn matrix(directory: &Path, name: &str, dtype: Dtype, bytes: Vec<u8>) -> StoredMatrix {
+fn matrix(directory: &Path, name: &str, dtype: Dtype, bytes: Vec<u8>) -> Matrix {
     let path = directory.join(format!("{name}.safetensors"));
     write(&path, &[Tensor::new(name, dtype, &SHAPE, bytes)]);
-    StoredMatrix::open(&Checkpoint::open(&path).unwrap(), name).unwrap()
+    Matrix::stored(&Arc::new(Checkpoint::open(&path).unwrap()), name).unwrap()
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "doubles are brought to single")]
@@ -65,7 +66,7 @@ fn blocks_of_every_pair_of_dtypes_are_rounded_once() {
                     let mut out = vec![9.0_f32; expected.len() + 1];
                     let kernels = Kernels::named(level).unwrap();
                     let found =
-                        difference.read(&kernels, rows.clone(), columns.clone(), true, &mut out);
+                        difference.read(&kernels, &rows, &columns, true, &|| false, &mut out);
                     let found = found.unwrap();
                     assert_eq!(out.pop(), Some(9.0), "what lies behind the block stays");
                     assert_eq!(out, expected, "{left:?} - {right:?}, {rows:?} x {columns:?}");
@@ -87,9 +88,9 @@ fn squares_of_the_minuend_are_summed_on_request_only_and_nan_shows_in_them() {
     let difference = Difference::new(&minuend, &subtrahend).unwrap();
     let mut out = vec![0.0; SHAPE[0] * SHAPE[1]];
     let kernels = Kernels::detect();
-    let found = difference.read(&kernels, 0..7, 0..1500, false, &mut out).unwrap();
+    let found = difference.read(&kernels, &(0..7), &(0..1500), false, &|| false, &mut out).unwrap();
     assert!(found.difference.is_nan() && found.minuend == 0.0);
-    let found = difference.read(&kernels, 0..2, 0..1500, false, &mut out).unwrap();
+    let found = difference.read(&kernels, &(0..2), &(0..1500), false, &|| false, &mut out).unwrap();
     assert_eq!(found.difference, 0.0);
 }
 
@@ -101,11 +102,11 @@ fn data_may_start_at_any_byte() {
     let header = r#"{"a":{"dtype":"F32","shape":[1,2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[1,2],"data_offsets":[8,16]}}"#;
     for pad in 0..4 {
         write_raw(&path, &format!("{header}{}", " ".repeat(pad)), &data);
-        let checkpoint = Checkpoint::open(&path).unwrap();
-        let [a, b] = ["a", "b"].map(|name| StoredMatrix::open(&checkpoint, name).unwrap());
+        let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
+        let [a, b] = ["a", "b"].map(|name| Matrix::stored(&checkpoint, name).unwrap());
         let mut out = [0.0; 2];
         let difference = Difference::new(&a, &b).unwrap();
-        difference.read(&Kernels::detect(), 0..1, 0..2, false, &mut out).unwrap();
+        difference.read(&Kernels::detect(), &(0..1), &(0..2), false, &|| false, &mut out).unwrap();
         assert_eq!(out, [-5.0, 3.5]);
     }
 }
@@ -122,8 +123,8 @@ fn what_cannot_be_read_is_refused() {
     let tensors =
         [float("a", &[2, 3]), float("b", &[3, 2]), float("vector", &[6]), float("none", &[0, 3])];
     write(&path, &[&tensors[..], &[integers]].concat());
-    let checkpoint = Checkpoint::open(&path).unwrap();
-    let open = |name: &str| StoredMatrix::open(&checkpoint, name);
+    let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
+    let open = |name: &str| Matrix::stored(&checkpoint, name);
     for name in ["vector", "integers"] {
         let message = open(name).unwrap_err().to_string();
         assert!(message.contains(name) && message.contains("not a matrix of floats"), "{message}");
@@ -135,7 +136,7 @@ fn what_cannot_be_read_is_refused() {
     let read = |rows: Range<usize>, columns: Range<usize>, room: usize| {
         let mut out = vec![0.0; room];
         let difference = Difference::new(&a, &a).unwrap();
-        difference.read(&Kernels::detect(), rows, columns, false, &mut out)
+        difference.read(&Kernels::detect(), &rows, &columns, false, &|| false, &mut out)
     };
     assert!(read(0..2, 0..3, 6).is_ok());
     assert!(read(1..1, 0..3, 0).is_ok());
@@ -146,5 +147,5 @@ fn what_cannot_be_read_is_refused() {
     assert!(reversed.unwrap_err().to_string().contains("rows 2 to 1"));
     assert!(read(0..2, 0..3, 5).unwrap_err().to_string().contains("does not fit into 5"));
     let empty = Difference::new(&none, &none).unwrap();
-    assert!(empty.read(&Kernels::detect(), 0..0, 0..3, true, &mut []).is_ok());
+    assert!(empty.read(&Kernels::detect(), &(0..0), &(0..3), true, &|| false, &mut []).is_ok());
 }

@@ -1,5 +1,9 @@
 //! Small checkpoints on disk, written with the crate `safetensors` rather than with our own layout code.
 
+use safemerge_fast::Result;
+use safemerge_fast::checkpoint::ReadBackend;
+use safemerge_fast::plan::{GivenSources, Plan};
+use safemerge_fast::writer::{JobDirectory, Overwrite, REPORT};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -80,6 +84,23 @@ pub fn random_floats(seed: u64, dtype: Dtype, count: usize) -> Vec<u8> {
     encode(dtype, random_values(seed, count))
 }
 
+/// Opens the job of an output whose inputs are of no account, over what an earlier job of the same test made.
+pub fn open_job(output: &Path) -> Result<JobDirectory> {
+    JobDirectory::open(output, "test", &[], false, Overwrite::Exchange)
+}
+
+/// Lists the files so far in a report, as the program does, and publishes.
+pub fn publish(job: &JobDirectory, identity: &str) -> Result<()> {
+    let files: Vec<Value> = job
+        .written()
+        .iter()
+        .map(|file| json!({"name": file.name, "bytes": file.bytes, "digest": file.digest}))
+        .collect();
+    let report = json!({"ignored": [{}], "files": files, "job": {"identity": identity, "more": 1}});
+    job.write_file(REPORT, report.to_string().as_bytes())?;
+    job.publish()
+}
+
 /// The identity section of a plan for these files of a directory.
 pub fn source(directory: &Path) -> Value {
     let checkpoint = safemerge_fast::checkpoint::Checkpoint::open(directory).expect("fixture");
@@ -145,12 +166,34 @@ impl Pair {
                 json!({"file": format!("model-{number}.safetensors"), "tensors": tensors})
             })
             .collect();
-        json!({
-            "version": 1,
-            "sources": {"first": source(&self.path("first")), "second": source(&self.path("second"))},
-            "shards": shards,
-        })
+        let sources = json!({
+            "first": source(&self.path("first")), "second": source(&self.path("second")),
+        });
+        plan(sources, shards)
     }
+}
+
+/// A plan of these shards, whose tensors hold their operation as a field `copy` or `merge`: it goes into the table, one
+/// entry for each tensor, in the order of the tensors.
+pub fn plan(sources: Value, mut shards: Vec<Value>) -> Value {
+    let mut operations = Vec::new();
+    for shard in &mut shards {
+        for tensor in shard["tensors"].as_array_mut().expect("fixture") {
+            let fields = tensor.as_object_mut().expect("fixture");
+            for kind in ["copy", "merge"] {
+                if let Some(operation) = fields.remove(kind) {
+                    fields.insert("operation".to_owned(), json!(operations.len()));
+                    operations.push(json!({kind: operation}));
+                }
+            }
+        }
+    }
+    json!({"version": 2, "sources": sources, "operations": operations, "shards": shards})
+}
+
+/// A plan whose inputs are read in this way.
+pub fn open(plan: &str, backend: ReadBackend) -> Plan {
+    Plan::open(plan.as_bytes(), backend, &GivenSources::new()).expect("a sound plan")
 }
 
 /// Floats are blended, all else is copied from the first.

@@ -4,6 +4,7 @@ mod adapter;
 mod checkpoint;
 mod difference;
 mod fixtures;
+mod headers;
 mod kernels;
 mod merge;
 mod methods;

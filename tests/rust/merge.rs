@@ -1,6 +1,6 @@
 //! Execution: values against the formula, and the same bits however the work is cut.
 
-use crate::fixtures::{Pair, Tensor, WEIGHTS, source, write, write_raw};
+use crate::fixtures::{self, Pair, Tensor, WEIGHTS, open_job, publish, source, write, write_raw};
 use half::{bf16, f16};
 use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
@@ -8,7 +8,7 @@ use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::merge::verify::{self, Mismatch, verify};
 use safemerge_fast::plan::Plan;
-use safemerge_fast::writer::{Output, WriteMode};
+use safemerge_fast::writer::WriteMode;
 use safemerge_fast::{Error, Result};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
@@ -28,10 +28,10 @@ const LAYOUT: &[(&str, Dtype, &[usize])] = &[
 ];
 
 fn run(plan: &Plan, output: &Path, options: &Options) -> Result<()> {
-    let output = Output::open(output, [], false, true)?;
+    let output = open_job(output)?;
     let shards = plan.select(None)?;
     execute(plan, &shards, &output, options, &Progress::default(), &mut || true)?;
-    output.finish()
+    publish(&output, "test")
 }
 
 /// What `linear` must give for one element: a chain of fused multiply-adds in f32, rounded once.
@@ -116,9 +116,10 @@ fn positioned_reads_give_the_same_bytes() {
     let pair = Pair::new(LAYOUT);
     let json = pair.plan(2).to_string();
     for backend in [ReadBackend::Mmap, ReadBackend::Pread] {
-        let plan = Plan::open(&json, backend).unwrap();
+        let plan = fixtures::open(&json, backend);
         run(&plan, &pair.path(&format!("{backend:?}")), &Options::default()).unwrap();
         let found = verify(
+            &plan,
             &plan.select(None).unwrap(),
             &pair.path(&format!("{backend:?}")),
             &verify::Options { threads: 2, sample: 1.0, seed: 0, kernels: Kernels::detect() },
@@ -134,7 +135,7 @@ fn positioned_reads_give_the_same_bytes() {
 #[test]
 fn a_file_that_shrinks_under_positioned_reads_is_an_error() {
     let pair = Pair::new(LAYOUT);
-    let plan = Plan::open(&pair.plan(1).to_string(), ReadBackend::Pread).unwrap();
+    let plan = fixtures::open(&pair.plan(1).to_string(), ReadBackend::Pread);
     let path = pair.path("first").join("model.safetensors");
     let file = std::fs::File::options().write(true).open(path).unwrap();
     file.set_len(file.metadata().unwrap().len() / 2).unwrap();
@@ -153,13 +154,14 @@ fn elements_that_a_tile_cuts_in_two_are_whole_again() {
     ]);
     // The crate sorts by alignment when it writes; the plan keeps our order, and the engine must cope.
     let plan = Plan::from_json(&pair.plan(1).to_string()).unwrap();
-    assert_ne!(plan.shards()[0].layout.ranges[1].start % 8, 0);
+    assert_ne!(plan.shards()[0].layout.range(1).start % 8, 0);
     let options = Options { tile_bytes: 4096, ..Options::default() };
     run(&plan, &pair.path("out"), &options).unwrap();
     let bytes = std::fs::read(pair.path("out").join("model-0.safetensors")).unwrap();
-    for (number, range) in plan.shards()[0].layout.ranges.iter().enumerate() {
+    for number in 0..pair.first.len() {
+        let range = plan.shards()[0].layout.range(number);
         let expected = expected(&pair.first[number], &pair.second[number]);
-        assert_eq!(&bytes[range.clone()], expected, "{}", pair.first[number].name);
+        assert_eq!(&bytes[range], expected, "{}", pair.first[number].name);
     }
 }
 
@@ -170,9 +172,8 @@ fn a_copy_to_another_dtype_is_rounded_once_and_keeps_signed_zeros() {
     write(&pair.path("first").join("model.safetensors"), &[Tensor::f32("x", &values)]);
     let mut plan = pair.plan(1);
     plan["sources"]["first"] = source(&pair.path("first"));
-    plan["shards"][0]["tensors"] = json!([
-        {"name": "x", "dtype": "BF16", "shape": [4], "copy": {"source": "first", "tensor": "x"}}
-    ]);
+    plan["operations"] = json!([{"copy": {"source": "first"}}]);
+    plan["shards"][0]["tensors"] = json!([{"name": "x", "operation": 0, "dtype": "BF16"}]);
     let plan = Plan::from_json(&plan.to_string()).unwrap();
     run(&plan, &pair.path("out"), &Options::default()).unwrap();
     let bytes = std::fs::read(pair.path("out").join("model-0.safetensors")).unwrap();
@@ -184,7 +185,7 @@ fn a_copy_to_another_dtype_is_rounded_once_and_keeps_signed_zeros() {
 fn normalize_divides_by_the_sum_of_the_weights() {
     let pair = Pair::new(&[("x", Dtype::F32, &[999])]);
     let mut plan = pair.plan(1);
-    let merge = &mut plan["shards"][0]["tensors"][0]["merge"];
+    let merge = &mut plan["operations"][0]["merge"];
     merge["parameters"] = json!({});
     merge["operands"][0]["weight"] = json!(3.0);
     merge["operands"][1]["weight"] = json!(-1.5);
@@ -193,7 +194,7 @@ fn normalize_divides_by_the_sum_of_the_weights() {
     let bytes = std::fs::read(pair.path("out").join("model-0.safetensors")).unwrap();
     let float = |b: &[u8]| f32::from_le_bytes(b.try_into().unwrap());
     let inputs = pair.first[0].bytes.chunks_exact(4).zip(pair.second[0].bytes.chunks_exact(4));
-    let found = bytes[plan.shards()[0].layout.ranges[0].clone()].chunks_exact(4);
+    let found = bytes[plan.shards()[0].layout.range(0)].chunks_exact(4);
     for ((a, b), found) in inputs.zip(found) {
         assert_eq!(float(found), float(b).mul_add(-1.5, float(a) * 3.0) / 1.5);
     }
@@ -229,13 +230,13 @@ fn infinities_of_an_input_are_errors_unless_allowed() {
     let Error::NonFiniteInput { path, element: 0, .. } = &error else { panic!("{error}") };
     assert!(path.starts_with(pair.path("second")));
 
-    let output = Output::open(&pair.path("out"), [], false, false).unwrap();
+    let output = open_job(&pair.path("out")).unwrap();
     let options = Options { allow_nonfinite: true, ..Options::default() };
     let shards = plan.select(None).unwrap();
     let facts =
         execute(&plan, &shards, &output, &options, &Progress::default(), &mut || true).unwrap();
     assert_eq!(facts[0].nonfinite_inputs.len(), 2);
-    let bytes = std::fs::read(pair.path("out").join("model-0.safetensors")).unwrap();
+    let bytes = std::fs::read(output.files().join("model-0.safetensors")).unwrap();
     let values: Vec<f32> = bytes[bytes.len() - 12..]
         .chunks_exact(4)
         .map(|b| f32::from_le_bytes(b.try_into().unwrap()))
@@ -247,7 +248,7 @@ fn infinities_of_an_input_are_errors_unless_allowed() {
 fn an_interruption_stops_the_work_and_leaves_no_partial_file() {
     let pair = Pair::new(&[("x", Dtype::BF16, &[4096, 512])]);
     let plan = Plan::from_json(&pair.plan(1).to_string()).unwrap();
-    let output = Output::open(&pair.path("out"), [], false, false).unwrap();
+    let output = open_job(&pair.path("out")).unwrap();
     let progress = Progress::default();
     progress.cancel();
     let shards = plan.select(None).unwrap();
@@ -280,14 +281,16 @@ fn verification_finds_the_tensor_of_a_flipped_bit() {
     run(&plan, &pair.path("out"), &Options::default()).unwrap();
     let shards = plan.select(None).unwrap();
     let options = verify::Options { threads: 2, sample: 1.0, seed: 0, kernels: Kernels::detect() };
-    let check = || verify(&shards, &pair.path("out"), &options, &Progress::default(), &mut || true);
+    let check =
+        || verify(&plan, &shards, &pair.path("out"), &options, &Progress::default(), &mut || true);
     let sound = check().unwrap();
     assert_eq!(sound.mismatches, []);
     assert_eq!(sound.bytes_checked, plan.shards()[0].layout.size);
 
     let path = pair.path("out").join("model-0.safetensors");
     let clean = std::fs::read(&path).unwrap();
-    let half = plan.shards()[0].tensors.iter().find(|t| t.name == "half").unwrap().range.start;
+    let number = LAYOUT.iter().position(|(name, ..)| *name == "half").unwrap();
+    let half = plan.shards()[0].layout.range(number).start;
     for (offset, tensor) in [(half + 77, Some("half")), (20, None)] {
         let mut bytes = clean.clone();
         bytes[offset] ^= 1;

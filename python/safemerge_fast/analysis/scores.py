@@ -13,12 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..documents import RECORD, parse_json, read_text
 from ..errors import AnalysisError
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
 
-__all__ = ["DELTA_REFERENCES", "VERSION", "Score", "Scores", "describe_source"]
+__all__ = [
+    "DELTA_REFERENCES",
+    "VERSION",
+    "Score",
+    "Scores",
+    "describe_source",
+    "read_score",
+    "read_scores",
+    "write_score",
+]
 
 VERSION = 1
 """Version of the JSON that Scores.to_json writes."""
@@ -52,6 +62,7 @@ class Score:
             None where there is one.
         rho_null_estimated: Whether rho_null is an estimate, good to a few percent, because computing it would have
             taken longer than ρ.
+        nonfinite: Whether there is no ρ because a model holds NaN or infinity.
     """
 
     rho: float | None
@@ -62,6 +73,7 @@ class Score:
     v_rounding: float
     undefined: str | None
     rho_null_estimated: bool = False
+    nonfinite: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +105,7 @@ class Scores:
             "seconds": self.seconds,
             "sources": {role: dict(source) for role, source in self.sources.items()},
             "modules": {
-                name: {field: _finite(getattr(score, field)) for field in _SCORE_FIELDS}
-                for name, score in self.modules.items()
+                name: write_score(score) for name, score in self.modules.items()
             },
         }
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -107,12 +118,7 @@ class Scores:
             AnalysisError: The text is not JSON, is of another version, or any part of it is not as it should
                 be.
         """
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise AnalysisError(
-                f"the scores are not JSON ({error}); write them again with analyze"
-            ) from error
+        document = parse_json(text, AnalysisError, subject="the scores", limit=RECORD)
         _expect_keys(
             document, "scores", {"version", "delta_reference", "device", "seconds", "sources", "modules"}
         )
@@ -126,7 +132,7 @@ class Scores:
             if not isinstance(document[part], dict):
                 raise _malformed(part, "an object", document[part])
         return cls(
-            modules={name: _read_score(name, value) for name, value in document["modules"].items()},
+            modules={name: read_score(name, value) for name, value in document["modules"].items()},
             delta_reference=document["delta_reference"],
             sources={role: _read_source(role, value) for role, value in document["sources"].items()},
             device=document["device"],
@@ -163,7 +169,7 @@ class Scores:
                 file: (facts["size"], facts["header_digest"]) for file, facts in source["files"].items()
             }
             found = {
-                file: (facts["size"], facts["header_digest"])
+                file: (facts.size, facts.header_digest)
                 for file, facts in model.headers.identity().items()
             }
             for file in sorted(expected.keys() | found.keys()):
@@ -190,7 +196,7 @@ def describe_source(model: Model) -> dict[str, Any]:
         "path"; "files", with size, mtime_ns and header_digest of each; and "sample", a digest of the first row
         of up to 256 tensors, because every fine-tune of a model has the same headers and sizes.
     """
-    files = {file: dict(facts) for file, facts in model.headers.identity().items()}
+    files = {file: facts.to_dict() for file, facts in model.headers.identity().items()}
     return {"path": str(model.path), "files": files, "sample": _sample(model)}
 
 
@@ -256,18 +262,31 @@ def _read_number(what: str, value: object) -> float:
     return float(value)
 
 
-def _read_score(name: str, value: Any) -> Score:
-    """Reads one module's score; a null norm was not finite."""
-    # Scores of early versions have no estimates and do not say so.
-    _expect_keys(value, name, set(_SCORE_FIELDS) - {"rho_null_estimated"}, frozenset({"rho_null_estimated"}))
+_OPTIONAL_FIELDS = frozenset({"rho_null_estimated", "nonfinite"})
+
+
+def write_score(score: Score) -> dict[str, Any]:
+    """A score as JSON can hold it."""
+    return {field: _finite(getattr(score, field)) for field in _SCORE_FIELDS}
+
+
+def read_score(name: str, value: Any) -> Score:
+    """Reads what write_score wrote; a null norm was not finite.
+
+    Raises:
+        AnalysisError: Any part of it is not as it should be.
+    """
+    # Scores of early versions have no flags.
+    _expect_keys(value, name, set(_SCORE_FIELDS) - _OPTIONAL_FIELDS, _OPTIONAL_FIELDS)
     numbers = {
         field: None if value[field] is None else _read_number(f"{field} of {name}", value[field])
         for field in _SCORE_FIELDS
-        if field not in ("undefined", "rho_null_estimated")
+        if field != "undefined" and field not in _OPTIONAL_FIELDS
     }
-    estimated = value.get("rho_null_estimated", False)
-    if not isinstance(estimated, bool):
-        raise _malformed(f"rho_null_estimated of {name}", "true or false", estimated)
+    flags = {field: value.get(field, False) for field in _OPTIONAL_FIELDS}
+    for field, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise _malformed(f"{field} of {name}", "true or false", flag)
     undefined = value["undefined"]
     if undefined is not None and not isinstance(undefined, str):
         raise _malformed(f"undefined of {name}", "a string or null", undefined)
@@ -288,8 +307,37 @@ def _read_score(name: str, value: Any) -> Score:
         weight_norm=known("weight_norm"),
         v_rounding=known("v_rounding"),
         undefined=undefined,
-        rho_null_estimated=estimated,
+        rho_null_estimated=flags["rho_null_estimated"],
+        nonfinite=flags["nonfinite"],
     )
+
+
+def read_scores(file: str, models: Mapping[str, Model], delta_reference: str) -> Scores:
+    """Reads scores and refuses those of other models or of another definition of Δ.
+
+    Args:
+        file: What Scores.to_json was written to.
+        models: The models given, by role.
+        delta_reference: What Δ is to be taken against.
+
+    Raises:
+        AnalysisError: They cannot be read, or are not of these models.
+    """
+    text = read_text(file, AnalysisError, limit=RECORD, subject=f"the scores {file}")
+    try:
+        scores = Scores.from_json(text)
+    except AnalysisError as error:
+        raise AnalysisError(f"{file}: {error}") from error
+    if reason := scores.matches(models):
+        raise AnalysisError(
+            f"the scores {file} are not of these models: {reason}; write them again with analyze"
+        )
+    if scores.delta_reference != delta_reference:
+        raise AnalysisError(
+            f"the scores {file} take Δ against the {scores.delta_reference} model, but this merge asks for "
+            f"{delta_reference}; pass --delta-reference {scores.delta_reference} or write them again"
+        )
+    return scores
 
 
 def _read_source(role: str, value: Any) -> dict[str, Any]:
@@ -299,7 +347,12 @@ def _read_source(role: str, value: Any) -> dict[str, Any]:
     if not isinstance(value["files"], dict):
         raise _malformed(f"files of {what}", "an object", value["files"])
     for file, facts in value["files"].items():
-        _expect_keys(facts, f"{file} of {what}", {"size", "mtime_ns", "header_digest"})
+        _expect_keys(
+            facts,
+            f"{file} of {what}",
+            {"size", "mtime_ns", "header_digest"},
+            frozenset({"ctime_ns", "inode", "device"}),
+        )
     for text in ("path", "sample"):
         if text in value and not isinstance(value[text], str):
             raise _malformed(f"{text} of {what}", "a string", value[text])

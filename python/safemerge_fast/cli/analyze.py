@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import analysis_options, output_file, role_options, terminal_options, threshold_option
+from ..printable import printable
+from ..recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
+from .options import output_file, settings_options, terminal_options
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
 
 
 @click.command("analyze")
-@role_options(with_safe=False)
+@settings_options(AnalysisSettings)
+@settings_options(SafemergeSettings, only=("threshold",))
 @click.option(
     "-o", "--output", type=output_file, metavar="FILE", help="Write the scores as JSON, for merge --scores."
 )
@@ -44,31 +47,25 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     metavar="FILE",
     help="Draw ρ per layer and module type as .png, .svg or .html (needs matplotlib).",
 )
-@threshold_option("τ of the plot's line and of the table's count of modules below it.")
-@analysis_options
 @terminal_options
 def command(
     *,
     terminal: Terminal,
-    base: str,
-    aligned: str,
-    finetuned: str,
     output: Path | None,
     csv_file: Path | None,
     plot_file: Path | None,
     threshold: float,
-    include: str | None,
-    exclude: str | None,
-    **options: Any,
+    **values: Any,
 ) -> None:
     """Measure how far each module's fine-tuning update left the safety subspace.
 
     ρ is the cosine of V·Vᵀ·Δ and Δ, with V what alignment changed and Δ what fine-tuning changed; low means
-    that the update left the subspace. ρ_null is what a random update would have.
+    that the update left the subspace. ρ_null is what a random update would have. The threshold draws the plot's line and
+    counts modules below it in the table.
     """
     from ..analysis.rounding import rounding_warning
     from ..pairing.rows import pair
-    from ..recipes.safemerge.job import open_models
+    from ..recipes.roles import open_roles
     from ..recipes.safemerge.scoring import score_models
     from ..report.plot import check_plot, write_plot
 
@@ -77,10 +74,12 @@ def command(
     for file in (output, csv_file):
         if file is not None:
             _check_directory(file)
-    models = open_models({"base": base, "aligned": aligned, "finetuned": finetuned})
-    pairing = pair(models, include=include, exclude=exclude)
+    settings = AnalysisSettings(**values)
+    roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
+    models = open_roles(roles, settings.read_backend)
+    pairing = pair(models, include=settings.include, exclude=settings.exclude)
     with terminal.progress() as progress:
-        scores = score_models(models, pairing.rows, progress=progress, **options)
+        scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress))
     for file, write in ((output, scores.to_json), (csv_file, scores.to_csv)):
         if file is not None:
             _write(file, write())
@@ -137,7 +136,7 @@ def _table(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float) -
     for module_type, group in groups.items():
         known = [score.rho for score in group if score.rho is not None]
         table.add_row(
-            module_type,
+            printable(module_type),
             str(len(group)),
             str(sum(rho < threshold for rho in known)),
             _number(statistics.median(known) if known else None),

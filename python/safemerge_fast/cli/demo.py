@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .merge import say_report
+from .outcome import say_report
 from .options import terminal_options
 from .terminal import Terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..report.merge_report import MergeReport
+    from ..report.report import Report
 
 
 @click.command("demo")
@@ -51,7 +51,7 @@ def command(*, terminal: Terminal, output: str | None) -> None:
         terminal.say(f"again by hand: {demo.report.configuration.command()} --overwrite")
 
 
-def _modules(report: MergeReport) -> Table:
+def _modules(report: Report) -> Table:
     """A line per analysed module: ρ, what became of it, and why."""
     from rich import box
     from rich.table import Table

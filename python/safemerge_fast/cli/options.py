@@ -1,178 +1,102 @@
-"""Options that several commands share, and the types of their values."""
+"""Options: those of a record of settings, made from its declarations, and those that all commands share."""
 
 from __future__ import annotations
 
 import functools
-import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from ..errors import SettingError
+from ..settings import Field, Kind, Settings, fields_of
 from .terminal import Terminal
 
-__all__ = [
-    "analysis_options",
-    "compose",
-    "finite",
-    "output_file",
-    "resource_options",
-    "role_options",
-    "select",
-    "size",
-    "terminal_options",
-    "threshold_option",
-    "verbosity",
-]
+__all__ = ["output_file", "settings_options", "terminal_options", "verbosity"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _VERBOSITY = "safemerge_fast.verbosity"
 
-
-def size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Callback of options that take a size such as 5GB."""
-    from ..errors import PlanError
-    from ..sizes import parse_size
-
-    try:
-        return None if value is None else parse_size(value)
-    except PlanError as error:
-        raise click.BadParameter(str(error)) from error
+output_file = click.Path(dir_okay=False, path_type=Path)
+"""A file to write."""
 
 
-def select(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Callback of --select, which leaves the judgement to decision.Rule."""
-    from ..decision import Rule
-    from ..errors import AnalysisError
+class _Value(click.ParamType):
+    """A value as its setting checks it; what the setting says is click's usage error."""
 
-    try:
-        return Rule(select=value).select
-    except AnalysisError as error:
-        raise click.BadParameter(str(error)) from error
+    def __init__(self, field: Field) -> None:
+        self.name = field.setting.metavar or field.name
+        self._field = field
 
-
-def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """Callback of options that take a number: click's own ranges let NaN pass."""
-    if value is not None and not math.isfinite(value):
-        raise click.BadParameter(f"{value} is not a finite number")
-    return value
-
-
-def regular_expression(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Callback of options that take a regular expression."""
-    try:
-        re.compile(value or "")
-    except re.error as error:
-        raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from error
-    return value
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Reads what was typed; a default is checked already."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._field.parsed(value)
+        except SettingError as error:
+            self.fail(str(error), param, ctx)
 
 
-def threshold_option(purpose: str) -> Callable[[_Function], _Function]:
-    """--threshold, alias --tau."""
-    return click.option(
-        "--threshold",
-        "--tau",
-        "threshold",
-        type=float,
-        callback=finite,
-        default=0.35,
-        show_default=True,
-        help=purpose,
-    )
+def settings_options(
+    record: type[Settings], *, leave_out: Collection[str] = (), only: Collection[str] | None = None
+) -> Callable[[_Function], _Function]:
+    """Adds an option for every setting of a record that has one.
 
-
-def compose(*decorators: Callable[[_Function], _Function]) -> Callable[[_Function], _Function]:
-    """Applies decorators so that the first one's option comes first in the help."""
+    Args:
+        record: The record.
+        leave_out: Settings that the command gives itself.
+        only: The settings to add, if not all of them.
+    """
 
     def decorate(function: _Function) -> _Function:
-        for decorator in reversed(decorators):
-            function = decorator(function)
+        for field in reversed(fields_of(record)):
+            wanted = field.name not in leave_out and (only is None or field.name in only)
+            if wanted and field.setting.on_command_line:
+                function = _option(field)(function)
         return function
 
     return decorate
 
 
-def role_options(*, with_safe: bool) -> Callable[[_Function], _Function]:
-    """--base, --aligned, --finetuned and, where asked for, --safe."""
-    options = [
-        click.option("--base", required=True, metavar="MODEL", help="The model before alignment."),
-        click.option(
-            "--aligned", required=True, metavar="MODEL", help="The aligned model that was fine-tuned."
-        ),
-        click.option(
-            "--finetuned",
-            required=True,
-            metavar="MODEL",
-            help="The fine-tuned model, to be repaired; or a LoRA adapter of the aligned one.",
-        ),
-    ]
-    if with_safe:
-        options.append(
-            click.option(
-                "--safe",
-                metavar="MODEL",
-                help="The safe model to merge with, or a LoRA adapter.  [default: the aligned one]",
-            )
-        )
-    return compose(*options)
+def _option(field: Field) -> Callable[[_Function], _Function]:
+    setting = field.setting
+    name = f"--{field.name.replace('_', '-')}"
+    names = [spelling for spelling in setting.names if not spelling.startswith("--")]
+    aliases = [spelling for spelling in setting.names if spelling.startswith("--")]
+    help_text = setting.help + (f"  [default: {setting.default}]" if setting.default else "")
+    options: dict[str, Any] = {"help": help_text, "required": field.required}
+    if field.is_flag and not field.choices:
+        options |= {"is_flag": True, "default": False}
+    elif field.is_flag:
+        # A flag that may be followed by =WORD.
+        options |= {
+            "is_flag": False,
+            "flag_value": True,
+            "default": False,
+            "type": _Value(field),
+            "metavar": f"[={'|'.join(field.choices)}]",
+        }
+    else:
+        default = None if field.required else field.default
+        options |= {
+            "default": default,
+            "show_default": default is not None,
+            "type": click.Choice(field.choices) if field.choices else _Value(field),
+            "metavar": setting.metavar or _metavar(field),
+        }
+    return click.option(*names, name, *aliases, field.name, **options)
 
 
-resource_options = compose(
-    click.option(
-        "--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors + 2, at most 16]"
-    ),
-    click.option(
-        "--memory-budget",
-        callback=size,
-        metavar="SIZE",
-        help="Most bytes for the merge's buffers and input windows, like 1GB.",
-    ),
-    click.option(
-        "--read-backend",
-        type=click.Choice(["auto", "mmap", "pread"]),
-        help="Map inputs, or read them by position; auto maps all but network file systems.  [default: auto]",
-    ),
-)
-
-analysis_options = compose(
-    click.option(
-        "--delta-reference",
-        type=click.Choice(["aligned", "base"]),
-        default="aligned",
-        show_default=True,
-        help="The model that the update Δ is taken against.",
-    ),
-    click.option(
-        "--include",
-        callback=regular_expression,
-        metavar="REGEX",
-        help="Analyse these tensors too, if they are 2-D and float.",
-    ),
-    click.option(
-        "--exclude",
-        callback=regular_expression,
-        metavar="REGEX",
-        help="Leave these tensors out of the analysis.",
-    ),
-    click.option(
-        "--device",
-        default="auto",
-        show_default=True,
-        metavar="auto|cpu|cuda[:N]|mps",
-        help="Where the analysis computes.",
-    ),
-    click.option(
-        "--allow-nonfinite",
-        is_flag=True,
-        help="Let NaN and infinity of the models through instead of refusing them.",
-    ),
-)
-"""How scores are computed."""
-
-output_file = click.Path(dir_okay=False, path_type=Path)
-"""A file to write."""
+def _metavar(field: Field) -> str | None:
+    if field.choices:
+        return None
+    if float in field.types:
+        return "NUMBER"
+    if int in field.types and str not in field.types:
+        return "N"
+    return {Kind.PATH: "FILE", Kind.MODEL: "MODEL", Kind.SIZE: "SIZE"}.get(field.setting.kind, "TEXT")
 
 
 def _remember_verbosity(ctx: click.Context, param: click.Parameter, value: int) -> int:
@@ -181,7 +105,7 @@ def _remember_verbosity(ctx: click.Context, param: click.Parameter, value: int) 
     return value
 
 
-_terminal_options = compose(
+_TERMINAL_OPTIONS = (
     click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of a table."
     ),
@@ -208,10 +132,15 @@ def terminal_options(function: Callable[..., Any]) -> Callable[..., Any]:
         terminal = Terminal(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
         return function(terminal=terminal, **values)
 
-    return _terminal_options(run)
+    decorated: Callable[..., Any] = run
+    for option in reversed(_TERMINAL_OPTIONS):
+        decorated = option(decorated)
+    return decorated
 
 
 def verbosity(ctx: click.Context) -> int:
     """How many -v the command was given."""
     count: int = ctx.meta.get(_VERBOSITY, 0)
     return count
+
+

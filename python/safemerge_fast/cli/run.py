@@ -3,84 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .. import _engine
-from .merge import say_merge
-from .options import resource_options, terminal_options
+from ..plan.methods import known_methods
+from ..settings import RunSettings, fields_of
+from .options import settings_options, terminal_options
+from .outcome import say_outcome
 from .terminal import Terminal
 
-_METHODS = "\b\nMethods (docs/methods.md has their parameters):\n" + "\n".join(
-    f"  {method['name']:<17} {method['summary']}" for method in _engine.methods()
-)
+
+def _epilog() -> str:
+    """Recipes with their fields, and methods with what they do."""
+    from ..recipes import recipes
+
+    of_the_run = {field.name for field in fields_of(RunSettings)}
+    lines = ["\b", "Recipes:"]
+    for recipe in recipes().values():
+        fields = ", ".join(
+            field.name for field in fields_of(recipe.settings) if field.name not in of_the_run
+        )
+        lines += [f"  {recipe.name:<11} {recipe.summary}", f"{'':<13} Fields: {fields}."]
+    lines += ["", "\b", "Methods (docs/methods.md has their parameters):"]
+    lines += [f"  {method.name:<17} {method.summary}" for method in known_methods().values()]
+    return "\n".join(lines)
 
 
-@click.command("run", epilog=_METHODS)
-@click.argument("recipe", metavar="CONFIG", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "-o", "--output", required=True, type=click.Path(), metavar="DIR", help="Output directory; new or empty."
-)
-@resource_options
-@click.option("--resume", is_flag=True, help="Continue an unfinished run in the output.")
-@click.option("--overwrite", is_flag=True, help="Replace what the output holds.")
+class _Command(click.Command):
+    """Lists recipes and methods where they are asked for, since that imports all of them."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the lists below the options."""
+        self.epilog = _epilog()
+        super().format_epilog(ctx, formatter)
+
+
+@click.command("run", cls=_Command)
+@click.argument("config", metavar="CONFIG", type=click.Path(path_type=Path))
+@settings_options(RunSettings, leave_out=("allow_nonfinite",))
+@click.option("--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing.")
 @terminal_options
-def command(
-    *,
-    terminal: Terminal,
-    recipe: Path,
-    output: str,
-    threads: int | None,
-    memory_budget: int | None,
-    read_backend: str | None,
-    resume: bool,
-    overwrite: bool,
-) -> None:
+def command(*, terminal: Terminal, config: Path, dry_run: bool, **values: Any) -> None:
     """Make what the YAML file CONFIG says: a recipe, or a merge as mergekit's configurations say it.
 
-    With the field `merge_method` it is in mergekit's format: models or slices, base_model, parameters, dtype,
-    tokenizer_source. Else its field `recipe` is one of:
+    Its field `recipe` is one of those below, and its other fields are that recipe's settings; what is given here wins.
+    With the field `merge_method` in place of `recipe` it is in mergekit's format: models or slices, base_model,
+    parameters, dtype, tokenizer_source. Paths in CONFIG are relative to the working directory.
+    """
+    from ..recipes.run import carry_out, read_recipe
 
-    \b
-    fold       Folds a LoRA adapter into the checkpoint it was trained on, exactly and without torch;
-               what PEFT calls merge_and_unload. Fields: model, adapter; dtype, max_shard_size,
-               allow_nonfinite.
-    safemerge  What the command merge does. Fields: the names of its flags, with _ for -.
+    # Defaults are no wish of the one who typed the command.
+    context = click.get_current_context()
+    given = {
+        name: value
+        for name, value in values.items()
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }
+    if dry_run:
+        from ..recipes.preview import preview
+        from .outcome import preview_lines
 
-    Paths in CONFIG are relative to the working directory.
-    """  # noqa: D301 (click reads the \b)
-    if resume and overwrite:
-        raise click.UsageError(
-            "--resume continues an output and --overwrite starts it anew; give one of them."
-        )
-    from ..recipes.document import read_recipe
-    from ..recipes.fold import FoldReport
-    from ..recipes.run import carry_out
-    from ..report.merge_report import MergeReport
-    from ..sizes import format_size
-
-    configuration = read_recipe(
-        recipe,
-        output=output,
-        threads=threads,
-        memory_budget=memory_budget,
-        read_backend=read_backend,
-        resume=resume,
-        overwrite=overwrite,
-    )
-    with terminal.progress() as progress:
-        report = carry_out(configuration, progress)
-    if isinstance(report, MergeReport):
-        say_merge(terminal, report)
+        outlook = preview(read_recipe(config, given))
+        terminal.say_some("note", outlook.notes, rest="-v prints them all")
+        terminal.result(outlook.to_json, *preview_lines(outlook))
         return
-    if isinstance(report, FoldReport):
-        done = f"folded: {report.changed} of {len(report.tensors)} tensors changed"
-    else:
-        done = f"merged: {report.merged} of {len(report.tensors)} tensors computed, the others copied,"
-    terminal.say_some("note", report.notes, rest="-v prints them all")
-    terminal.result(
-        report.to_json,
-        f"{done} in {report.output}, "
-        f"{format_size(report.bytes_written)} in {len(report.shards)} file(s), {report.seconds['total']:.1f} s, "
-        f"peak memory {format_size(report.peak_memory_bytes)}",
-    )
+    with terminal.progress() as progress:
+        report = carry_out(read_recipe(config, {**given, "progress": progress}))
+    say_outcome(terminal, report)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..printable import MOST_OF_A_MESSAGE, printable
 from ..progress import ProgressCallback, ProgressEvent
 
 __all__ = ["Terminal"]
@@ -52,7 +53,12 @@ class Terminal:
     def say(self, message: str) -> None:
         """Writes a line to stderr, unless told to be quiet."""
         if not self._quiet:
-            click.echo(message, err=True)
+            click.echo(printable(message, MOST_OF_A_MESSAGE), err=True)
+
+    def say_next(self, steps: Sequence[tuple[str, str]]) -> None:
+        """Writes what one may want to do next: a word, and what to type; one in a line."""
+        for word, action in steps:
+            self.say(f"  {word:<8} {action}")
 
     def say_some(self, kind: str, messages: Sequence[str], *, rest: str) -> None:
         """Writes the first few of many sentences to stderr, and how many more there are; with -v all."""
@@ -91,7 +97,7 @@ class Terminal:
         def show(event: ProgressEvent) -> None:
             if event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(_STAGES[event.stage], total=event.total, item="")
-            bars.update(tasks[event.stage], completed=event.done, total=event.total, item=event.item)
+            bars.update(tasks[event.stage], completed=event.done, total=event.total, item=printable(event.item, 200))
 
         with bars:
             yield show

@@ -1,1 +1,1 @@
-"""Stage 6, execution: plans become files of an output, and what lies beside them."""
+"""Stage 6, execution: plans become files of an output in a job's directory; inputs are watched meanwhile."""

@@ -5,11 +5,13 @@ The engine makes an operand tile by tile, so that no merged copy of it ever exis
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LowRank", "Magnitude", "Operand", "Rows", "Term", "references"]
+__all__ = ["OWN_NAME", "LowRank", "Magnitude", "Operand", "Rows", "Term"]
+
+OWN_NAME = ""
+"""In place of a tensor's name: the name of the output tensor that is made, so that many can share an operand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Operand:
 
     Attributes:
         source: Role whose file holds the tensor.
-        tensor: Its name there.
+        tensor: Its name there; OWN_NAME is the output tensor's.
         rows: Rows that are replaced first, or None.
         low_rank: Products that are added then.
         magnitude: Norms that the sum gets at last, or None.
@@ -103,9 +105,17 @@ class Operand:
         """Whether the tensor is taken as it is stored."""
         return self.rows is None and not self.low_rank and self.magnitude is None
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The roles whose files it reads."""
+        parts = (self.rows, *self.low_rank, self.magnitude)
+        return (self.source, *(part.source for part in parts if part is not None))
+
     def to_plan(self) -> dict[str, Any]:
         """The operand as the plan writes it; what is not there is left out."""
-        document: dict[str, Any] = {"source": self.source, "tensor": self.tensor}
+        document: dict[str, Any] = {"source": self.source}
+        if self.tensor != OWN_NAME:
+            document["tensor"] = self.tensor
         if self.rows is not None:
             document["rows"] = self.rows.to_plan()
         if self.low_rank:
@@ -122,14 +132,3 @@ class Term:
     operand: Operand
     weight: float = 1.0
 
-
-def references(operand: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """All (source, tensor) that an operand of a plan reads.
-
-    Args:
-        operand: What Operand.to_plan returns, or the place of a tensor that is copied.
-    """
-    parts = [operand]
-    parts += [operand[name] for name in ("rows", "magnitude") if name in operand]
-    parts += [term[factor] for term in operand.get("low_rank", ()) for factor in ("a", "b")]
-    return [(part["source"], part["tensor"]) for part in parts]

@@ -6,8 +6,10 @@ Tensors are matched by name, never by position. Only headers and configurations 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
 
 from .._engine import TensorInfo
 from ..checkpoint.adapter import Adapter
@@ -27,11 +29,43 @@ from .names import match_names
 from .operand import Operand, Term
 from .tied import embedding_name, is_head, ties_head
 
-__all__ = ["Pairing", "Row", "counterparts", "in_file_order", "match_names", "pair", "pair_adapter"]
+__all__ = ["Pairing", "Row", "SameName", "counterparts", "in_file_order", "match_names", "pair", "pair_adapter"]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class SameName(Mapping[str, str]):
+    """The names of a tensor that is called the same in every role; models have a hundred thousand of them."""
+
+    __slots__ = ("_name", "_roles")
+
+    def __init__(self, name: str, roles: tuple[str, ...]) -> None:
+        """Holds one name.
+
+        Args:
+            name: The name.
+            roles: The roles that have it; one tuple for many tensors.
+        """
+        self._name = name
+        self._roles = roles
+
+    def __getitem__(self, role: str) -> str:
+        if role in self._roles:
+            return self._name
+        raise KeyError(role)
+
+    def __contains__(self, role: object) -> bool:
+        return role in self._roles
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+
+_NOT_ADAPTED: Mapping[str, tuple[Term, ...]] = {}
+
+
+class Row(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One output tensor and what it could be made of.
 
     Attributes:
@@ -46,8 +80,7 @@ class Row:
         analysed: Whether it is to be scored.
         transposed: Whether it is stored as (in, out), as GPT-2's Conv1D does.
         reason: Why it is left out of the analysis, or "projection".
-        terms: What each role's tensor is made of, for the roles that have it; those of names, which are plain
-            tensors, are filled in.
+        adapted: What adapters make of it, by role; a role is there if it is an adapter.
     """
 
     name: str
@@ -60,11 +93,21 @@ class Row:
     analysed: bool
     transposed: bool
     reason: str
-    terms: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
+    adapted: Mapping[str, tuple[Term, ...]] = _NOT_ADAPTED
 
-    def __post_init__(self) -> None:
+    @property
+    def terms(self) -> Mapping[str, tuple[Term, ...]]:
+        """What each role's tensor is made of, for the roles that have it."""
         plain = {role: (Term(Operand(role, name)),) for role, name in self.names.items()}
-        object.__setattr__(self, "terms", {**plain, **self.terms})
+        return {**plain, **self.adapted}
+
+    def has(self, role: str) -> bool:
+        """Whether a role has the tensor, or makes it."""
+        return role in self.names or role in self.adapted
+
+    def is_plain(self, role: str) -> bool:
+        """Whether a role has the tensor stored under the row's own name."""
+        return role not in self.adapted and role in self.names and self.names[role] == self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +196,7 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
                 analysed=analysed,
                 transposed=_is_transposed(tensor, anchor, adapted),
                 reason=reason,
-                terms=_adapter_terms(names.get("aligned"), adapted),
+                adapted=_adapter_terms(names.get("aligned"), adapted) if adapted else _NOT_ADAPTED,
             )
         )
     if unfit:
@@ -194,7 +237,7 @@ def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
             analysed=False,
             transposed=is_stored_transposed(tensor, model.config),
             reason="adapted" if tensor.name in adapted else "not adapted",
-            terms={adapter.role: adapted.get(tensor.name, (Term(Operand(model.role, tensor.name)),))},
+            adapted={adapter.role: adapted.get(tensor.name, (Term(Operand(model.role, tensor.name)),))},
         )
         for tensor in in_file_order(model)
     )

@@ -8,7 +8,7 @@ from functools import cache
 
 from .. import _engine
 
-__all__ = ["Method", "Parameter", "known_methods", "weighing_methods"]
+__all__ = ["Method", "Parameter", "known_methods", "summing_method", "thinning_method", "weighing_methods"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,36 @@ class Method:
 
     Attributes:
         name: Its name.
+        summary: What it does, in a sentence.
         base: Whether it has a base: "none", "optional" or "required".
         least_operands: The fewest models it merges, the base not counted.
         most_operands: The most, or None.
         parameters: By name.
+        sums: Whether it is a weighted sum, so that operands which share a tensor can be combined.
+        votes: Whether elements vote on signs, so that a lone update always wins.
+        interpolates: Whether its parameter t leads from the base to the one model.
+        sole: Whether with one model only it gives that model's tensor.
+        passes_through: Whether it takes one model, as it is or scaled.
+        thins: Whether it keeps random elements of task vectors, scales them up and adds them.
     """
 
     name: str
+    summary: str
     base: str
     least_operands: int
     most_operands: int | None
     parameters: Mapping[str, Parameter]
+    sums: bool
+    votes: bool
+    interpolates: bool
+    sole: bool
+    passes_through: bool
+    thins: bool
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it weighs models, one against the other, so that SafeMERGE can use it."""
+        return self.interpolates or "weight" in self.parameters
 
     def names(self, scope: str) -> list[str]:
         """Names of the parameters of a scope."""
@@ -61,23 +80,30 @@ class Method:
 def known_methods() -> Mapping[str, Method]:
     """The engine's methods by name."""
     return {
-        method["name"]: Method(
-            name=method["name"],
-            base=method["base"],
-            least_operands=method["least_operands"],
-            most_operands=method["most_operands"],
+        method.name: Method(
+            name=method.name,
+            summary=method.summary,
+            base=method.base,
+            least_operands=method.least_operands,
+            most_operands=method.most_operands,
             parameters={
-                parameter["name"]: Parameter(
-                    name=parameter["name"],
-                    scope=parameter["scope"],
-                    kind=parameter["kind"],
-                    default=parameter["default"],
-                    least=parameter["least"],
-                    most=parameter["most"],
-                    choices=tuple(parameter["choices"]),
+                parameter.name: Parameter(
+                    name=parameter.name,
+                    scope=parameter.scope,
+                    kind=parameter.kind,
+                    default=parameter.default,
+                    least=parameter.least,
+                    most=parameter.most,
+                    choices=tuple(parameter.choices),
                 )
-                for parameter in method["parameters"]
+                for parameter in method.parameters
             },
+            sums=method.sums,
+            votes=method.votes,
+            interpolates=method.interpolates,
+            sole=method.sole,
+            passes_through=method.passes_through,
+            thins=method.thins,
         )
         for method in _engine.methods()
     }
@@ -85,5 +111,16 @@ def known_methods() -> Mapping[str, Method]:
 
 def weighing_methods() -> tuple[str, ...]:
     """Names of the methods that weigh two models, with or without a base: those that SafeMERGE can use."""
-    methods = known_methods().items()
-    return tuple(name for name, method in methods if "weight" in method.parameters or name == "slerp")
+    return tuple(name for name, method in known_methods().items() if method.weighs)
+
+
+@cache
+def summing_method() -> Method:
+    """The weighted sum, which is also what adapters that add to a tensor come down to."""
+    return next(method for method in known_methods().values() if method.sums)
+
+
+@cache
+def thinning_method() -> Method:
+    """The method that keeps random elements of task vectors, scales them up and adds them (DARE)."""
+    return next(method for method in known_methods().values() if method.thins)

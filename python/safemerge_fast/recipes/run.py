@@ -1,73 +1,200 @@
-"""Carries out what a YAML file says: a recipe, or a configuration in mergekit's format."""
+"""Carries out a recipe: open, measure, decide, write, report, publish. What stands under the output's name is whole."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from .document import read_recipe
-from .fold import FoldConfiguration, FoldReport, run_fold
-from .mergekit.execution import MergekitConfiguration, MergekitReport, run_mergekit
-from .safemerge.configuration import MergeConfiguration
-from .safemerge.merge import run_merge
+from .. import _engine
+from ..documents import RECORD, read_bytes
+from ..errors import PlanError
+from ..execution.inputs import describe_inputs, input_paths, require_unchanged
+from ..execution.local import Written
+from ..progress import silent
+from ..report.environment import peak_memory, versions
+from ..report.report import CARD_FILE, REPORT_FILE, ModuleWarning, OutputFile, Report
+from ..settings import RunSettings, Settings, fields_of, read_settings
+from ..yaml_documents import read_yaml
+from . import recipes
+from .base import Contents, Job, Measurement
 
-if TYPE_CHECKING:
-    from ..progress import ProgressCallback
-    from ..report.merge_report import MergeReport
+__all__ = ["carry_out", "read_recipe", "read_report", "run"]
 
-__all__ = ["carry_out", "run"]
+
+def carry_out(settings: RunSettings) -> Report:
+    """Makes what settings say.
+
+    Args:
+        settings: Settings of any recipe.
+
+    Returns:
+        The report, which also lies in the output as safemerge_report.json.
+
+    Raises:
+        SafemergeError: One of its subclasses. What stood under the output's name stands there still, and what was
+            measured and written waits for resume.
+    """
+    started = time.perf_counter()
+    tell = settings.progress or silent
+    job: Job[Any] = recipes()[settings.recipe].open(settings)
+    companions = job.companions()
+    directory = _engine.JobDirectory(
+        settings.output,
+        identity=job.identity(),
+        inputs=input_paths(job.models),
+        resume=settings.resume,
+        overwrite=settings.overwriting,
+    )
+    try:
+        if directory.complete:
+            directory.close()
+            return read_report(Path(directory.output))
+        measurement = job.measure(directory, tell)
+        require_unchanged(job.models)
+        contents = job.contents(measurement)
+        written = contents.write(directory, settings, tell)
+        for source, name in companions:
+            directory.copy_file(source, name)
+        for name, data in contents.small_files():
+            directory.write_file(name, data)
+        report = _report(job, directory, contents, measurement, written, started)
+        directory.write_file(CARD_FILE, job.card(report).encode())
+        report = replace(report, files=_files(directory))
+        directory.write_file(REPORT_FILE, report.encode())
+        require_unchanged(job.models)
+        directory.publish()
+    except BaseException:
+        # Also for Ctrl-C: what is measured and committed stays for --resume, under a hidden name.
+        directory.close()
+        raise
+    return report
 
 
 def run(
     config: str | os.PathLike[str],
     *,
     output: str | os.PathLike[str],
-    threads: int | None = None,
-    memory_budget: int | str | None = None,
-    read_backend: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: ProgressCallback | None = None,
-) -> MergeReport | FoldReport | MergekitReport:
-    """Makes what a YAML file says: `recipe: safemerge` or `recipe: fold`, or a merge as mergekit's files say it.
+    **settings: Any,
+) -> Report:
+    """Makes what a YAML file says: a recipe, or a merge as mergekit's files say it.
 
     Args:
         config: The file. Paths in it are relative to the working directory.
         output: Output directory; must be new or empty unless resume or overwrite is given.
-        threads: Worker threads; None is the file's number, or two more than there are processors, at most 16.
-        memory_budget: Most bytes for the engine's buffers, as a number or like "1GB"; None is the file's.
-        read_backend: "mmap", "pread" (positioned reads), or "auto": pread on network file systems; None is the
-            file's.
-        resume: Continue an unfinished run in the output.
-        overwrite: Replace what the output holds.
-        progress: Called with ProgressEvents; an exception it raises stops the work.
+        **settings: Further settings of the run, which win over the file's: threads, memory_budget, read_backend, resume,
+            overwrite, allow_nonfinite, progress.
 
     Returns:
         The report, which also lies in the output as safemerge_report.json.
 
     Raises:
-        SafemergeError: One of its subclasses; the output then holds nothing that looks complete.
+        SafemergeError: One of its subclasses; what stood under the output's name stands there still.
     """
-    configuration = read_recipe(
-        Path(config),
-        output=os.fspath(output),
-        threads=threads,
-        memory_budget=memory_budget,
-        read_backend=read_backend,
-        resume=resume,
-        overwrite=overwrite,
+    return carry_out(read_recipe(Path(config), {"output": output, **settings}))
+
+
+def read_recipe(file: Path, run: Mapping[str, Any]) -> RunSettings:
+    """Reads a file that says what to make.
+
+    Args:
+        file: YAML, or JSON, which is YAML too. Its field `recipe` names a recipe, whose settings the other fields are;
+            without one, a recipe may know the document by its fields.
+        run: Settings of the run, which win over the file's; those that are None are not given.
+
+    Raises:
+        PlanError: The file cannot be read, names no known recipe, or has a field that is unknown, missing or out of
+            range.
+    """
+    document = read_yaml(file, PlanError)
+    if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
+        raise PlanError(f"{file} should hold fields with values, like `recipe: fold`")
+    given = {name: value for name, value in run.items() if value is not None}
+    if "recipe" not in document:
+        for recipe in recipes().values():
+            if recipe.read is not None and (found := recipe.read(str(file), document, given)) is not None:
+                return found
+    name = document.pop("recipe", None)
+    named = [recipe.name for recipe in recipes().values() if recipe.read is None]
+    if not isinstance(name, str) or name not in named:
+        raise PlanError(
+            f"{file} should say `recipe: {' or '.join(named)}`"
+            + (", or have a merge_method" if name is None else f", not {name!r}")
+        )
+    record = recipes()[name].settings
+    _refuse_settings_of_the_run(file, record, document)
+    return read_settings(record, {**document, **given}, str(file))
+
+
+def _refuse_settings_of_the_run(file: Path, record: type[Settings], document: Mapping[str, Any]) -> None:
+    for field in fields_of(record):
+        if field.name in document and not field.setting.in_files:
+            raise PlanError(f"{file} sets {field.name}, which is given on the command line (see run --help)")
+
+
+def read_report(directory: Path) -> Report:
+    """Reads the report of an output.
+
+    Raises:
+        PlanError: It is damaged, or of another version.
+        CheckpointError: There is none.
+    """
+    path = directory / REPORT_FILE
+    text = read_bytes(path, PlanError, limit=RECORD)
+
+    def configuration(recipe: str, values: Mapping[str, Any]) -> Settings:
+        if recipe not in recipes():
+            raise PlanError(f"it was made by the recipe {recipe!r}, which this program does not have")
+        return recipes()[recipe].settings.from_dict(values)
+
+    try:
+        return Report.from_json(text, configuration)
+    except PlanError as error:
+        raise PlanError(f"cannot read {path}: {error}") from error
+
+
+def _report(
+    job: Job[Any],
+    directory: _engine.JobDirectory,
+    contents: Contents,
+    measurement: Measurement,
+    written: Written,
+    started: float,
+) -> Report:
+    nonfinite = tuple(
+        ModuleWarning(tensor, f"{tensor} of {path} holds NaN or infinity, and so may the output")
+        for tensor, path in written.nonfinite
     )
-    return carry_out(configuration, progress)
+    return Report(
+        recipe=job.settings.recipe,
+        output=directory.output,
+        configuration=job.settings,
+        identity=job.identity(),
+        inputs=describe_inputs(job.models),
+        versions=versions(),
+        device=measurement.device,
+        seconds={
+            "analysis": measurement.seconds,
+            "merge": written.seconds,
+            "total": time.perf_counter() - started,
+        },
+        bytes_read=written.bytes_read,
+        bytes_written=written.bytes_written,
+        peak_memory_bytes=peak_memory(),
+        shards=written.shards,
+        tensors=contents.tensors(measurement.scores),
+        unused=job.unused,
+        warnings=(*measurement.warnings, *nonfinite),
+        notes=(*job.notes, *contents.notes()),
+        adapter=contents.adapter(),
+    )
 
 
-def carry_out(
-    configuration: MergeConfiguration | FoldConfiguration | MergekitConfiguration,
-    progress: ProgressCallback | None,
-) -> MergeReport | FoldReport | MergekitReport:
-    """Does what run says, for a configuration that is already a record."""
-    if isinstance(configuration, MergeConfiguration):
-        return run_merge(configuration, progress)
-    if isinstance(configuration, FoldConfiguration):
-        return run_fold(configuration, progress)
-    return run_mergekit(configuration, progress)
+def _files(directory: _engine.JobDirectory) -> tuple[OutputFile, ...]:
+    return tuple(
+        OutputFile(file.name, file.bytes, file.digest)
+        for file in sorted(directory.written, key=lambda file: file.name)
+    )

@@ -1,11 +1,11 @@
 //! Workers that wait for one another's observations stop when there is nothing left to wait for.
 
 use super::scene::{Case, Scene, Shape, cases};
+use crate::fixtures::open_job;
 use safemerge_fast::Error;
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::plan::Plan;
-use safemerge_fast::writer::Output;
 use safetensors::Dtype;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ fn cancelled_workers_stop_waiting_at_once() {
     let plan = Plan::from_json(&scene.plan(&observing(), 1).to_string()).unwrap();
     let shards = plan.select(None).unwrap();
     for threads in [1, 8] {
-        let output = Output::open(&scene.path("out"), [], false, false).unwrap();
+        let output = open_job(&scene.path("out")).unwrap();
         let progress = Progress::default();
         let options = Options { threads, ..Options::default() };
         let mut asked = None;
@@ -62,7 +62,7 @@ fn a_chunk_that_fails_ends_the_wait_of_the_others() {
         let (sender, receiver) = mpsc::channel();
         // By itself, since a merge that hangs would hang the tests.
         std::thread::spawn(move || {
-            let output = Output::open(&path, [], false, false).unwrap();
+            let output = open_job(&path).unwrap();
             let shards = plan.select(None).unwrap();
             let options = Options { threads, tile_bytes: 1 << 20, ..Options::default() };
             let progress = Progress::default();

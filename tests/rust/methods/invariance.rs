@@ -38,9 +38,10 @@ fn parse(scene: &Scene, cases: &[Case], shards: usize) -> Plan {
 /// Names the tensor in which files of one plan differ first.
 fn assert_same(plan: &Plan, found: &[Vec<u8>], expected: &[Vec<u8>], how: &Options) {
     for ((shard, found), expected) in plan.shards().iter().zip(found).zip(expected) {
-        for tensor in &shard.tensors {
-            let range = tensor.range.clone();
-            assert!(found[range.clone()] == expected[range], "{} with {how:?}", tensor.name);
+        for number in 0..shard.layout.len() {
+            let range = shard.layout.range(number);
+            let name = shard.name(number);
+            assert!(found[range.clone()] == expected[range], "{name} with {how:?}");
         }
         assert!(found == expected, "the header of {}", shard.file);
     }
@@ -49,13 +50,18 @@ fn assert_same(plan: &Plan, found: &[Vec<u8>], expected: &[Vec<u8>], how: &Optio
 #[test]
 fn the_cases_are_all_the_methods() {
     let tested: BTreeSet<_> = cases().iter().map(|case| case.method).collect();
-    let known: BTreeSet<_> = METHODS.iter().map(|method| method.name).collect();
+    let known: BTreeSet<_> = METHODS.iter().map(|method| method.about.name).collect();
     assert_eq!(tested, known);
     for case in cases() {
         let each = vec![case.each.as_object().unwrap().clone(); case.operands];
         let shared = case.shared.as_object().unwrap();
         let made = build(case.method, shared, &each, case.base, "x", &[1031, 1025]).unwrap();
-        let most = METHODS.iter().find(|known| known.name == case.method).unwrap().passes;
+        let most = METHODS
+            .iter()
+            .map(|known| known.about)
+            .find(|known| known.name == case.method)
+            .unwrap()
+            .passes;
         assert!(made.passes() <= most, "{case:?} makes {} passes, not {most}", made.passes());
     }
 }
@@ -94,7 +100,8 @@ fn large_tensors_do_not_depend_on_threads_tiles_or_simd_and_verify() {
         let kernels = Kernels::detect();
         let shards = plan.select(None).unwrap();
         let options = verify::Options { threads, sample, seed, kernels };
-        verify(&shards, &scene.path("out"), &options, &Progress::default(), &mut || true).unwrap()
+        verify(&plan, &shards, &scene.path("out"), &options, &Progress::default(), &mut || true)
+            .unwrap()
     };
     let whole = check(1.0, 0, 2);
     assert_eq!((whole.bytes_checked, whole.mismatches), (whole.bytes_total, vec![]));
@@ -168,13 +175,9 @@ fn an_adapter_s_operand_is_merged_as_the_tensor_that_it_makes() {
     let mut with_adapter = scene.plan(&two, 1);
     with_adapter["sources"]["adapter"] = source(&adapter);
     let mut materialised = with_adapter.clone();
-    materialised["shards"][0]["tensors"] = json!([{
-        "name": "w", "dtype": "F32", "shape": [64, 48],
-        "merge": {
-            "method": "passthrough", "parameters": {},
-            "operands": [{"operand": adapted}],
-        },
-    }]);
+    let merge = json!({"method": "passthrough", "operands": [{"operand": adapted}]});
+    materialised["operations"] = json!([{"merge": merge}]);
+    materialised["shards"][0]["tensors"] = json!([{"name": "w", "operation": 0, "dtype": "F32"}]);
     let plan = Plan::from_json(&materialised.to_string()).unwrap();
     scene.run(&plan, &Options::default()).unwrap();
     std::fs::create_dir(scene.path("folded")).unwrap();
@@ -186,8 +189,8 @@ fn an_adapter_s_operand_is_merged_as_the_tensor_that_it_makes() {
     let mut with_folded = with_adapter.clone();
     with_folded["sources"]["folded"] = source(&scene.path("folded"));
     let merges = |plan: &mut serde_json::Value, operand: &serde_json::Value| {
-        for tensor in plan["shards"][0]["tensors"].as_array_mut().unwrap() {
-            tensor["merge"]["operands"][1]["operand"] = operand.clone();
+        for operation in plan["operations"].as_array_mut().unwrap() {
+            operation["merge"]["operands"][1]["operand"] = operand.clone();
         }
     };
     merges(&mut with_adapter, &adapted);

@@ -126,7 +126,7 @@ fn outcome(scene: &Scene, case: &Case, allow_nonfinite: bool) -> Result<Vec<f32>
     let plan = Plan::from_json(&plan.to_string()).unwrap();
     let options = Options { allow_nonfinite, ..Options::default() };
     let files = scene.run(&plan, &options)?;
-    let data = &files[0][plan.shards()[0].tensors[0].range.clone()];
+    let data = &files[0][plan.shards()[0].layout.range(0)];
     Ok(data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
 }
 
@@ -193,7 +193,7 @@ fn models_without_a_mean_direction_are_refused() {
         }],
         1,
     );
-    for operand in plan["shards"][0]["tensors"][0]["merge"]["operands"].as_array_mut().unwrap() {
+    for operand in plan["operations"][0]["merge"]["operands"].as_array_mut().unwrap() {
         operand["weight"] = json!(1.0);
     }
     let plan = Plan::from_json(&plan.to_string()).unwrap();

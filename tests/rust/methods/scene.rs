@@ -1,11 +1,10 @@
 //! Checkpoints of related models, and plans that merge them by every method.
 
-use crate::fixtures::{encode, random_values, source, write_raw};
+use crate::fixtures::{self, encode, open_job, publish, random_values, source, write_raw};
 use safemerge_fast::Result;
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
 use safemerge_fast::plan::Plan;
-use safemerge_fast::writer::Output;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
@@ -132,16 +131,16 @@ impl Scene {
         });
         let sources: Map<String, Value> =
             (0..=MODELS).map(|model| (role(model), source(&self.path(&role(model))))).collect();
-        json!({"version": 1, "sources": sources, "shards": files.collect::<Vec<_>>()})
+        fixtures::plan(sources.into(), files.collect())
     }
 
     /// Executes a plan and gives the bytes of its files.
     pub fn run(&self, plan: &Plan, options: &Options) -> Result<Vec<Vec<u8>>> {
         let path = self.path("out");
-        let output = Output::open(&path, [], false, true)?;
+        let output = open_job(&path)?;
         let shards = plan.select(None)?;
         execute(plan, &shards, &output, options, &Progress::default(), &mut || true)?;
-        output.finish()?;
+        publish(&output, "test")?;
         let files = plan.shards().iter().map(|shard| path.join(&shard.file));
         Ok(files.map(|file| std::fs::read(file).expect("output")).collect())
     }

@@ -1,48 +1,84 @@
-"""What a merge knows before it measures or writes: models, rows, rule, blend and the output's layout."""
+"""SafeMERGE as a job: models opened and paired, modules scored and decided, and what the output is made of."""
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from ... import _engine
-from ...analysis.scores import Score, Scores
-from ...checkpoint.adapter import Adapter, open_source
-from ...checkpoint.model import Model, open_model
-from ...decision import Decision, Rule
+from ...analysis.rounding import rounding_warning
+from ...analysis.scores import Score, Scores, read_scores
+from ...checkpoint.adapter import Adapter
+from ...checkpoint.model import Model
+from ...decision import Decision, decide
 from ...errors import AdapterError, AnalysisError, PlanError
+from ...execution.inputs import job_identity
+from ...execution.companions import companion_files
 from ...pairing.rows import Pairing, Row, pair
-from ...plan.shards import SINGLE_FILE, Blend, Shard, lay_out, plan_document, plan_shard
-from .adapter.layout import require_linear
+from ...plan.layout import SINGLE_FILE, Shard, lay_out
+from ...plan.methods import known_methods
+from ...plan.plan import build_plan
+from ...progress import ProgressCallback, ProgressEvent
+from ...report.card import model_card
+from ...report.report import ModuleWarning, Report
+from ..base import CheckpointContents, Contents, Job, Measurement
+from ..roles import open_roles
+from .adapter.contents import AdapterContents
+from .adapter.layout import lay_out_adapter, require_linear
 from .blend import method_parameters, safemerge
-from .configuration import MergeConfiguration
+from .evidence import ScoreLog
+from .scoring import device_name, require_finite, score_rows
+from .settings import SafemergeSettings
 
-__all__ = ["Job", "open_job", "open_models", "require_finite"]
+__all__ = ["SafemergeJob"]
+
+# Blocks of the analysis: elements of a block, and how many there are; and torch itself, as measured.
+_BLOCK_BYTES = 3 * 4 * (4 << 20)
+_TORCH_BYTES = 400_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class SafemergeJob(Job[SafemergeSettings]):
     """A merge, ready to start.
 
     Attributes:
-        configuration: What was asked for.
-        models: The models by role.
         pairing: One row per output tensor.
         rule: The rule of the decision.
         blend: What merged tensors are made of.
-        layout: The output files.
         scores: Scores to reuse, or None if they are to be computed.
     """
 
-    configuration: MergeConfiguration
-    models: Mapping[str, Model]
-    pairing: Pairing
-    rule: Rule
-    blend: Blend
-    layout: tuple[Shard, ...]
-    scores: Scores | None
+    def __init__(self, settings: SafemergeSettings) -> None:
+        """Opens the models and pairs their tensors; only headers are read.
+
+        Raises:
+            CheckpointError: A model cannot be found, read or trusted.
+            AdapterError: An adapter cannot be merged exactly, or not into an adapter, or base or aligned is one.
+            PairingError: The models do not fit together.
+            PlanError: A setting is of no use to the output's format.
+            AnalysisError: The scores to reuse cannot be read, or are not of these models.
+        """
+        self.settings = settings
+        parameters = method_parameters(
+            settings.method, density=settings.density, seed=settings.seed, parameters=settings.parameters
+        )
+        self.models = open_roles(settings.roles(), settings.read_backend)
+        self.pairing: Pairing = pair(self.models, include=settings.include, exclude=settings.exclude)
+        self.unused = self.pairing.unused
+        self.rule = settings.rule()
+        self.rule.check_units(self.pairing.rows)
+        self.scores: Scores | None = None
+        if settings.scores is not None:
+            self.scores = read_scores(settings.scores, self.models, settings.delta_reference)
+        self.blend = safemerge(
+            settings.alpha,
+            safe_role="safe" if "safe" in self.models else "aligned",
+            method=settings.method,
+            parameters=parameters,
+        )
+        self.notes = (*self.pairing.notes, *self._role_notes())
+        self._check_output_format()
+        self._check_method()
 
     @property
     def analysed(self) -> list[Row]:
@@ -56,166 +92,200 @@ class Job:
         return self.models["aligned"] if isinstance(finetuned, Adapter) else finetuned
 
     @property
+    def tokenizer(self) -> Model:
+        """The fine-tuned model, which may have tokens of its own."""
+        return self.models["finetuned"]
+
+    @property
     def writes_adapter(self) -> bool:
         """Whether the output is an adapter, not a checkpoint."""
-        return self.configuration.output_format == "adapter" or (
-            self.configuration.output_format == "auto"
-            and self.configuration.method == "linear"
-            and not _checkpoints(self.models)
+        return self.settings.output_format == "adapter" or (
+            self.settings.output_format == "auto"
+            and known_methods()[self.settings.method].sums
+            and not self._checkpoints()
         )
 
-    def reused_scores(self) -> dict[str, Score]:
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters among the models, the fine-tuned one first."""
+        found = ((role, self.models.get(role)) for role in ("finetuned", "safe"))
+        return {role: model for role, model in found if isinstance(model, Adapter)}
+
+    def identity(self) -> str:
+        """A digest of settings, inputs and, where they are given, scores."""
+        extra = None if self.scores is None else self.scores.to_json()
+        return job_identity(self.settings.recipe, self.settings.deciding(), self.models, extra)
+
+    def companions(self) -> list[Any]:
+        """Files to copy; beside an adapter lie its own."""
+        if self.writes_adapter:
+            return companion_files(self.models["finetuned"])
+        return super().companions()
+
+    def measure(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> Measurement:
+        """Scores what is analysed; scores that an earlier run measured, or that were given, are used again."""
+        if (known := self.known_measurement()) is not None:
+            return known
+        started = time.perf_counter()
+        scores = self._measured(directory, tell)
+        device = device_name(self.settings.device) if self.analysed else None
+        return Measurement(scores, device, time.perf_counter() - started, _warnings(scores))
+
+    def known_measurement(self) -> Measurement | None:
+        """The scores that were given."""
+        if self.scores is None:
+            return None
+        scores = self._reused_scores()
+        return Measurement(scores, self.scores.device, 0.0, _warnings(scores))
+
+    @property
+    def analysis_bytes(self) -> tuple[int, int]:
+        """Bytes that the analysis reads once, and its Gram matrices, blocks and torch."""
+        rows = self.analysed
+        if self.scores is not None or not rows:
+            return 0, 0
+        read = {
+            (operand.source, operand.tensor)
+            for row in rows
+            for role in ("base", "aligned", "finetuned")
+            for term in row.terms[role]
+            for operand in (term.operand,)
+        } | {
+            (product.source, factor)
+            for row in rows
+            for term in row.terms["finetuned"]
+            for product in term.operand.low_rank
+            for factor in (product.a, product.b)
+        }
+        total = sum(self.models[source].headers.tensor(name).nbytes for source, name in read)
+        # float32, the smaller side squared; a tall module needs two of them.
+        gram = max(4 * min(row.shape) ** 2 * (1 if row.shape[0] <= row.shape[1] else 2) for row in rows)
+        return total, _TORCH_BYTES + gram + _BLOCK_BYTES
+
+    def contents(self, measurement: Measurement | None) -> Contents:
+        """The merged checkpoint, or the merged adapter."""
+        rows = self.pairing.rows
+        if measurement is None:
+            # Not known yet: assume the most that can be read.
+            decisions = {row.name: Decision(row.analysed, row.reason) for row in rows}
+        else:
+            decisions = decide(rows, measurement.scores, self.rule)
+        return self.decided(decisions)
+
+    def decided(self, decisions: Mapping[str, Decision]) -> Contents:
+        """The output with these decisions, by tensor name."""
+        rows, settings = self.pairing.rows, self.settings
+        if self.writes_adapter:
+            layout = lay_out_adapter(rows, decisions, self.blend, self.adapters)
+            return AdapterContents(self.models, self.pairing, layout, decisions, settings)
+        size = settings.max_shard_size
+        plan = build_plan(
+            self.models,
+            lay_out(rows, dtype=settings.dtype, max_shard_size=None if size is None else int(size)),
+            lambda row: self.blend.compose(row, decisions[row.name]),
+            anchor=self.host.role,
+            dtype=settings.dtype,
+        )
+        return CheckpointContents(
+            plan, lambda row: decisions[row.name], self.host, read_backend=settings.read_backend
+        )
+
+    def card(self, report: Report) -> str:
+        """The model card."""
+        return model_card(report, self.models)
+
+    def _reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.
 
         Raises:
             AnalysisError: A module has none, or one says that values are not finite and this job does not
                 allow that.
         """
-        if self.scores is None:
-            return {}
-        modules = self.scores.modules
+        modules = {} if self.scores is None else self.scores.modules
         if missing := [row.name for row in self.analysed if row.name not in modules]:
             raise AnalysisError(
-                f"{self.configuration.scores} has no score for {missing[0]}; "
+                f"{self.settings.scores} has no score for {missing[0]}; "
                 f"write it again with analyze and the same --include and --exclude"
             )
         reused = {row.name: modules[row.name] for row in self.analysed}
-        if not self.configuration.allow_nonfinite:
+        if not self.settings.allow_nonfinite:
             for name, score in reused.items():
                 require_finite(name, score)
         return reused
 
+    def _measured(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> dict[str, Score]:
+        log = ScoreLog(directory, self.models, delta_reference=self.settings.delta_reference)
+        rows = self.analysed
+        scores = {row.name: log.known[row.name] for row in rows if row.name in log.known}
+        if not self.settings.allow_nonfinite:
+            for name, score in scores.items():
+                require_finite(name, score)
+        # Loading torch takes a while before the first score is there.
+        tell(ProgressEvent("analysis", len(scores), len(rows), ""))
+        for name, score in score_rows(
+            self.models,
+            [row for row in rows if row.name not in scores],
+            delta_reference=self.settings.delta_reference,
+            device=self.settings.device,
+            allow_nonfinite=self.settings.allow_nonfinite,
+        ):
+            log.append(name, score)
+            scores[name] = score
+            tell(ProgressEvent("analysis", len(scores), len(rows), name))
+        return {row.name: scores[row.name] for row in rows}
 
-def open_models(roles: Mapping[str, str]) -> dict[str, Model]:
-    """Opens the model of each role; finetuned and safe may be adapters. Errors are those of open_source."""
-    return {
-        role: (open_source if role in ("finetuned", "safe") else open_model)(role, spec)
-        for role, spec in roles.items()
-    }
+    def _role_notes(self) -> list[str]:
+        if "safe" in self.models:
+            return []
+        return [
+            f"no safe model was given, so the aligned one plays it: merging shrinks a module's update "
+            f"to {self.settings.alpha:g} of itself"
+        ]
 
+    def _checkpoints(self) -> list[str]:
+        """Those of the roles that are merged whose model is no adapter."""
+        return [role for role in ("finetuned", "safe") if role in self.models and role not in self.adapters]
 
-def open_job(configuration: MergeConfiguration) -> Job:
-    """Opens the models and pairs their tensors; only headers are read.
+    def _check_output_format(self) -> None:
+        """Refuses what the output's format cannot hold, before any long work."""
+        settings = self.settings
+        if self.writes_adapter:
+            if whole := self._checkpoints():
+                raise AdapterError(
+                    f"an adapter is made of adapters only, but {whole[0]} is a full checkpoint; "
+                    f"pass --output-format checkpoint"
+                )
+            if settings.max_shard_size is not None:
+                raise PlanError("max_shard_size is for checkpoints, but the output is an adapter; leave it out")
+            require_linear(self.pairing.rows)
+            return
+        for name in ("adapter_rank", "compat"):
+            if getattr(settings, name) is not None:
+                raise PlanError(
+                    f"{name} is for adapters, but the output is a checkpoint; leave it out, or give adapters as "
+                    f"finetuned and safe with output_format adapter"
+                )
 
-    Args:
-        configuration: What was asked for.
-
-    Returns:
-        The job.
-
-    Raises:
-        CheckpointError: A model cannot be found, read or trusted.
-        AdapterError: An adapter cannot be merged exactly, or not into an adapter, or base or aligned is one.
-        PairingError: The models do not fit together.
-        PlanError: A setting is of no use to the output's format.
-        AnalysisError: The scores to reuse cannot be read, or are not of these models.
-    """
-    parameters = method_parameters(
-        configuration.method,
-        density=configuration.density,
-        seed=configuration.seed,
-        parameters=configuration.parameters,
-    )
-    models = open_models(configuration.roles())
-    pairing = pair(models, include=configuration.include, exclude=configuration.exclude)
-    scores = None
-    if configuration.scores is not None:
-        scores = _read_scores(configuration.scores, models, configuration.delta_reference)
-    job = Job(
-        configuration=configuration,
-        models=models,
-        pairing=pairing,
-        rule=configuration.rule(),
-        blend=safemerge(
-            configuration.alpha,
-            safe_role="safe" if "safe" in models else "aligned",
-            method=configuration.method,
-            parameters=parameters,
-        ),
-        layout=tuple(
-            lay_out(
-                pairing.rows,
-                dtype=configuration.dtype,
-                # The configuration has parsed it already.
-                max_shard_size=None
-                if configuration.max_shard_size is None
-                else int(configuration.max_shard_size),
+    def _check_method(self) -> None:
+        """Lets the engine look at the method's parameters for each tensor that may be merged, before any long work."""
+        blend = self.blend
+        if blend.base is None:
+            return
+        rows = tuple(row for row in self.analysed if all(row.has(role) for role in blend.roles))
+        if rows:
+            merged = Decision(merge=True, reason="may be merged")
+            trial = build_plan(
+                self.models,
+                [Shard(SINGLE_FILE, rows)],
+                lambda row: blend.compose(row, merged),
+                anchor=self.host.role,
+                dtype=self.settings.dtype,
             )
-        ),
-        scores=scores,
-    )
-    _check_output_format(job)
-    _check_method(job)
-    return job
+            sources = {role: model.headers for role, model in self.models.items()}
+            _engine.Plan(trial.to_json(), sources=sources, read_backend=self.settings.read_backend)
 
 
-def _check_output_format(job: Job) -> None:
-    """Refuses what the output's format cannot hold, before any long work."""
-    configuration = job.configuration
-    if job.writes_adapter:
-        if whole := _checkpoints(job.models):
-            raise AdapterError(
-                f"an adapter is made of adapters only, but {whole[0]} is a full checkpoint; "
-                f"pass --output-format checkpoint"
-            )
-        if configuration.max_shard_size is not None:
-            raise PlanError("max_shard_size is for checkpoints, but the output is an adapter; leave it out")
-        require_linear(job.pairing.rows)
-        return
-    for name in ("adapter_rank", "compat"):
-        if getattr(configuration, name) is not None:
-            raise PlanError(
-                f"{name} is for adapters, but the output is a checkpoint; leave it out, or give adapters as "
-                f"finetuned and safe with output_format adapter"
-            )
-
-
-def _check_method(job: Job) -> None:
-    """Lets the engine look at the method's parameters for each tensor that may be merged, before any long work."""
-    blend = job.blend
-    if blend.base is None:
-        return
-    roles = {*blend.weights, blend.base}
-    rows = tuple(row for row in job.analysed if roles <= row.terms.keys())
-    if rows:
-        decisions = {row.name: Decision(merge=True, reason="may be merged") for row in rows}
-        trial = plan_shard(Shard(SINGLE_FILE, rows), decisions, blend, dtype=job.configuration.dtype)
-        _engine.Plan(json.dumps(plan_document(job.models, [trial])))
-
-
-def _checkpoints(models: Mapping[str, Model]) -> list[str]:
-    """Those of the roles that are merged whose model is no adapter."""
-    return [
-        role for role in ("finetuned", "safe") if role in models and not isinstance(models[role], Adapter)
-    ]
-
-
-def require_finite(name: str, score: Score) -> None:
-    """Raises AnalysisError if a module has no score because a model holds NaN or infinity."""
-    if score.undefined is not None and score.undefined.startswith("non-finite"):
-        raise AnalysisError(
-            f"{name} cannot be scored: {score.undefined}; repair that checkpoint, or pass --allow-nonfinite "
-            f"to go on without its ρ"
-        )
-
-
-def _read_scores(file: str, models: Mapping[str, Model], delta_reference: str) -> Scores:
-    """Reads scores and refuses those of other models or of another definition of Δ."""
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AnalysisError(f"cannot read the scores {file}: {error}") from error
-    try:
-        scores = Scores.from_json(text)
-    except AnalysisError as error:
-        raise AnalysisError(f"{file}: {error}") from error
-    if reason := scores.matches(models):
-        raise AnalysisError(
-            f"the scores {file} are not of these models: {reason}; write them again with analyze"
-        )
-    if scores.delta_reference != delta_reference:
-        raise AnalysisError(
-            f"the scores {file} take Δ against the {scores.delta_reference} model, but this merge asks for "
-            f"{delta_reference}; pass --delta-reference {scores.delta_reference} or write them again"
-        )
-    return scores
+def _warnings(scores: Mapping[str, Score]) -> tuple[ModuleWarning, ...]:
+    """Task vectors near the dtype's resolution."""
+    rounding = ((name, rounding_warning(name, score)) for name, score in scores.items())
+    return tuple(ModuleWarning(name, message) for name, message in rounding if message is not None)

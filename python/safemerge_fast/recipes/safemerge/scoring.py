@@ -1,45 +1,33 @@
-"""The first half of the pipeline on its own: checkpoint → pairing → analysis, for scores to be reused."""
+"""The analysis on its own: checkpoint → pairing → analysis, for scores to be reused."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ...analysis import analyze_rows
 from ...analysis.scores import Score, Scores, describe_source
 from ...checkpoint.model import Model
+from ...errors import AnalysisError
 from ...pairing.rows import Row, pair
-from ...progress import ProgressCallback, ProgressEvent
-from .job import open_models, require_finite
+from ...progress import ProgressCallback, ProgressEvent, silent
+from ..roles import open_roles
+from .settings import AnalysisSettings
 
-__all__ = ["analyze", "device_name", "score_models", "score_rows"]
+__all__ = [
+    "analyze_settings",
+    "device_name",
+    "require_finite",
+    "score_models",
+    "score_rows",
+]
 
 
-def analyze(
-    base: str | os.PathLike[str],
-    aligned: str | os.PathLike[str],
-    finetuned: str | os.PathLike[str],
-    *,
-    include: str | None = None,
-    exclude: str | None = None,
-    delta_reference: str = "aligned",
-    device: str = "auto",
-    allow_nonfinite: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Scores:
+def analyze_settings(settings: AnalysisSettings) -> Scores:
     """Measures how far each module's update lies in the safety subspace; writes nothing.
 
     Args:
-        base: As for merge.
-        aligned: As for merge.
-        finetuned: As for merge.
-        include: As for merge.
-        exclude: As for merge.
-        delta_reference: As for merge.
-        device: As for merge.
-        allow_nonfinite: As for merge.
-        progress: Called with ProgressEvents of the stage "analysis".
+        settings: What to measure.
 
     Returns:
         The scores; their to_json is what merge takes as `scores`.
@@ -47,45 +35,37 @@ def analyze(
     Raises:
         SafemergeError: One of its subclasses: a model, the pairing or the analysis is at fault.
     """
-    models = open_models(
-        {"base": os.fspath(base), "aligned": os.fspath(aligned), "finetuned": os.fspath(finetuned)}
-    )
-    return score_models(
-        models,
-        pair(models, include=include, exclude=exclude).rows,
-        delta_reference=delta_reference,
-        device=device,
-        allow_nonfinite=allow_nonfinite,
-        progress=progress,
-    )
+    roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
+    models = open_roles(roles, settings.read_backend)
+    rows = pair(models, include=settings.include, exclude=settings.exclude).rows
+    return score_models(models, rows, settings)
 
 
-def score_models(
-    models: Mapping[str, Model],
-    rows: Sequence[Row],
-    *,
-    delta_reference: str = "aligned",
-    device: str = "auto",
-    allow_nonfinite: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Scores:
-    """Scores all rows of a pairing; arguments and errors as for score_rows."""
+def score_models(models: Mapping[str, Model], rows: Sequence[Row], settings: AnalysisSettings) -> Scores:
+    """Scores all rows of a pairing."""
     started = time.perf_counter()
+    tell: ProgressCallback = settings.progress or silent
     modules: dict[str, Score] = {}
     total = sum(row.analysed for row in rows)
-    tell = progress or (lambda event: None)
     # Loading torch takes a while before the first score is there.
     tell(ProgressEvent("analysis", 0, total, ""))
+    sources = {role: describe_source(model) for role, model in models.items()}
     for name, score in score_rows(
-        models, rows, delta_reference=delta_reference, device=device, allow_nonfinite=allow_nonfinite
+        models,
+        rows,
+        delta_reference=settings.delta_reference,
+        device=settings.device,
+        allow_nonfinite=settings.allow_nonfinite,
     ):
         modules[name] = score
         tell(ProgressEvent("analysis", len(modules), total, name))
+    for model in models.values():
+        model.headers.check_unchanged()
     return Scores(
         modules=modules,
-        delta_reference=delta_reference,
-        sources={role: describe_source(model) for role, model in models.items()},
-        device=device_name(device),
+        delta_reference=settings.delta_reference,
+        sources=sources,
+        device=device_name(settings.device),
         seconds=time.perf_counter() - started,
     )
 
@@ -102,7 +82,7 @@ def score_rows(
 
     Args:
         models: base, aligned and finetuned.
-        rows: Rows of the pairing, e.g. those of one shard.
+        rows: Rows of the pairing.
         delta_reference: What Δ is taken against.
         device: Where to compute.
         allow_nonfinite: Whether NaN and infinity in a model leave the module without ρ instead of failing.
@@ -117,6 +97,15 @@ def score_rows(
         if not allow_nonfinite:
             require_finite(name, score)
         yield name, score
+
+
+def require_finite(name: str, score: Score) -> None:
+    """Raises AnalysisError if a module has no score because a model holds NaN or infinity."""
+    if score.nonfinite:
+        raise AnalysisError(
+            f"{name} cannot be scored: {score.undefined}; repair that checkpoint, or pass --allow-nonfinite "
+            f"to go on without its ρ"
+        )
 
 
 def device_name(device: str) -> str:

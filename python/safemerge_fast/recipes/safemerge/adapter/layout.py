@@ -14,7 +14,7 @@ from ....decision import Decision
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Operand, Term
 from ....pairing.rows import Row
-from ....plan.shards import Blend, compose_sum
+from ....plan.blend import Blend
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
 
@@ -69,12 +69,14 @@ class AdapterLayout:
     """A merged adapter.
 
     Attributes:
+        blend: What merged tensors are made of, and where the others come from.
         weights: The weights with a product, in the order of the rows.
         tensors: The tensors that are stored whole, likewise.
         saved_modules: Modules of which all tensors are stored (modules_to_save), sorted.
         has_biases: Whether biases of other modules are stored (bias="all").
     """
 
+    blend: Blend
     weights: tuple[LowRankWeight, ...]
     tensors: tuple[FullTensor, ...]
     saved_modules: tuple[str, ...]
@@ -141,7 +143,7 @@ def lay_out_adapter(
     for row in rows:
         if (module := _module(row, adapters, module_of_key)) is not None:
             modules.setdefault(_parent(row), module)
-        terms = compose_sum(row, decisions[row.name], blend).terms
+        terms = blend.terms(row, merge=decisions[row.name].merge)
         operand = terms[0].operand
         if len(terms) > 1 or terms[0].weight != 1.0 or operand.source != "aligned":
             whole.append((row, terms))
@@ -152,7 +154,7 @@ def lay_out_adapter(
             assert module is not None
             first = products[0]
             weights.append(LowRankWeight(row, module, first.a, first.b, products, decisions[row.name].merge))
-    layout = _with_whole_modules(rows, weights, whole, modules)
+    layout = _with_whole_modules(rows, blend, weights, whole, modules)
     if not layout.weights:
         raise AdapterError(
             "no low-rank update is left to put into an adapter; pass --output-format checkpoint"
@@ -162,6 +164,7 @@ def lay_out_adapter(
 
 def _with_whole_modules(
     rows: Sequence[Row],
+    blend: Blend,
     weights: Sequence[LowRankWeight],
     whole: Sequence[tuple[Row, tuple[Term, ...]]],
     modules: Mapping[str, str],
@@ -190,6 +193,7 @@ def _with_whole_modules(
         parameter = row.name.rpartition(".")[2]
         tensors.append(FullTensor(row, module, f"{_PREFIX}{module}{wrapper}.{parameter}", terms))
     return AdapterLayout(
+        blend=blend,
         weights=tuple(weights),
         tensors=tuple(tensors),
         saved_modules=tuple(sorted(modules[parent] for parent in saved)),

@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ....checkpoint.adapter import ADAPTER_WEIGHTS
 from ....checkpoint.adapter_config import ADAPTER_CONFIG
 from ....decision import Decision
-from ....errors import PlanError, SafemergeError, VerificationError
-from ....execution.publication import REPORT_FILE
-from ....report.merge_report import MergeReport
-from ..job import Job, open_job
-from .layout import lay_out_adapter
-from .pipeline import adapters_by_role, make_weights, write_settings
+from ....documents import parse_json, read_json
+from ....errors import PlanError, VerificationError
+from ....report.report import Report
+from ..job import SafemergeJob
+from ..settings import SafemergeSettings
+from .contents import AdapterContents
 
-__all__ = ["read_adapter_report", "verify_adapter"]
+__all__ = ["verify_adapter"]
 
 # Singular vectors depend on the linear algebra library in their last digits, which can move a rounding, and in
 # sign. Their products do not, up to this relative error, by what factors are stored in.
 _TRUNCATION_TOLERANCES = {"torch.float32": 1e-5, "torch.float16": 1e-3, "torch.bfloat16": 5e-3}
 
 
-def read_adapter_report(directory: Path) -> MergeReport | None:
-    """Reads the report of an output, if that is an adapter; None if it is not or has no report.
-
-    Raises:
-        PlanError: The report cannot be read.
-    """
-    path = directory / REPORT_FILE
-    if not (directory / ADAPTER_WEIGHTS).is_file():
-        return None
-    try:
-        report = MergeReport.from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError, SafemergeError) as error:
-        raise PlanError(f"cannot read {path}: {error}") from error
-    return report if report.adapter is not None else None
-
-
-def verify_adapter(directory: Path, report: MergeReport) -> int:
+def verify_adapter(directory: Path, report: Report) -> int:
     """Makes the adapter again, as the report says it was decided, and compares it with what is on disk.
 
     All bytes must be equal, but for modules that were truncated: their products must agree up to rounding.
@@ -65,34 +47,36 @@ def verify_adapter(directory: Path, report: MergeReport) -> int:
     # Tensors that the report does not name are the aligned model's own.
     for row in job.pairing.rows:
         decisions.setdefault(row.name, Decision(False, row.reason))
-    layout = lay_out_adapter(job.pairing.rows, decisions, job.blend, adapters_by_role(job))
-    made, expected = make_weights(job, layout)
+    contents = job.decided(decisions)
+    assert isinstance(contents, AdapterContents)
+    made, expected = contents.make()
     path = directory / ADAPTER_WEIGHTS
-    try:
-        found = path.read_bytes()
-    except OSError as error:
-        raise VerificationError(f"cannot read {path}: {error.strerror}") from error
+    # Written by this program, so that no limit but its own size applies.
+    found = path.read_bytes()
     if found != expected:
-        truncated = [weight for weight in layout.weights if weight.row.name in made.errors]
-        products = [(weight.a, weight.b) for weight in truncated] if job.configuration.compat is None else []
+        truncated = [weight for weight in contents.layout.weights if weight.row.name in made.errors]
+        products = [(weight.a, weight.b) for weight in truncated] if job.settings.compat is None else []
         _compare(path, found, made.tensors, products)
-    _compare_settings(directory, write_settings(job, layout, made.rank))
+    _compare_settings(directory, contents.configuration(made.rank))
     return len(found)
 
 
-def _open_job(report: MergeReport) -> Job:
+def _open_job(report: Report) -> SafemergeJob:
     """Opens the models that were merged, by the paths they had then, and checks that they are the same."""
-    configuration = report.configuration
+    settings = report.configuration
+    if not isinstance(settings, SafemergeSettings):
+        raise PlanError(f"an adapter is not what the recipe {report.recipe} makes; merge again")
     paths = {role: str(source["path"]) for role, source in report.inputs.items() if role != "base"}
     # The decisions are known, so that base plays no part: the aligned model stands in for it.
-    job = open_job(
-        replace(
-            configuration,
+    job = SafemergeJob(
+        msgspec.structs.replace(
+            settings,
             base=paths["aligned"],
             aligned=paths["aligned"],
             finetuned=paths["finetuned"],
             safe=paths.get("safe"),
             scores=None,
+            select="threshold",
         )
     )
     for role in paths:
@@ -101,10 +85,7 @@ def _open_job(report: MergeReport) -> Job:
         for file, facts in model.headers.identity().items():
             known = recorded.get(file)
             # A copy of a model is the same model, so that its time may differ.
-            if known is None or (known["size"], known["header_digest"]) != (
-                facts["size"],
-                facts["header_digest"],
-            ):
+            if known is None or (known["size"], known["header_digest"]) != (facts.size, facts.header_digest):
                 raise PlanError(
                     f"{role}: {file} of {model.path} is not the one that was merged: size or header differ"
                 )
@@ -114,14 +95,11 @@ def _open_job(report: MergeReport) -> Job:
 def _compare_settings(directory: Path, expected: bytes) -> None:
     """Raises VerificationError if adapter_config.json is another one: it scales the update."""
     path = directory / ADAPTER_CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VerificationError(f"cannot read {path}: {error}") from error
-    for name, value in json.loads(expected).items():
+    found = read_json(path, VerificationError)
+    for name, value in parse_json(expected, VerificationError, subject=str(path)).items():
         if not isinstance(found, dict) or found.get(name) != value:
             raise VerificationError(
-                f"{path} should set {name} to {json.dumps(value)}; merge again with --overwrite"
+                f"{path} should set {name} to {value!r}; merge again with --overwrite"
             )
 
 

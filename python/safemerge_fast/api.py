@@ -1,0 +1,78 @@
+"""The Python API: functions whose arguments are the settings of recipes, with the same names as on the command line."""
+
+from __future__ import annotations
+
+from .recipes.base import entry
+from .recipes.fold import FoldSettings
+from .recipes.preview import preview
+from .recipes.resta import RestaSettings
+from .recipes.run import carry_out, run
+from .recipes.safemerge.scoring import analyze_settings
+from .recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
+from .recipes.verify import VerifySettings, verify_output
+from .recipes.wise_ft import WiseFtSettings
+from .report.report import Report
+
+__all__ = [
+    "FoldConfiguration",
+    "FoldReport",
+    "MergeConfiguration",
+    "MergeReport",
+    "MergekitReport",
+    "analyze",
+    "fold",
+    "merge",
+    "preview",
+    "resta",
+    "run",
+    "verify",
+    "wise_ft",
+]
+
+_RETURNS = (
+    "\n\nReturns the report, which also lies in the output as safemerge_report.json. Raises a SafemergeError; what stood "
+    "under the output's name stands there still."
+)
+
+merge = entry(
+    SafemergeSettings,
+    carry_out,
+    "merge",
+    "Repairs a fine-tuned model: merges its modules that left the safety subspace with a safe model." + _RETURNS,
+)
+
+fold = entry(
+    FoldSettings,
+    carry_out,
+    "fold",
+    "Folds a LoRA adapter into the checkpoint it was trained on, exactly; all of its keys are applied." + _RETURNS,
+)
+
+resta = entry(
+    RestaSettings, carry_out, "resta", "Adds the safety vector, aligned - base, to a fine-tuned model." + _RETURNS
+)
+
+wise_ft = entry(
+    WiseFtSettings, carry_out, "wise_ft", "Averages a fine-tuned model with the aligned one." + _RETURNS
+)
+
+analyze = entry(
+    AnalysisSettings,
+    analyze_settings,
+    "analyze",
+    "Measures how far each module's update lies in the safety subspace; writes nothing.\n\nReturns Scores, whose "
+    "to_json is what merge takes as scores.",
+)
+
+verify = entry(
+    VerifySettings,
+    verify_output,
+    "verify",
+    "Compares an output with its report, its plan and the models it was made from.\n\nReturns a VerifyReport; raises "
+    "VerificationError if anything differs.",
+)
+
+# One record and one report serve all recipes; these are the names that earlier versions had for them.
+MergeConfiguration = SafemergeSettings
+FoldConfiguration = FoldSettings
+MergeReport = FoldReport = MergekitReport = Report

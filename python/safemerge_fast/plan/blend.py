@@ -1,0 +1,107 @@
+"""What merged tensors are made of where one rule serves all of them: a method, and each role's weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..decision import Decision
+from ..errors import AdapterError, PairingError
+from ..pairing.operand import Operand, Term
+from ..pairing.rows import Row
+from .operation import Argument, Operation, combine, parameters_of, weighted_sum
+
+__all__ = ["Blend"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """What every merged tensor is made of.
+
+    Attributes:
+        method: Name of the engine's method.
+        parameters: The method's parameters.
+        weights: Weight by role, in the order in which the roles are accumulated; None where the method takes none.
+        kept: The role that tensors which are not merged come from.
+        base: The role that is the method's base. None: the method is a weighted sum, in which operands that share a
+            tensor are combined.
+        each: Parameters that each of the roles in weights gets, by role.
+    """
+
+    method: str
+    parameters: Mapping[str, Any]
+    weights: Mapping[str, float | None]
+    kept: str = "finetuned"
+    base: str | None = None
+    each: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    _shared: dict[bool, Operation] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that merged tensors need."""
+        return tuple(self.weights) if self.base is None else (*self.weights, self.base)
+
+    def compose(self, row: Row, decision: Decision) -> Operation:
+        """Says what one tensor is made of.
+
+        Args:
+            row: The row.
+            decision: Whether it is merged.
+
+        Returns:
+            The operation; tensors that are alike share one.
+
+        Raises:
+            PairingError: It is to be merged, and one of the blend's models does not have it.
+            AdapterError: It is to be merged by a method that is no sum, and an adapter makes it one.
+        """
+        roles = self.roles if decision.merge else (self.kept,)
+        if not all(row.is_plain(role) for role in roles):
+            _require_terms(row, roles)
+            return self._composed(row, decision.merge)
+        # Nearly all tensors, so that what is the same for them is made once.
+        if decision.merge not in self._shared:
+            self._shared[decision.merge] = self._composed(row, decision.merge).without_name(row.name)
+        return self._shared[decision.merge]
+
+    def terms(self, row: Row, *, merge: bool) -> tuple[Term, ...]:
+        """What a tensor is the sum of, for a blend that is a sum; one that is not merged is the kept role's.
+
+        Raises:
+            PairingError: It is to be merged, and one of the blend's models does not have it.
+        """
+        weights = self.weights if merge else {self.kept: 1.0}
+        _require_terms(row, weights)
+        return combine((1.0 if weight is None else weight, row.terms[role]) for role, weight in weights.items())
+
+    def _composed(self, row: Row, merge: bool) -> Operation:
+        if self.base is None or not merge:
+            terms = self.terms(row, merge=merge)
+            # A tensor that is not merged is a sum, too, where an adapter adds to it.
+            return weighted_sum(terms) if self.base else weighted_sum(terms, parameters_of(self.parameters))
+        arguments = tuple(
+            Argument(self._single(row, role), weight, parameters_of(self.each.get(role, {})))
+            for role, weight in self.weights.items()
+        )
+        return Operation(arguments, self.method, parameters_of(self.parameters), self._single(row, self.base))
+
+    def _single(self, row: Row, role: str) -> Operand:
+        """The one operand that a method other than a sum takes of a role."""
+        terms = row.terms[role]
+        if len(terms) > 1 or terms[0].weight != 1.0:
+            raise AdapterError(
+                f"the {role} adapter adds a vector to {row.name} (lora_bias), which {self.method} cannot take as one "
+                f"tensor; leave the method at its default, or fold the adapter first (recipe: fold)"
+            )
+        return terms[0].operand
+
+
+def _require_terms(row: Row, roles: Iterable[str]) -> None:
+    if missing := [role for role in roles if not row.has(role)]:
+        raise PairingError(
+            f"{row.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
+            f"leave it out with --exclude"
+        )
+
+

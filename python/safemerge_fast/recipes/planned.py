@@ -1,0 +1,62 @@
+"""Jobs of recipes whose operations follow from the pairing alone: nothing is measured before the plan is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from ..decision import Decision
+from ..pairing.rows import Row
+from ..plan.layout import lay_out
+from ..plan.operation import Operation
+from ..plan.plan import build_plan
+from ..report.card import recipe_card
+from ..report.report import Report
+from ..settings import RunSettings
+from .base import CheckpointContents, Contents, Job, Measurement
+
+__all__ = ["PlannedJob"]
+
+_Settings = TypeVar("_Settings", bound=RunSettings)
+
+
+class PlannedJob(Job[_Settings], Generic[_Settings]):
+    """A job of such a recipe.
+
+    Attributes:
+        rows: The output's tensors.
+        dtype: Output dtype of float tensors.
+        max_shard_size: Most bytes per output file, or None.
+        sentence: What the output is, in a sentence for its card.
+    """
+
+    rows: tuple[Row, ...]
+    dtype: str
+    max_shard_size: int | None
+    sentence: str
+
+    def operation(self, row: Row) -> Operation:
+        """What makes a row's tensor."""
+        raise NotImplementedError
+
+    def decision(self, row: Row) -> Decision:
+        """Whether the recipe changes a tensor, and why."""
+        raise NotImplementedError
+
+    def contents(self, measurement: Measurement | None) -> Contents:
+        """The checkpoint that the plan makes."""
+        operation: Callable[[Row], Operation] = self.operation
+        plan = build_plan(
+            self.models,
+            lay_out(self.rows, dtype=self.dtype, max_shard_size=self.max_shard_size),
+            operation,
+            anchor=self.host.role,
+            dtype=self.dtype,
+        )
+        return CheckpointContents(
+            plan, self.decision, self.host, read_backend=self.settings.read_backend
+        )
+
+    def card(self, report: Report) -> str:
+        """The model card."""
+        return recipe_card(report, self.models, self.sentence)

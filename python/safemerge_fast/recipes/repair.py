@@ -1,0 +1,88 @@
+"""Repairs that treat every tensor alike: the fine-tuned model's tensors, blended with those of other roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Generic, TypeVar
+
+from ..checkpoint.adapter import Adapter
+from ..checkpoint.model import FLOATS, Model
+from ..decision import Decision
+from ..errors import PairingError
+from ..pairing.rows import Row, pair
+from ..plan.blend import Blend
+from ..plan.operation import Operation
+from ..settings import RunSettings
+from .planned import PlannedJob
+from .roles import open_roles
+
+__all__ = ["RepairJob"]
+
+_Settings = TypeVar("_Settings", bound=RunSettings)
+
+
+class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
+    """A job of such a repair.
+
+    Attributes:
+        changed: What is done to a tensor, in words for the report.
+    """
+
+    changed: str = ""
+
+    def open(
+        self, settings: _Settings, roles: Mapping[str, str], dtype: str, max_shard_size: int | str | None
+    ) -> None:
+        """Opens the models and pairs their tensors; only headers are read.
+
+        Args:
+            settings: What was asked for.
+            roles: What was given for each role.
+            dtype: Output dtype of float tensors.
+            max_shard_size: Most bytes per output file, or None.
+
+        Raises:
+            CheckpointError: A model cannot be found, read or trusted.
+            AdapterError: An adapter does not fit the aligned model.
+            PairingError: The models do not fit together.
+        """
+        self.settings = settings
+        self.models = open_roles(roles, settings.read_backend)
+        pairing = pair(self.models)
+        self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
+        self.dtype = dtype
+        self.max_shard_size = None if max_shard_size is None else int(max_shard_size)
+        if not any(self.decision(row).merge for row in self.rows):
+            raise PairingError("no tensor is in all of the models; give models of one architecture")
+
+    def blend(self) -> Blend:
+        """What a tensor that is changed is made of."""
+        raise NotImplementedError
+
+    @cached_property
+    def _blend(self) -> Blend:
+        return self.blend()
+
+    @property
+    def host(self) -> Model:
+        """The fine-tuned model, or the aligned one for an adapter."""
+        finetuned = self.models["finetuned"]
+        return self.models["aligned"] if isinstance(finetuned, Adapter) else finetuned
+
+    @property
+    def tokenizer(self) -> Model:
+        """The fine-tuned model, which may have tokens of its own."""
+        return self.models["finetuned"]
+
+    def operation(self, row: Row) -> Operation:
+        """The blend of a tensor that all roles have, else a copy."""
+        return self._blend.compose(row, self.decision(row))
+
+    def decision(self, row: Row) -> Decision:
+        """All float tensors that every role has are changed."""
+        if row.dtype not in FLOATS:
+            return Decision(False, f"{row.dtype} cannot be averaged: kept")
+        if missing := [role for role in self.models if not row.has(role)]:
+            return Decision(False, f"not in {missing[0]} with this shape: kept")
+        return Decision(True, self.changed)

@@ -1,0 +1,78 @@
+"""Scores as they are measured: appended to the job, and found again by a run that goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ... import _engine
+from ...analysis.scores import Score, read_score, write_score
+from ...checkpoint.model import Model
+from ...errors import AnalysisError
+from ...execution.inputs import source_identity
+
+__all__ = ["ScoreLog"]
+
+_FILE = "scores.jsonl"
+
+
+class ScoreLog:
+    """Scores of one job. The first line says what they are scores of; those of anything else are thrown away.
+
+    Attributes:
+        known: Scores that an earlier run measured, by tensor name.
+    """
+
+    def __init__(
+        self, directory: _engine.JobDirectory, models: Mapping[str, Model], *, delta_reference: str
+    ) -> None:
+        """Reads what an earlier run left.
+
+        Args:
+            directory: The job's directory.
+            models: base, aligned and finetuned, which the scores depend on.
+            delta_reference: What Δ is taken against.
+        """
+        self._directory = directory
+        subject = {
+            "version": _engine.__version__,
+            "delta_reference": delta_reference,
+            "models": {role: source_identity(models[role]) for role in ("base", "aligned", "finetuned")},
+        }
+        text = json.dumps(subject, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+        self._head = {"scores_of": hashlib.blake2b(text, digest_size=16).hexdigest()}
+        self.known: dict[str, Score] = {}
+        lines = (directory.read(_FILE) or b"").split(b"\n")
+        if _parsed(lines[0]) == self._head:
+            # What follows the last line break was cut short.
+            self._read(lines[1:-1])
+        else:
+            directory.remove(_FILE)
+            directory.append(_FILE, _line(self._head))
+
+    def append(self, name: str, score: Score) -> None:
+        """Adds a score; it is in the system's hands when this returns."""
+        self._directory.append(_FILE, _line({"name": name, **write_score(score)}))
+
+    def _read(self, lines: list[bytes]) -> None:
+        for line in lines:
+            entry = _parsed(line)
+            try:
+                name = entry.pop("name")
+                self.known[name] = read_score(name, entry)
+            except (AnalysisError, AttributeError, KeyError, TypeError):
+                # A line that a crash cut short, with another one behind it.
+                continue
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(entry), ensure_ascii=True).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

@@ -1,0 +1,220 @@
+"""What somebody asks of SafeMERGE, and of the analysis alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from ...decision import Rule
+from ...errors import SafemergeError, SettingError
+from ...patterns import compile_pattern
+from ...plan.methods import known_methods, summing_method, weighing_methods
+from ...settings import (
+    AllowNonfinite,
+    Dtype,
+    Kind,
+    MaxShardSize,
+    ProgressCallback,
+    ReadBackend,
+    RunSettings,
+    Setting,
+    Settings,
+)
+from ..roles import Aligned, Base, Finetuned
+
+__all__ = ["AnalysisSettings", "SafemergeSettings"]
+
+
+def _check_pattern(text: str) -> None:
+    compile_pattern("it", text, SettingError)
+
+
+def _check_select(text: str) -> None:
+    try:
+        Rule(select=text)
+    except SafemergeError as error:
+        raise SettingError(str(error)) from error
+
+
+DeltaReference = Annotated[
+    Literal["aligned", "base"],
+    Setting("The model that the update Δ is taken against; against base it contains V, and ρ rises."),
+]
+Include = Annotated[
+    str | None,
+    Setting(
+        "Analyse these tensors too, if they are 2-D and float.",
+        kind=Kind.PATTERN,
+        metavar="REGEX",
+        check=_check_pattern,
+    ),
+]
+Exclude = Annotated[
+    str | None,
+    Setting(
+        "Leave these tensors out of the analysis.", kind=Kind.PATTERN, metavar="REGEX", check=_check_pattern
+    ),
+]
+Device = Annotated[
+    str, Setting("Where the analysis computes.", metavar="auto|cpu|cuda[:N]|mps", decides=False)
+]
+
+
+class AnalysisSettings(Settings, frozen=True):
+    """What is measured, and where."""
+
+    recipe: ClassVar[str] = "analyze"
+
+    base: Base
+    aligned: Aligned
+    finetuned: Finetuned
+    include: Include = None
+    exclude: Exclude = None
+    delta_reference: DeltaReference = "aligned"
+    device: Device = "auto"
+    read_backend: ReadBackend = "auto"
+    allow_nonfinite: AllowNonfinite = False
+    progress: Annotated[
+        ProgressCallback | None,
+        Setting(
+            "Called with ProgressEvents of the stage analysis.",
+            kind=Kind.CALLBACK,
+            decides=False,
+            on_command_line=False,
+        ),
+    ] = None
+
+
+class _Roles(RunSettings, frozen=True):
+    """The roles, which may be given by position."""
+
+    base: Base
+    aligned: Aligned
+    finetuned: Finetuned
+    safe: Annotated[
+        str | None,
+        Setting(
+            "The safe model to merge with, or a LoRA adapter.",
+            kind=Kind.MODEL,
+            metavar="MODEL",
+            default="the aligned one",
+        ),
+    ] = None
+
+
+class SafemergeSettings(_Roles, frozen=True, kw_only=True):
+    """A merge, as asked for.
+
+    Raises:
+        SettingError: A value is not one that its setting may have.
+    """
+
+    recipe: ClassVar[str] = "safemerge"
+    command_name: ClassVar[str | None] = "merge"
+
+    threshold: Annotated[
+        float,
+        Setting(
+            "τ: modules whose ρ is strictly below it are merged.", least=0.0, most=1.0, names=("--tau",)
+        ),
+    ] = 0.35
+    select: Annotated[
+        str,
+        Setting(
+            "Merge by the threshold, or the N (or the share F) of lowest ρ.",
+            metavar="threshold|lowest:N|fraction:F",
+            check=_check_select,
+        ),
+    ] = "threshold"
+    granularity: Annotated[
+        Literal["module", "layer"], Setting("Decide for each module, or for whole layers by their mean ρ.")
+    ] = "module"
+    on_undefined: Annotated[
+        Literal["merge", "keep"],
+        Setting("What to do with modules that have no ρ, because V or Δ is zero."),
+    ] = "merge"
+    others: Annotated[
+        Literal["keep", "merge"], Setting("What to do with tensors that are not analysed.")
+    ] = "keep"
+    scores: Annotated[
+        str | None,
+        Setting(
+            "Reuse what analyze wrote; torch is then not needed.",
+            kind=Kind.PATH,
+            metavar="FILE",
+            decides=False,
+        ),
+    ] = None
+    alpha: Annotated[
+        float, Setting("α: weight of the fine-tuned update; the safe one gets 1-α.", least=0.0, most=1.0)
+    ] = 0.8
+    method: Annotated[
+        str,
+        Setting(
+            "How tensors are merged; docs/methods.md explains each. All but the weighted sum and interpolations "
+            "merge updates of the aligned model.",
+            choices=weighing_methods,
+        ),
+    ] = summing_method().name
+    density: Annotated[
+        float | None,
+        Setting(
+            "Share of each update's elements that is kept, for methods that make it sparse.",
+            least=0.0,
+            most=1.0,
+            default="1",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None, Setting("Seed of methods that draw random numbers.", least=0, default="0")
+    ] = None
+    parameters: Annotated[
+        str | None,
+        Setting(
+            "Further parameters of the method, like lambda=0.9,normalize=false.", metavar="NAME=VALUE,..."
+        ),
+    ] = None
+    dtype: Dtype = "auto"
+    output_format: Annotated[
+        Literal["auto", "adapter", "checkpoint"],
+        Setting("What to write; auto is an adapter if finetuned (and safe, if given) are adapters."),
+    ] = "auto"
+    adapter_rank: Annotated[
+        int | None,
+        Setting("Truncate a merged adapter to this rank.", least=1, metavar="N", default="exact"),
+    ] = None
+    compat: Annotated[
+        Literal["peft-linear"] | None,
+        Setting(
+            "Combine adapters as PEFT's linear combination does, which has cross terms.", default="exact"
+        ),
+    ] = None
+    max_shard_size: MaxShardSize = None
+    delta_reference: DeltaReference = "aligned"
+    include: Include = None
+    exclude: Exclude = None
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        RunSettings.__post_init__(self)
+        if self.output_format == "adapter" and not known_methods()[self.method].sums:
+            raise SettingError(
+                f"an adapter holds sums of products, which {self.method} does not make; leave the method at its "
+                f"default or pass --output-format checkpoint"
+            )
+        if self.adapter_rank is not None and self.compat is not None:
+            raise SettingError("adapter_rank truncates, and compat reproduces what PEFT makes; give one of them")
+
+    def rule(self) -> Rule:
+        """The rule of the decision."""
+        return Rule(
+            threshold=self.threshold,
+            select=self.select,
+            granularity=self.granularity,
+            on_undefined=self.on_undefined,
+            others=self.others,
+        )
+
+    def roles(self) -> dict[str, str]:
+        """What was given for each role, in the order of checkpoint.ROLES; "safe" may be missing."""
+        given = {role: getattr(self, role) for role in ("base", "aligned", "finetuned", "safe")}
+        return {role: spec for role, spec in given.items() if spec is not None}

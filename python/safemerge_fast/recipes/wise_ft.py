@@ -1,0 +1,67 @@
+"""WiSE-FT (Wortsman et al., arXiv 2109.01903): every weight is averaged with the model before fine-tuning.
+
+    W = (1 - α) · W_finetuned + α · W_aligned
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from ..plan.blend import Blend
+from ..plan.methods import summing_method
+from ..settings import Dtype, MaxShardSize, RunSettings, Setting
+from .base import Recipe
+from .repair import RepairJob
+from .roles import Aligned, Finetuned
+
+__all__ = ["RECIPE", "WiseFtSettings"]
+
+
+class _Roles(RunSettings, frozen=True):
+    """The roles, which may be given by position."""
+
+    aligned: Aligned
+    finetuned: Finetuned
+
+
+class WiseFtSettings(_Roles, frozen=True, kw_only=True):
+    """WiSE-FT, as asked for.
+
+    Raises:
+        SettingError: A value is not one that its setting may have.
+    """
+
+    recipe: ClassVar[str] = "wise-ft"
+
+    alpha: Annotated[
+        float, Setting("α: weight of the aligned model; the fine-tuned one gets 1-α.", least=0.0, most=1.0)
+    ] = 0.5
+    dtype: Dtype = "auto"
+    max_shard_size: MaxShardSize = None
+
+
+class WiseFtJob(RepairJob[WiseFtSettings]):
+    """WiSE-FT, ready to start; errors are those of RepairJob."""
+
+    def __init__(self, settings: WiseFtSettings) -> None:
+        """Opens the models and pairs their tensors; only headers are read."""
+        roles = {"aligned": settings.aligned, "finetuned": settings.finetuned}
+        self.open(settings, roles, settings.dtype, settings.max_shard_size)
+        self.changed = "averaged with the aligned model"
+        self.sentence = (
+            f"{1.0 - settings.alpha:.6g} · {{finetuned}} + {settings.alpha:g} · {{aligned}} "
+            "([WiSE-FT](https://arxiv.org/abs/2109.01903))"
+        )
+
+    def blend(self) -> Blend:
+        """The weighted mean."""
+        alpha = self.settings.alpha
+        return Blend(summing_method().name, {"normalize": False}, {"finetuned": 1.0 - alpha, "aligned": alpha})
+
+
+RECIPE = Recipe(
+    name="wise-ft",
+    summary="Averages every weight of the fine-tuned model with the aligned one's (WiSE-FT).",
+    settings=WiseFtSettings,
+    open=WiseFtJob,
+)

@@ -1,0 +1,183 @@
+"""What a report says of every output tensor, and counts of them per module type."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ..analysis.scores import Score
+from ..decision import Decision
+from ..pairing.rows import Row
+from ..plan.operation import Operation
+from ..printable import printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["ModuleCount", "TensorReport", "count_modules", "module_table", "tensor_report"]
+
+
+class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """One output tensor: what was measured, what was decided and why.
+
+    Attributes:
+        name: Its name.
+        file: The output file that holds it.
+        dtype: Its dtype in the output.
+        shape: Its shape.
+        module_type: "q_proj", "norm", …
+        layer: The layer it belongs to, or None.
+        operation: What it is made of, e.g. `linear: 0.8 finetuned + 0.2 safe` or `copy: finetuned`; with adapters
+            `linear: aligned + 1.6·B·A(finetuned) + 0.4·B·A(safe)`.
+        reason: Why.
+        merged: Whether it was merged, or changed as the recipe says.
+        copied: Whether it is one input tensor as it is.
+        analysed: Whether it was scored.
+        rho: ρ; None where it was not computed or is undefined.
+        rho_null: The ρ expected of a random update; None likewise.
+        v_norm: ‖V‖ = ‖W_aligned - W_base‖ (Frobenius); None where not analysed.
+        delta_norm: ‖Δ‖ (Frobenius); None where not analysed.
+        weight_norm: ‖W_aligned‖ (Frobenius); None where not analysed.
+        v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    module_type: str
+    layer: str | None
+    operation: str
+    reason: str
+    merged: bool = False
+    copied: bool = False
+    analysed: bool = False
+    rho: float | None = None
+    rho_null: float | None = None
+    v_norm: float | None = None
+    delta_norm: float | None = None
+    weight_norm: float | None = None
+    v_rounding: float | None = None
+
+
+class ModuleCount(msgspec.Struct, frozen=True):
+    """How the tensors of one module type fared.
+
+    Attributes:
+        module_type: "q_proj", "norm", …
+        tensors: How many there are.
+        analysed: How many were scored.
+        merged: How many were merged.
+        kept: How many were not.
+        median_rho: Median ρ of those that have one.
+        median_rho_null: Median ρ_null of those that have one.
+    """
+
+    module_type: str
+    tensors: int
+    analysed: int
+    merged: int
+    kept: int
+    median_rho: float | None
+    median_rho_null: float | None
+
+
+def tensor_report(
+    row: Row, *, file: str, dtype: str, operation: Operation, description: str, decision: Decision, score: Score | None
+) -> TensorReport:
+    """Joins what the stages found out about one tensor.
+
+    Args:
+        row: Its row.
+        file: The output file that holds it.
+        dtype: Its dtype in the output.
+        operation: What it is made of.
+        description: operation.describe(), which many tensors share.
+        decision: What was decided, and why.
+        score: Its score, or None.
+    """
+    return TensorReport(
+        row.name,
+        file,
+        dtype,
+        row.shape,
+        row.module_type,
+        row.layer,
+        description,
+        decision.reason,
+        decision.merge,
+        operation.is_copy,
+        row.analysed,
+        *(() if score is None else _measured(score)),
+    )
+
+
+def count_modules(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
+    """Counts tensors per module type, in the order of first appearance."""
+    groups: dict[str, list[TensorReport]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.module_type, []).append(tensor)
+    return tuple(
+        ModuleCount(
+            module_type=module_type,
+            tensors=len(group),
+            analysed=sum(tensor.analysed for tensor in group),
+            merged=sum(tensor.merged for tensor in group),
+            kept=sum(not tensor.merged for tensor in group),
+            median_rho=_median(tensor.rho for tensor in group),
+            median_rho_null=_median(tensor.rho_null for tensor in group),
+        )
+        for module_type, group in groups.items()
+    )
+
+
+def module_table(counts: Iterable[ModuleCount]) -> Table:
+    """Makes a rich table: a line per module type that was analysed or merged, one for the rest, the sum."""
+    from rich import box
+    from rich.table import Table
+
+    counts = list(counts)
+    shown = [count for count in counts if count.analysed or count.merged]
+    rest = sum(count.tensors for count in counts) - sum(count.tensors for count in shown)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    kept = sum(count.kept for count in counts)
+    table.add_column("module type", footer="all", no_wrap=True)
+    for title, footer in (
+        ("analysed", str(sum(count.analysed for count in counts))),
+        ("merged", str(sum(count.merged for count in counts))),
+        ("kept", str(kept)),
+        ("median ρ", ""),
+        ("median ρ_null", ""),
+    ):
+        table.add_column(title, footer=footer, justify="right", no_wrap=True)
+    for count in shown:
+        table.add_row(
+            printable(count.module_type),
+            str(count.analysed),
+            str(count.merged),
+            str(count.kept),
+            _three_digits(count.median_rho),
+            _three_digits(count.median_rho_null),
+        )
+    if rest:
+        table.add_row("not analysed", "0", "0", str(rest), "", "", style="dim")
+    return table
+
+
+def _measured(score: Score) -> tuple[float | None, ...]:
+    """The fields of a report that a score fills; JSON has no NaN and no infinity, so both become None."""
+    values = (score.rho, score.rho_null, score.v_norm, score.delta_norm, score.weight_norm, score.v_rounding)
+    return tuple(value if value is not None and math.isfinite(value) else None for value in values)
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _three_digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,404 @@
+//! From JSON to something that can be executed: nothing that the plan claims is believed.
+
+use super::inputs::{Operation, OutputTensor};
+use super::layout::{Entry, Layout};
+use super::resolve::{GivenSources, Recipe, Resolver, Source, Sources};
+use super::schema;
+use crate::checkpoint::{Checkpoint, InputFile, ReadBackend};
+use crate::{Error, Result};
+use safetensors::Dtype;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Longest plan that is parsed.
+const LONGEST_PLAN: usize = 1 << 30;
+
+/// A validated plan. Of each tensor it keeps a name and a few numbers; the rest is found again in the headers when a
+/// worker enters the tensor.
+#[derive(Debug)]
+pub struct Plan {
+    sources: Sources,
+    recipes: Vec<Recipe>,
+    shards: Vec<PlannedShard>,
+}
+
+/// One output file, ready to be written.
+#[derive(Debug)]
+pub struct PlannedShard {
+    /// File name within the output directory.
+    pub file: String,
+    /// Where the tensors lie in it.
+    pub layout: Layout,
+    /// BLAKE3 of all that decides the shard's bytes: its plan and the identity of the files it reads.
+    pub digest: String,
+    metadata: BTreeMap<String, String>,
+    tensors: Vec<PlannedTensor>,
+    /// The tensors' names, one after another.
+    names: String,
+    /// The files that it reads: source, and the shard's number there.
+    reads: Vec<(String, usize)>,
+    /// Bytes of the tensors that it reads.
+    bytes_read: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct PlannedTensor {
+    /// Where its name ends among the names.
+    name: u32,
+    recipe: u32,
+    dtype: Dtype,
+}
+
+impl PlannedShard {
+    /// A tensor's name.
+    #[must_use]
+    pub fn name(&self, number: usize) -> &str {
+        let end = |number: usize| self.tensors[number].name as usize;
+        &self.names[number.checked_sub(1).map_or(0, end)..end(number)]
+    }
+
+    /// Number of the tensor whose bytes are at this offset of the file; `None` for the header and beyond the end.
+    #[must_use]
+    pub fn tensor_at(&self, offset: usize) -> Option<usize> {
+        let inside = offset >= self.layout.header && offset < self.layout.size;
+        inside.then(|| self.layout.first_behind(offset))
+    }
+}
+
+impl Plan {
+    /// As [`Plan::open`], with inputs read as seems best.
+    ///
+    /// # Errors
+    /// Those of [`Plan::open`].
+    pub fn from_json(json: &str) -> Result<Self> {
+        Self::open(json.as_bytes(), ReadBackend::Auto, &GivenSources::new())
+    }
+
+    /// Parses and validates a plan. Headers of sources that are not given are read; no data is, and no file stays open.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if the JSON or what it claims is wrong, [`Error::InputChanged`] if an input is not the one it
+    /// was made for, and whatever opening a checkpoint raises.
+    pub fn open(json: &[u8], backend: ReadBackend, given: &GivenSources) -> Result<Self> {
+        let plan = parse(json)?;
+        let mut sources = Sources::new();
+        for (name, source) in &plan.sources {
+            sources.insert(name.clone(), open_source(source, given.get(name), backend)?);
+        }
+        let digests = plan.operations.iter().map(digest_of).collect::<Result<Vec<_>>>()?;
+        let recipes: Vec<Recipe> = plan.operations.into_iter().map(Recipe::new).collect();
+        let mut names = HashSet::new();
+        let mut files = HashSet::new();
+        let mut shards = Vec::with_capacity(plan.shards.len());
+        for shard in plan.shards {
+            check_output_name(&shard.file)?;
+            if !files.insert(shard.file.clone()) {
+                return Err(Error::Plan(format!("it writes {} twice", shard.file)));
+            }
+            if shard.tensors.is_empty() {
+                return Err(Error::Plan(format!("{} has no tensors", shard.file)));
+            }
+            for tensor in &shard.tensors {
+                if tensor.name == "__metadata__" || !names.insert(tensor.name.clone()) {
+                    return Err(Error::Plan(format!(
+                        "tensor `{}` of {} stands twice or has a reserved name",
+                        tensor.name, shard.file
+                    )));
+                }
+            }
+            shards.push(plan_shard(shard, &sources, &recipes, &digests, &plan.sources)?);
+        }
+        Ok(Self { sources, recipes, shards })
+    }
+
+    /// The output files, in the order in which they are written.
+    #[must_use]
+    pub fn shards(&self) -> &[PlannedShard] {
+        &self.shards
+    }
+
+    /// The shards with these names, in the plan's order; all of them for `None`.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if a name is not in the plan.
+    pub fn select(&self, files: Option<&[String]>) -> Result<Vec<&PlannedShard>> {
+        let Some(files) = files else { return Ok(self.shards.iter().collect()) };
+        let wanted: HashSet<&String> = files.iter().collect();
+        let known: HashSet<&String> = self.shards.iter().map(|shard| &shard.file).collect();
+        if let Some(unknown) = files.iter().find(|file| !known.contains(file)) {
+            return Err(Error::Plan(format!("it has no output file {unknown}")));
+        }
+        Ok(self.shards.iter().filter(|shard| wanted.contains(&shard.file)).collect())
+    }
+
+    /// Directories of all sources.
+    pub fn source_paths(&self) -> impl Iterator<Item = &Path> {
+        self.sources.values().map(|source| source.checkpoint.path())
+    }
+
+    /// How the sources are read.
+    pub fn backends(&self) -> impl Iterator<Item = ReadBackend> {
+        self.sources.values().map(|source| source.checkpoint.backend())
+    }
+
+    /// A tensor of one of this plan's shards, with its inputs and method.
+    ///
+    /// # Errors
+    /// None that validation would not have raised.
+    pub fn tensor(&self, shard: &PlannedShard, number: usize) -> Result<OutputTensor> {
+        let name = shard.name(number);
+        let planned = shard.tensors[number];
+        let recipe = &self.recipes[planned.recipe as usize];
+        let resolver = Resolver { sources: &self.sources, name };
+        let (_, shape) = resolver.like(recipe)?;
+        let operation = resolver.operation(recipe, planned.dtype, shape)?;
+        Ok(OutputTensor { name: name.to_owned(), range: shard.layout.range(number), operation })
+    }
+
+    /// Bytes of one element of a tensor in the output; at least 1.
+    #[must_use]
+    pub fn element_bytes(shard: &PlannedShard, number: usize) -> usize {
+        (shard.tensors[number].dtype.bitsize() / 8).max(1)
+    }
+
+    /// The header of a shard, as it stands in the file.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if it is not as long as it was when the plan was validated.
+    pub fn header(&self, shard: &PlannedShard) -> Result<Vec<u8>> {
+        let entry = |number: usize| entry(&self.sources, &self.recipes, shard, number);
+        shard
+            .layout
+            .write_header(&shard.metadata, &entry)
+            .map_err(|problem| Error::Plan(format!("the header of {}: {problem}", shard.file)))
+    }
+
+    /// The input file that an output file equals byte for byte, if there is one.
+    ///
+    /// # Errors
+    /// Those of [`InputFile::read`].
+    pub fn equal_input(&self, shard: &PlannedShard) -> Result<Option<Arc<InputFile>>> {
+        let mut file: Option<Arc<InputFile>> = None;
+        for number in 0..shard.layout.len() {
+            let tensor = self.tensor(shard, number)?;
+            let Operation::Copy(input) = &tensor.operation else { return Ok(None) };
+            if input.range != tensor.range {
+                return Ok(None);
+            }
+            let found = input.file()?;
+            if file.as_ref().is_some_and(|file| !Arc::ptr_eq(file, found)) {
+                return Ok(None);
+            }
+            file.get_or_insert_with(|| Arc::clone(found));
+        }
+        let Some(file) = file else { return Ok(None) };
+        if file.size() != shard.layout.size as u64 {
+            return Ok(None);
+        }
+        let mut header = vec![0; shard.layout.header];
+        file.read(0..header.len(), &mut header)?;
+        Ok((header == self.header(shard)?).then_some(file))
+    }
+
+    /// Checks that no file that the shard reads has changed in size or time since the plan was validated.
+    ///
+    /// # Errors
+    /// [`Error::InputChanged`].
+    pub fn check_inputs_unchanged(&self, shard: &PlannedShard) -> Result<()> {
+        for (source, number) in &shard.reads {
+            self.sources[source].checkpoint.shards()[*number].check_unchanged()?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that all shards read and write.
+    #[must_use]
+    pub fn traffic(&self) -> (usize, usize) {
+        let read = self.shards.iter().map(|shard| shard.bytes_read).sum();
+        (read, self.shards.iter().map(|shard| shard.layout.size).sum())
+    }
+}
+
+fn parse(json: &[u8]) -> Result<schema::Plan<'_>> {
+    if json.len() > LONGEST_PLAN {
+        return Err(Error::Plan(format!(
+            "it has {} bytes, more than the {LONGEST_PLAN} allowed",
+            json.len()
+        )));
+    }
+    let problem = |e: serde_json::Error| Error::Plan(e.to_string());
+    match serde_json::from_slice::<schema::Plan<'_>>(json) {
+        Ok(plan) if plan.version == schema::VERSION => Ok(plan),
+        Ok(plan) => Err(wrong_version(plan.version)),
+        // Another version has other fields, so that it is looked for where the fields are wrong.
+        Err(error) => match serde_json::from_slice::<schema::Version>(json) {
+            Ok(found) if found.version != schema::VERSION => Err(wrong_version(found.version)),
+            _ => Err(problem(error)),
+        },
+    }
+}
+
+fn wrong_version(version: u32) -> Error {
+    let known = schema::VERSION;
+    Error::Plan(if version < known {
+        format!(
+            "it was made by an earlier version of this program (its format is {version}, now {known}); merge again"
+        )
+    } else {
+        format!("its format has version {version}, this program reads version {known}; update it")
+    })
+}
+
+/// Opens the files that a plan lists, or takes the checkpoint that is open, and compares each file with the identity it
+/// states. Of files that are opened the modification time may differ (copies and clones change it); the size and the
+/// header may not. A checkpoint that is open was looked at before: its files must still be what they were then.
+fn open_source(
+    source: &schema::Source,
+    given: Option<&Arc<Checkpoint>>,
+    backend: ReadBackend,
+) -> Result<Source> {
+    let checkpoint = match given {
+        Some(checkpoint) => Arc::clone(checkpoint),
+        None => Arc::new(Checkpoint::open_files(&source.path, source.files.keys(), backend)?),
+    };
+    let mut listed = vec![false; checkpoint.shards().len()];
+    let mut found = 0;
+    for (shard, listed) in checkpoint.shards().iter().zip(&mut listed) {
+        let Some(expected) = source.files.get(&shard.name) else { continue };
+        shard.header.identity.check_stated(&shard.path, expected)?;
+        if given.is_some() {
+            if shard.header.identity.mtime_ns != expected.mtime_ns {
+                let what = "it was modified";
+                return Err(Error::InputChanged { path: shard.path.clone(), what });
+            }
+            shard.check_unchanged()?;
+        }
+        *listed = true;
+        found += 1;
+    }
+    if found < source.files.len() {
+        let known: HashSet<&String> = checkpoint.shards().iter().map(|shard| &shard.name).collect();
+        let missing = source.files.keys().find(|file| !known.contains(file));
+        return Err(Error::Plan(format!(
+            "it reads {} of {}, which is no file of that checkpoint",
+            missing.map_or("", String::as_str),
+            checkpoint.path().display()
+        )));
+    }
+    Ok(Source { checkpoint, listed })
+}
+
+fn plan_shard(
+    shard: schema::Shard<'_>,
+    sources: &Sources,
+    recipes: &[Recipe],
+    digests: &[blake3::Hash],
+    stated: &BTreeMap<String, schema::Source>,
+) -> Result<PlannedShard> {
+    let mut planned = PlannedShard {
+        file: shard.file,
+        layout: Layout::empty(),
+        digest: String::new(),
+        metadata: shard.metadata,
+        tensors: Vec::with_capacity(shard.tensors.len()),
+        names: String::with_capacity(shard.tensors.iter().map(|tensor| tensor.name.len()).sum()),
+        reads: Vec::new(),
+        bytes_read: 0,
+    };
+    let mut reads = BTreeSet::new();
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&schema::VERSION.to_le_bytes());
+    hash_text(&mut hasher, &planned.file);
+    for (key, value) in &planned.metadata {
+        hash_text(&mut hasher, key);
+        hash_text(&mut hasher, value);
+    }
+    for tensor in shard.tensors {
+        let recipe = recipes.get(tensor.operation as usize).ok_or_else(|| {
+            Error::Plan(format!(
+                "tensor `{}` is made by operation {}, of which the plan has {}",
+                tensor.name,
+                tensor.operation,
+                recipes.len()
+            ))
+        })?;
+        let resolver = Resolver { sources, name: &tensor.name };
+        let like = resolver.like(recipe);
+        let (dtype, shape) = match (tensor.dtype, &tensor.shape) {
+            (Some(dtype), Some(shape)) => (dtype, shape.as_slice()),
+            (dtype, shape) => {
+                let (like_dtype, like_shape) = like?;
+                (dtype.unwrap_or(like_dtype), shape.as_deref().unwrap_or(like_shape))
+            }
+        };
+        let operation = resolver.operation(recipe, dtype, shape)?;
+        for (input, source) in operation.inputs().zip(recipe.sources()) {
+            planned.bytes_read += input.range.len();
+            if !reads.contains(&(source, input.shard())) {
+                reads.insert((source, input.shard()));
+            }
+        }
+        planned.names.push_str(&tensor.name);
+        let name = u32::try_from(planned.names.len())
+            .map_err(|_| Error::Plan(format!("the names of {} are too long", planned.file)))?;
+        planned.tensors.push(PlannedTensor { name, recipe: tensor.operation, dtype });
+        hash_text(&mut hasher, &tensor.name);
+        hash_text(&mut hasher, &dtype.to_string());
+        hash_text(&mut hasher, &format!("{shape:?}"));
+        hasher.update(digests[tensor.operation as usize].as_bytes());
+    }
+    let entry = |number: usize| entry(sources, recipes, &planned, number);
+    let layout = Layout::of(&planned.file, &planned.metadata, planned.tensors.len(), &entry);
+    planned.layout = layout.map_err(Error::Plan)?;
+    for (source, number) in reads {
+        let file = &sources[source].checkpoint.shards()[number].name;
+        let identity = &stated[source].files[file];
+        hash_text(&mut hasher, source);
+        hash_text(&mut hasher, file);
+        hasher.update(&identity.size.to_le_bytes());
+        hasher.update(&identity.mtime_ns.to_le_bytes());
+        hasher.update(identity.header_digest.as_ref());
+        planned.reads.push((source.to_owned(), number));
+    }
+    planned.digest = hasher.finalize().to_hex().to_string();
+    Ok(planned)
+}
+
+/// What the header says of a tensor of a shard that was validated.
+fn entry<'a>(
+    sources: &'a Sources,
+    recipes: &'a [Recipe],
+    shard: &'a PlannedShard,
+    number: usize,
+) -> Option<Entry<'a>> {
+    let tensor = shard.tensors.get(number)?;
+    let name = shard.name(number);
+    let resolver = Resolver { sources, name };
+    let (_, shape) = resolver.like(&recipes[tensor.recipe as usize]).ok()?;
+    Some(Entry { name, dtype: tensor.dtype, shape })
+}
+
+/// Digest of an operation. A shard's digest holds those of its tensors; sources' paths are in none of them, since a moved
+/// input is still the same input.
+fn digest_of(operation: &schema::Operation) -> Result<blake3::Hash> {
+    let json = serde_json::to_vec(operation).map_err(|e| Error::Plan(e.to_string()))?;
+    Ok(blake3::hash(&json))
+}
+
+/// Adds text in such a way that no two lists of texts are the same bytes.
+fn hash_text(hasher: &mut blake3::Hasher, text: &str) {
+    hasher.update(&text.len().to_le_bytes());
+    hasher.update(text.as_bytes());
+}
+
+fn check_output_name(file: &str) -> Result<()> {
+    let plain = Path::new(file).file_name().is_some_and(|name| name == file);
+    if plain && file.ends_with(".safetensors") && !file.starts_with('.') {
+        Ok(())
+    } else {
+        Err(Error::Plan(format!(
+            "the output file `{file}` must be a plain name that ends in .safetensors"
+        )))
+    }
+}

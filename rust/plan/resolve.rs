@@ -1,0 +1,310 @@
+//! From what a plan says of a tensor to that tensor's inputs and method. The same check is made when the plan is
+//! validated and when a worker enters the tensor, so that nothing of it need be kept in between.
+
+use super::inputs::{Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, Rows};
+use super::schema;
+use crate::checkpoint::Checkpoint;
+use crate::dtype::Float;
+use crate::methods::{self, Convert};
+use crate::{Error, Result};
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A checkpoint that a plan reads, and which of its shards it may.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub checkpoint: Arc<Checkpoint>,
+    /// By the shard's number in the checkpoint.
+    pub listed: Vec<bool>,
+}
+
+/// Checkpoints that are open already, by the name of the source.
+pub type GivenSources = BTreeMap<String, Arc<Checkpoint>>;
+
+/// Sources by their name.
+pub(super) type Sources = BTreeMap<String, Source>;
+
+/// The operands of a weighted sum that is no tensor of an output, all of the shape of the first one's tensor; `name` is
+/// whose they are, for messages, and the tensor of operands that name none.
+///
+/// # Errors
+/// [`Error::Plan`] if there is none, they do not go together, or have parameters other than a weight;
+/// [`Error::NoTensor`].
+pub fn resolve_sum(
+    given: &GivenSources,
+    name: &str,
+    terms: &[schema::WeightedOperand],
+) -> Result<Vec<(f32, Operand)>> {
+    let source = |(name, checkpoint): (&String, &Arc<Checkpoint>)| {
+        let listed = vec![true; checkpoint.shards().len()];
+        (name.clone(), Source { checkpoint: Arc::clone(checkpoint), listed })
+    };
+    let sources: Sources = given.iter().map(source).collect();
+    let resolver = Resolver { sources: &sources, name };
+    let Some(first) = terms.first() else {
+        return Err(Error::Plan(format!("tensor `{name}` is made of nothing")));
+    };
+    let shape = resolver.find(&first.operand.source, first.operand.tensor.as_deref())?.shape;
+    let resolve = |term: &schema::WeightedOperand| {
+        let weight = crate::dtype::f64_to_f32(term.weight.unwrap_or(1.0));
+        if !term.parameters.is_empty() || !weight.is_finite() {
+            return Err(Error::Plan(format!(
+                "the operands of tensor `{name}` have a finite weight and no other parameter"
+            )));
+        }
+        Ok((weight, resolver.operand(&term.operand, &shape)?))
+    };
+    terms.iter().map(resolve).collect()
+}
+
+/// An entry of the plan's table of operations.
+#[derive(Debug)]
+pub(super) enum Recipe {
+    Copy(schema::TensorRef),
+    Merge {
+        merge: Box<schema::Merge>,
+        /// Parameters of each operand, the weight among them.
+        parameters: Vec<Map<String, Value>>,
+    },
+}
+
+impl Recipe {
+    pub(super) fn new(operation: schema::Operation) -> Self {
+        match operation {
+            schema::Operation::Copy(source) => Self::Copy(source),
+            schema::Operation::Merge(merge) => {
+                let parameters = merge.operands.iter().map(operand_parameters).collect();
+                Self::Merge { merge, parameters }
+            }
+        }
+    }
+}
+
+impl Recipe {
+    /// Names of the sources of an operation's inputs, in the order of [`Operation::inputs`].
+    pub(super) fn sources(&self) -> impl Iterator<Item = &str> {
+        let (copied, merged) = match self {
+            Self::Copy(place) => (Some(place.source.as_str()), None),
+            Self::Merge { merge, .. } => (None, Some(merge)),
+        };
+        let operands = merged.into_iter().flat_map(|merge| {
+            merge.operands.iter().map(|weighted| &weighted.operand).chain(&merge.base)
+        });
+        copied.into_iter().chain(operands.flat_map(operand_sources))
+    }
+}
+
+fn operand_sources(operand: &schema::Operand) -> impl Iterator<Item = &str> {
+    let factors = operand.low_rank.iter().flat_map(|term| [&term.a.source, &term.b.source]);
+    [&operand.source]
+        .into_iter()
+        .chain(operand.rows.iter().map(|rows| &rows.source))
+        .chain(factors)
+        .chain(operand.magnitude.iter().map(|magnitude| &magnitude.source))
+        .map(String::as_str)
+}
+
+/// The weight is a parameter like any other, but for its place in the plan.
+fn operand_parameters(weighted: &schema::WeightedOperand) -> Map<String, Value> {
+    let mut parameters = weighted.parameters.clone();
+    if let Some(weight) = weighted.weight {
+        parameters.insert("weight".to_owned(), weight.into());
+    }
+    parameters
+}
+
+/// Finds the inputs of one tensor.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Resolver<'a> {
+    pub sources: &'a Sources,
+    /// The output tensor's name.
+    pub name: &'a str,
+}
+
+impl<'a> Resolver<'a> {
+    /// Dtype and shape that an output tensor has where the plan does not say it: those of what is copied, or of the
+    /// first operand.
+    ///
+    /// # Errors
+    /// [`Error::Plan`], [`Error::NoTensor`].
+    pub(super) fn like(&self, recipe: &Recipe) -> Result<(Dtype, &'a [usize])> {
+        let (source, tensor) = match recipe {
+            Recipe::Copy(place) => (&place.source, &place.tensor),
+            Recipe::Merge { merge, .. } => {
+                let first = merge.operands.first().map(|weighted| &weighted.operand);
+                let Some(first) = first.or(merge.base.as_ref()) else {
+                    return Err(Error::Plan(format!("tensor `{}` is made of nothing", self.name)));
+                };
+                (&first.source, &first.tensor)
+            }
+        };
+        let source = self.source(source)?;
+        let (_, entry) = source.checkpoint.locate(tensor.as_deref().unwrap_or(self.name))?;
+        Ok((entry.dtype, entry.shape))
+    }
+
+    /// The operation that makes a tensor of this dtype and shape.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if inputs and method do not go together; [`Error::NoTensor`].
+    pub(super) fn operation(
+        &self,
+        recipe: &Recipe,
+        dtype: Dtype,
+        shape: &[usize],
+    ) -> Result<Operation> {
+        match recipe {
+            Recipe::Copy(place) => {
+                let input = self.find_as(&place.source, place.tensor.as_deref(), shape)?;
+                if input.dtype == dtype {
+                    return Ok(Operation::Copy(input));
+                }
+                Ok(Operation::Compute(Computation {
+                    method: Box::new(Convert),
+                    operands: vec![Operand::plain(input)?],
+                    has_base: false,
+                    dtype: self.output_float(dtype)?,
+                }))
+            }
+            Recipe::Merge { merge, parameters } => {
+                let operands = merge.operands.iter().map(|weighted| &weighted.operand);
+                let operands = operands
+                    .chain(&merge.base)
+                    .map(|operand| self.operand(operand, shape))
+                    .collect::<Result<Vec<_>>>()?;
+                let has_base = merge.base.is_some();
+                let (name, shared) = (&merge.method, &merge.parameters);
+                let method = methods::build(name, shared, parameters, has_base, self.name, shape)
+                    .map_err(|problem| {
+                    Error::Plan(format!("tensor `{}`: {problem}", self.name))
+                })?;
+                let dtype = self.output_float(dtype)?;
+                Ok(Operation::Compute(Computation { method, operands, has_base, dtype }))
+            }
+        }
+    }
+
+    /// An operand of this shape with all that changes it.
+    ///
+    /// # Errors
+    /// [`Error::Plan`], [`Error::NoTensor`].
+    pub(super) fn operand(&self, operand: &schema::Operand, shape: &[usize]) -> Result<Operand> {
+        let input = self.find_as(&operand.source, operand.tensor.as_deref(), shape)?;
+        let mut found = Operand::plain(input)?;
+        if operand.rows.is_none() && operand.low_rank.is_empty() && operand.magnitude.is_none() {
+            return Ok(found);
+        }
+        let &[rows, columns] = shape else {
+            return Err(Error::Plan(format!(
+                "tensor `{}` of shape {shape:?} is changed by an adapter, which works on matrices only",
+                self.name
+            )));
+        };
+        if let Some(replaced) = &operand.rows {
+            found.rows = Some(self.rows(replaced, [rows, columns])?);
+        }
+        for term in &operand.low_rank {
+            found.low_rank.push(self.low_rank(term, [rows, columns])?);
+        }
+        if let Some(magnitude) = &operand.magnitude {
+            let features = if magnitude.transpose { columns } else { rows };
+            let tensor = self.find(&magnitude.source, Some(&magnitude.tensor))?;
+            if tensor.shape.iter().product::<usize>() != features {
+                return Err(self.mismatch(&tensor, &[features]));
+            }
+            let (tensor, transpose) = (FloatInput::new(tensor)?, magnitude.transpose);
+            found.magnitude = Some(Magnitude { tensor, transpose });
+        }
+        Ok(found)
+    }
+
+    fn rows(&self, replaced: &schema::Rows, [rows, columns]: [usize; 2]) -> Result<Rows> {
+        let tensor = self.find(&replaced.source, Some(&replaced.tensor))?;
+        let expected = [replaced.indices.len(), columns];
+        if tensor.shape != expected {
+            return Err(self.mismatch(&tensor, &expected));
+        }
+        let places: BTreeMap<usize, usize> =
+            replaced.indices.iter().enumerate().map(|(place, &row)| (row, place)).collect();
+        let beyond = places.last_key_value().is_some_and(|(&row, _)| row >= rows);
+        if places.len() != replaced.indices.len() || beyond {
+            return Err(Error::Plan(format!(
+                "the replaced rows of tensor `{}` must be different and below {rows}",
+                self.name
+            )));
+        }
+        Ok(Rows { tensor: FloatInput::new(tensor)?, places })
+    }
+
+    fn low_rank(&self, term: &schema::LowRank, [rows, columns]: [usize; 2]) -> Result<LowRank> {
+        let a = self.find(&term.a.source, term.a.tensor.as_deref())?;
+        let b = self.find(&term.b.source, term.b.tensor.as_deref())?;
+        let (out, inner) = if term.transpose { (columns, rows) } else { (rows, columns) };
+        let rank = a.shape.first().copied().unwrap_or(0);
+        if rank == 0 || a.shape != [rank, inner] {
+            return Err(self.mismatch(&a, &[rank.max(1), inner]));
+        }
+        if b.shape != [out, rank] {
+            return Err(self.mismatch(&b, &[out, rank]));
+        }
+        let scale = crate::dtype::f64_to_f32(term.scale);
+        if !scale.is_finite() {
+            return Err(Error::Plan(format!(
+                "the scale {} of tensor `{}` is not finite",
+                term.scale, self.name
+            )));
+        }
+        let (a, b) = (FloatInput::new(a)?, FloatInput::new(b)?);
+        Ok(LowRank { a, b, rank, scale, transpose: term.transpose })
+    }
+
+    /// A tensor that has this shape.
+    fn find_as(&self, source: &str, tensor: Option<&str>, shape: &[usize]) -> Result<Input> {
+        let input = self.find(source, tensor)?;
+        if input.shape == shape { Ok(input) } else { Err(self.mismatch(&input, shape)) }
+    }
+
+    fn find(&self, name: &str, tensor: Option<&str>) -> Result<Input> {
+        let source = self.source(name)?;
+        let input = Input::find(&source.checkpoint, tensor.unwrap_or(self.name))?;
+        if source.listed.get(input.shard()) == Some(&true) {
+            return Ok(input);
+        }
+        Err(Error::Plan(format!(
+            "tensor `{}` takes `{}` from {}, which the plan does not list among the files of source `{name}`",
+            self.name,
+            input.tensor,
+            input.path().display()
+        )))
+    }
+
+    fn source(&self, name: &str) -> Result<&'a Source> {
+        self.sources.get(name).ok_or_else(|| {
+            Error::Plan(format!(
+                "tensor `{}` takes from source `{name}`, which the plan does not define",
+                self.name
+            ))
+        })
+    }
+
+    fn output_float(&self, dtype: Dtype) -> Result<Float> {
+        Float::from_safetensors(dtype).ok_or_else(|| {
+            Error::Plan(format!(
+                "tensor `{}` cannot be computed in dtype {dtype}; use BF16, F16, F32 or F64",
+                self.name
+            ))
+        })
+    }
+
+    fn mismatch(&self, input: &Input, expected: &[usize]) -> Error {
+        Error::Plan(format!(
+            "tensor `{}` needs an input of shape {expected:?}, but `{}` of {} has {:?}",
+            self.name,
+            input.tensor,
+            input.path().display(),
+            input.shape
+        ))
+    }
+}
