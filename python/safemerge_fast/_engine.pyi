@@ -25,6 +25,7 @@ __all__ = [
     "WrittenFile",
     "__version__",
     "fault_points",
+    "file_digest",
     "methods",
     "simd_levels",
 ]
@@ -107,9 +108,19 @@ class MethodInfo:
     @property
     def sums(self) -> bool:
         """Whether it is a weighted sum, so that weights of operands that share a tensor may be added up."""
+    @property
+    def thins(self) -> bool:
+        """Whether it keeps random elements of task vectors, scales them up and adds them."""
 
 def methods() -> list[MethodInfo]:
     """Every merge method."""
+
+def file_digest(path: str | PathLike[str]) -> str:
+    """BLAKE3 of a regular file's bytes, hexadecimal.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
 
 def fault_points() -> list[str]:
     """The names of the engine's fail points; none in a build without the feature `faults`."""
@@ -255,7 +266,7 @@ class Rows:
 
 @final
 class Checkpoint:
-    """The validated headers of a checkpoint directory or of one .safetensors file; data is opened when asked for.
+    """The validated headers of a checkpoint directory or of one .safetensors file; data is opened when asked for."""
 
     def __new__(
         cls, path: str | PathLike[str], *, read_backend: Literal["auto", "mmap", "pread"] = "auto"
@@ -565,6 +576,24 @@ class Plan:
     @property
     def bytes_written(self) -> int: ...
     def shard_digest(self, file: str) -> str: ...
+    def memory(
+        self,
+        *,
+        threads: int | None = None,
+        memory_budget: int | None = None,
+        tile_bytes: int | None = None,
+    ) -> int:
+        """Bytes that execute would take at most: buffers, windows on inputs, factors and counters.
+
+        Args:
+            threads: As execute takes it.
+            memory_budget: As execute takes it.
+            tile_bytes: As execute takes it.
+
+        Raises:
+            PlanError: The budget is too small, or the tile size no multiple of 4096.
+        """
+
     def execute(
         self,
         output: JobDirectory,

@@ -38,18 +38,23 @@ merge = entry(
     SafemergeSettings,
     carry_out,
     "merge",
-    "Repairs a fine-tuned model: merges its modules that left the safety subspace with a safe model." + _RETURNS,
+    "Repairs a fine-tuned model: merges its modules that left the safety subspace with a safe model."
+    + _RETURNS,
 )
 
 fold = entry(
     FoldSettings,
     carry_out,
     "fold",
-    "Folds a LoRA adapter into the checkpoint it was trained on, exactly; all of its keys are applied." + _RETURNS,
+    "Folds a LoRA adapter into the checkpoint it was trained on, exactly; all of its keys are applied."
+    + _RETURNS,
 )
 
 resta = entry(
-    RestaSettings, carry_out, "resta", "Adds the safety vector, aligned - base, to a fine-tuned model." + _RETURNS
+    RestaSettings,
+    carry_out,
+    "resta",
+    "Adds the safety vector, aligned - base, to a fine-tuned model." + _RETURNS,
 )
 
 wise_ft = entry(

@@ -67,7 +67,9 @@ class Rule:
         kind, _, text = self.select.partition(":")
         if kind == "lowest" and int(text) > units:
             what = "layers" if self.granularity == "layer" else "modules"
-            raise SettingError(f"select is {self.select}, but only {units} {what} are analysed; ask for at most {units}")
+            raise SettingError(
+                f"select is {self.select}, but only {units} {what} are analysed; ask for at most {units}"
+            )
 
     def count(self, candidates: int) -> int | None:
         """How many of the candidates are merged; None where the threshold says which.

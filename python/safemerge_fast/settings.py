@@ -120,7 +120,9 @@ class Field:
     def types(self) -> frozenset[Any]:
         """The types of its values; choices are str."""
         members = typing.get_args(self.type) if typing.get_origin(self.type) not in (None, Literal) else ()
-        return frozenset(str if typing.get_origin(member) is Literal else member for member in members or (self.type,))
+        return frozenset(
+            str if typing.get_origin(member) is Literal else member for member in members or (self.type,)
+        )
 
     @property
     def is_flag(self) -> bool:
@@ -378,8 +380,8 @@ class RunSettings(Settings, frozen=True, kw_only=True):
     overwrite: Annotated[
         bool | Literal["in-place"],
         Setting(
-            "Replace an earlier output once the new one is complete; in-place removes the old one first, where there is "
-            "no room for both.",
+            "Replace an earlier output once the new one is complete; in-place removes the old one first, where "
+            "there is no room for both.",
             decides=False,
             in_files=False,
         ),

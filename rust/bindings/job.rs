@@ -1,6 +1,7 @@
 //! `JobDirectory`: an output in the making, locked.
 
 use super::error::detached;
+use crate::checkpoint;
 use crate::writer::{self, Overwrite};
 use crate::{Error, Result};
 use pyo3::prelude::*;
@@ -14,6 +15,12 @@ pub struct WrittenFile {
     name: String,
     bytes: u64,
     digest: Option<String>,
+}
+
+/// BLAKE3 of a regular file's bytes, hexadecimal.
+#[pyfunction]
+pub fn file_digest(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    detached(py, || checkpoint::file_digest(&path))
 }
 
 /// The directory in which an output is made, locked until it is published or closed.

@@ -177,6 +177,11 @@ impl MethodInfo {
         self.inner.has(Flag::Sums)
     }
 
+    #[getter]
+    fn thins(&self) -> bool {
+        self.inner.has(Flag::Thins)
+    }
+
     fn __repr__(&self) -> String {
         format!("MethodInfo({:?})", self.inner.about.name)
     }

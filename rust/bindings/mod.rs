@@ -4,9 +4,9 @@ mod checkpoint;
 mod difference;
 mod error;
 mod interruption;
+mod job;
 mod methods;
 mod pattern;
-mod job;
 mod plan;
 
 use crate::kernels::Level;
@@ -22,9 +22,9 @@ mod _engine {
     #[pymodule_export]
     use super::interruption::Watchdog;
     #[pymodule_export]
-    use super::methods::{MethodInfo, ParameterInfo, methods};
+    use super::job::{JobDirectory, WrittenFile, fault_points, file_digest};
     #[pymodule_export]
-    use super::job::{JobDirectory, WrittenFile, fault_points};
+    use super::methods::{MethodInfo, ParameterInfo, methods};
     #[pymodule_export]
     use super::pattern::Pattern;
     #[pymodule_export]

@@ -191,6 +191,26 @@ impl Plan {
         Ok(shards.into_iter().map(|shard| shard.digest.clone()).collect())
     }
 
+    #[pyo3(signature = (*, threads = None, memory_budget = None, tile_bytes = None))]
+    fn memory(
+        &self,
+        py: Python<'_>,
+        threads: Option<usize>,
+        memory_budget: Option<usize>,
+        tile_bytes: Option<usize>,
+    ) -> PyResult<usize> {
+        detached(py, || {
+            let defaults = stream::Options::default();
+            let options = stream::Options {
+                threads: threads.unwrap_or(defaults.threads),
+                tile_bytes: tile_bytes.unwrap_or(defaults.tile_bytes),
+                memory_budget,
+                ..defaults
+            };
+            stream::memory(&self.inner, &self.inner.select(None)?, &options)
+        })
+    }
+
     #[pyo3(signature = (output, *, shards = None, threads = None, memory_budget = None, tile_bytes = None,
                         write = "auto", simd = None, allow_nonfinite = false, progress = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python method")]

@@ -16,6 +16,7 @@ pub use identity::{FileIdentity, StatedIdentity};
 pub(crate) use index::check_file_name;
 pub use mapping::MappedFile;
 pub use reader::{InputFile, ReadBackend};
+pub use regular::file_digest;
 
 use crate::{Error, Result};
 use lookup::Lookup;

@@ -41,3 +41,14 @@ pub(super) fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     }
     Ok(bytes)
 }
+
+/// BLAKE3 of a regular file's bytes, hexadecimal.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn file_digest(path: &Path) -> Result<String> {
+    let (mut file, _) = open(path).map_err(|e| Error::read(path, e))?;
+    let mut hasher = blake3::Hasher::new();
+    std::io::copy(&mut file, &mut hasher).map_err(|e| Error::read(path, e))?;
+    Ok(hasher.finalize().to_hex().to_string())
+}

@@ -2,11 +2,14 @@
 //! its operands are loaded and changed by adapters (`loader`), observed whole where a method asks for it (`observation`),
 //! and blended into tiles (`tile`). A queue puts all that in order (`queue`); workers stream the tiles to disk
 //! ([`stream`]) or compare them with what is there ([`verify`]).
+//! What all that takes is known beforehand (`memory`).
 
 mod entered;
 pub(crate) mod loader;
+mod memory;
 mod observation;
 mod once;
+mod pages;
 mod queue;
 pub mod stream;
 mod tile;

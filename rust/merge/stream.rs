@@ -1,9 +1,9 @@
 //! The merge itself: workers fill tiles and write them; the last tile of a shard commits it.
 
 use super::Progress;
+use super::memory::Demand;
 use super::queue::{Item, Queue};
 use super::tile::{NonFinite, TileFiller};
-use super::work::CHUNK;
 use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
@@ -20,11 +20,6 @@ pub const DEFAULT_TILE: usize = 4 << 20;
 /// Tiles must be whole blocks of any disk that takes direct writes.
 pub const TILE_ALIGNMENT: usize = 4096;
 
-/// Bytes of an operand that a worker observes at a time, at the most: F64 has the longest elements.
-const LARGEST_CHUNK: usize = CHUNK * 8;
-/// Bytes of counters for an operand, while two tensors are observed.
-const COUNTERS: usize = 8 << 20;
-
 /// How to execute. None of it changes the output's bytes.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -32,7 +27,8 @@ pub struct Options {
     pub threads: usize,
     /// Bytes of a tile, a multiple of [`TILE_ALIGNMENT`].
     pub tile_bytes: usize,
-    /// Most bytes that buffers and input windows may take together; lowers `threads`, then `tile_bytes`.
+    /// Most bytes that buffers, windows on inputs, factors and counters may take together; lowers `threads`, then
+    /// `tile_bytes`.
     pub memory_budget: Option<usize>,
     /// How output files are written.
     pub write: WriteMode,
@@ -64,38 +60,28 @@ pub fn default_threads() -> usize {
 }
 
 impl Options {
-    /// Threads and tile size within the memory budget, for shards whose tensors have at most `operands` operands; `observed`
-    /// says whether any tensor is observed.
-    ///
-    /// # Errors
-    /// [`Error::Option`] if the tile size is not aligned, or if not even one worker with the smallest tile fits.
-    fn fit(&self, operands: usize, observed: bool) -> Result<(usize, usize)> {
-        if self.tile_bytes == 0 || !self.tile_bytes.is_multiple_of(TILE_ALIGNMENT) {
+    /// Threads and tile size within the memory budget, for these shards of a plan.
+    fn fit(&self, plan: &Plan, shards: &[&PlannedShard]) -> Result<(usize, usize)> {
+        let (threads, tile) = (self.threads.max(1), self.tile_bytes);
+        if tile == 0 || !tile.is_multiple_of(TILE_ALIGNMENT) {
             return Err(Error::Option(format!(
-                "the tile size is {}, it must be a positive multiple of {TILE_ALIGNMENT}",
-                self.tile_bytes
+                "the tile size is {tile}, it must be a positive multiple of {TILE_ALIGNMENT}"
             )));
         }
-        let (mut threads, mut tile) = (self.threads.max(1), self.tile_bytes);
-        let Some(budget) = self.memory_budget else { return Ok((threads, tile)) };
-        // A tile of BF16 may come from F64 inputs: four times its bytes per operand at the most.
-        let blending = |tile: usize| tile.saturating_mul(1 + 4 * operands.max(1));
-        let (observing, shared) =
-            if observed { (operands * LARGEST_CHUNK, operands * COUNTERS) } else { (0, 0) };
-        let worker = |tile: usize| blending(tile).max(tile + observing);
-        let least = worker(TILE_ALIGNMENT) + shared;
-        if least > budget {
-            return Err(Error::Option(format!(
-                "a memory budget of {budget} bytes is below the {least} that one worker needs"
-            )));
+        match self.memory_budget {
+            Some(budget) => Demand::of(plan, shards)?.fit(threads, tile, budget),
+            None => Ok((threads, tile)),
         }
-        let budget = budget - shared;
-        threads = threads.min(budget / worker(tile)).max(1);
-        while worker(tile) > budget && tile > TILE_ALIGNMENT {
-            tile = (tile / 2).next_multiple_of(TILE_ALIGNMENT);
-        }
-        Ok((threads, tile))
     }
+}
+
+/// Bytes that [`execute`] takes at most for buffers, windows on inputs, factors and counters.
+///
+/// # Errors
+/// [`Error::Option`] if the tile size is not aligned, or if the memory budget is too small.
+pub fn memory(plan: &Plan, shards: &[&PlannedShard], options: &Options) -> Result<usize> {
+    let (threads, tile) = options.fit(plan, shards)?;
+    Ok(Demand::of(plan, shards)?.bytes(threads, tile))
 }
 
 /// What happened to one shard.
@@ -173,7 +159,7 @@ pub fn execute(
         progress.finish_shard();
     }
     let (cloned, pending) = clone_equal(plan, pending, output, options.write, progress)?;
-    let (threads, tile_bytes) = options.fit(8, true)?;
+    let (threads, tile_bytes) = options.fit(plan, &pending)?;
     let queue = Queue::new(plan, &pending, tile_bytes, &|_, _| true);
     let open: Vec<OpenShard> = (0..pending.len())
         .map(|number| OpenShard {

@@ -2,6 +2,7 @@
 
 use super::entered::Entered;
 use super::loader::{Loading, OperandLoader};
+use super::pages::Pages;
 use super::queue::{Chunk, Tile};
 use super::work::{SUB_TILE, chunks, elements_of, parts};
 use crate::kernels::Kernels;
@@ -57,6 +58,7 @@ pub(super) struct TileFiller {
     blended: Vec<f32>,
     /// Elements of which not all bytes are wanted.
     stored: Vec<u8>,
+    pages: Pages,
     /// Input tensors in which NaN or infinity was met.
     pub nonfinite_inputs: Vec<NonFinite>,
 }
@@ -88,6 +90,7 @@ impl TileFiller {
             operands: Vec::new(),
             blended: vec![0.0; SUB_TILE],
             stored: Vec::new(),
+            pages: Pages::default(),
             nonfinite_inputs: Vec::new(),
         }
     }
@@ -125,6 +128,7 @@ impl TileFiller {
                 }
             }
         }
+        self.pages.give_back();
         Ok(())
     }
 
@@ -140,7 +144,7 @@ impl TileFiller {
         let computation = match &tensor.output.operation {
             Operation::Copy(input) => {
                 input.read(bytes, out)?;
-                input.release(bytes);
+                self.pages.read(input, bytes);
                 return Ok(());
             }
             Operation::Compute(computation) => computation,
@@ -151,7 +155,7 @@ impl TileFiller {
         };
         let job = Job { file, tensor, computation, facts: &facts, stopped };
         self.compute_part(&job, bytes.clone(), out)?;
-        release(&computation.operands, &elements_of(bytes, computation.dtype));
+        self.release(&computation.operands, &elements_of(bytes, computation.dtype));
         Ok(())
     }
 
@@ -184,7 +188,9 @@ impl TileFiller {
         stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
         let Chunk { tensor, pass, number, elements } = chunk;
-        self.observe_elements(&shard.file, tensor, *pass, *number, elements.clone(), stopped)
+        self.observe_elements(&shard.file, tensor, *pass, *number, elements.clone(), stopped)?;
+        self.pages.give_back();
+        Ok(())
     }
 
     fn observe_elements(
@@ -220,7 +226,7 @@ impl TileFiller {
                 method.observe(&self.kernels, facts, slice, &mut tally);
             });
         }
-        release(&computation.operands, &elements);
+        self.release(&computation.operands, &elements);
         let finished = observation.finish(method, pass, number, assignment.sums);
         finished.map_err(|problem| job.error(problem))
     }
@@ -299,6 +305,17 @@ impl TileFiller {
         self.explain_nonfinite(job, elements)
     }
 
+    /// Gives the pages back, by and by, that these elements of the operands were read from; those of factors went when
+    /// they were decoded.
+    fn release(&mut self, operands: &[Operand], elements: &Range<usize>) {
+        for operand in operands {
+            self.pages.read(&operand.tensor.input, &operand.tensor.place(elements));
+            if let Some(rows) = &operand.rows {
+                self.pages.read(&rows.tensor.input, &(0..rows.tensor.input.range.len()));
+            }
+        }
+    }
+
     /// Whether the operands' first loaded elements hold neither NaN nor infinity.
     fn operands_finite(&self, job: &Job<'_>, count: usize) -> bool {
         let operands = &self.operands[..job.computation.operands.len()];
@@ -361,14 +378,4 @@ fn with_slice<R>(
     let all: Vec<&[f32]> = loaded.iter().map(|values| &values[..elements.len()]).collect();
     let (operands, base) = all.split_at(all.len() - usize::from(computation.has_base));
     work(&Slice { operands, base: base.first().copied(), first: elements.start })
-}
-
-/// Gives the pages back that these elements of the operands were read from; those of factors went when they were decoded.
-fn release(operands: &[Operand], elements: &Range<usize>) {
-    for operand in operands {
-        operand.tensor.input.release(&operand.tensor.place(elements));
-        if let Some(rows) = &operand.rows {
-            rows.tensor.input.release(&(0..rows.tensor.input.range.len()));
-        }
-    }
 }

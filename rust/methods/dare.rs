@@ -50,7 +50,7 @@ impl<const VOTES: bool> Rule for Dare<VOTES> {
             base: Base::Required,
             operands: (1, None),
             passes: 1,
-            flags: &[],
+            flags: &[Flag::Thins],
             interpolates: None,
         };
         if VOTES {

@@ -39,6 +39,8 @@ pub enum Flag {
     Copies,
     /// It is a weighted sum, so that operands that share a tensor may be combined by adding their weights.
     Sums,
+    /// It keeps random elements of task vectors, scales them up and adds them (DARE).
+    Thins,
 }
 
 /// Whether a parameter has one value, or one for each operand.

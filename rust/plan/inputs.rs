@@ -100,7 +100,8 @@ impl Input {
     }
 
     /// The place of some of its bytes in the file.
-    fn place(&self, bytes: &Range<usize>) -> Range<usize> {
+    #[must_use]
+    pub fn place(&self, bytes: &Range<usize>) -> Range<usize> {
         self.range.start + bytes.start..self.range.start + bytes.end
     }
 

@@ -167,7 +167,7 @@ pub(super) fn make_directory(point: Point, path: &Path) -> io::Result<bool> {
 /// Removes a file or link, if it is there.
 pub(super) fn remove_file(point: Point, path: &Path) -> Result<()> {
     match retry(point, || std::fs::remove_file(path)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::write(path, error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failure(path, 0, error)),
         _ => Ok(()),
     }
 }
@@ -179,7 +179,7 @@ pub(super) fn remove_directory(point: Point, path: &Path) -> Result<bool> {
         Err(error) => match error.kind() {
             io::ErrorKind::NotFound => Ok(true),
             io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists => Ok(false),
-            _ => Err(Error::write(path, error)),
+            _ => Err(failure(path, 0, error)),
         },
     }
 }

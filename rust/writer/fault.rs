@@ -149,7 +149,7 @@ pub(super) fn at(point: Point) -> io::Result<()> {
 pub(super) fn room(point: Point, length: usize, unit: usize) -> io::Result<usize> {
     match action(point).as_deref() {
         None => Ok(length),
-        Some("short") => Ok((length / 2).next_multiple_of(unit).min(length)),
+        Some("short") => Ok((length / 2).next_multiple_of(unit).clamp(1, length)),
         Some(name) => Err(raise(name)),
     }
 }

@@ -149,13 +149,10 @@ impl JobDirectory {
                     publication::discard(&place, lock)?;
                     state.complete = true;
                 }
-                Some(Started { record, journal, same }) => {
-                    if same {
-                        let committed = journal.entries().iter();
-                        let known =
-                            committed.map(|(name, entry)| (name.clone(), (entry.size, None)));
-                        state.written = known.collect();
-                    }
+                Some(started) => {
+                    let own = started.own().map(|(name, size)| (name.clone(), (size, None)));
+                    state.written = own.collect();
+                    let Started { record, journal } = started;
                     state.held =
                         Some(Held { lock, record, journal, begun: false, has_room: false });
                 }
@@ -349,7 +346,7 @@ impl JobDirectory {
         publication::clean_up(&self.place, &held.record, &self.inputs)
             .and_then(|()| publication::discard(&self.place, held.lock))
             .map_err(|error| {
-                let problem = format!("is complete, but its merge could not be cleaned up: {error}; --resume does that");
+                let problem = format!("is complete; only its job directory could not be cleaned up, which --resume does ({error})");
                 Error::output(&self.place.output, problem)
             })
     }

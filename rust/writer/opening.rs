@@ -11,7 +11,7 @@ use super::placement::Place;
 use super::publication::{self, MAKING, MOVES, Moves};
 use super::record::{Overwrite, RECORD, RECORD_PARTIAL, Record};
 use crate::{Error, Result};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// What the caller wants.
@@ -177,8 +177,17 @@ fn check_empty(place: &Place) -> Result<()> {
 pub(super) struct Started {
     pub record: Record,
     pub journal: Journal,
-    /// Whether what is committed was made by a job of the same identity.
-    pub same: bool,
+}
+
+impl Started {
+    /// The shards that were committed under this very identity, and their sizes.
+    pub(super) fn own(&self) -> impl Iterator<Item = (&FileName, u64)> {
+        let inherited = &self.record.inherited;
+        let entries = self.journal.entries().iter();
+        entries
+            .filter(|&(name, entry)| inherited.get(name) != Some(&entry.digest))
+            .map(|(name, entry)| (name, entry.size))
+    }
 }
 
 /// Decides, and prepares the job directory; `None` if the output is complete.
@@ -225,9 +234,10 @@ fn begin(
         overwrite,
         making: make_output(place)?,
         replaced,
+        inherited: BTreeMap::new(),
     };
     record.write(&place.job)?;
-    Ok(Started { record, journal: Journal::open(&place.job)?, same: true })
+    Ok(Started { record, journal: Journal::open(&place.job)? })
 }
 
 fn go_on(
@@ -245,19 +255,21 @@ fn go_on(
         found.is_ok_and(|found| found.is_file() && found.len() == entry.size)
     });
     sweep(&directory, &journal.entries().keys().collect())?;
-    let same = old.identity == request.identity;
-    if !same {
+    let mut inherited = old.inherited.clone();
+    if old.identity != request.identity {
         // What another job has measured says nothing here. Shards are told apart by their digests.
         for name in publication::job_files(place)? {
             disk::remove_tree(Point::SweepFile, Point::SweepDirectory, &place.job.join(name))?;
         }
+        let all = journal.entries().iter();
+        inherited = all.map(|(name, entry)| (name.clone(), entry.digest.clone())).collect();
     }
     let identity = request.identity.to_owned();
-    let record = Record { identity, overwrite, making, replaced, ..old.clone() };
+    let record = Record { identity, overwrite, making, replaced, inherited, ..old.clone() };
     if record != old {
         record.write(&place.job)?;
     }
-    Ok(Started { record, journal, same })
+    Ok(Started { record, journal })
 }
 
 /// Makes the directory of the output in the making, if it is not there.

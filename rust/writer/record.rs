@@ -2,8 +2,10 @@
 
 use super::disk::{self, FileId, Steps};
 use super::fault::Point;
+use super::name::FileName;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Its name.
@@ -55,6 +57,8 @@ pub(super) struct Record {
     pub making: FileId,
     /// The finished output that the job replaces.
     pub replaced: Option<FileId>,
+    /// Digests of shards that were committed under another identity: part of this job's output only once they are asked for.
+    pub inherited: BTreeMap<FileName, String>,
 }
 
 impl Record {

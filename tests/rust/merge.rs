@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use safemerge_fast::checkpoint::ReadBackend;
 use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
-use safemerge_fast::merge::stream::{Options, execute};
+use safemerge_fast::merge::stream::{Options, execute, memory};
 use safemerge_fast::merge::verify::{self, Mismatch, verify};
 use safemerge_fast::plan::Plan;
 use safemerge_fast::writer::WriteMode;
@@ -263,10 +263,15 @@ fn memory_budgets_are_kept_or_refused() {
     let pair = Pair::new(LAYOUT);
     let plan = Plan::from_json(&pair.plan(1).to_string()).unwrap();
     run(&plan, &pair.path("reference"), &Options::default()).unwrap();
-    let small = Options { memory_budget: Some(256 << 10), ..Options::default() };
+    let small = Options { memory_budget: Some(1 << 20), ..Options::default() };
     run(&plan, &pair.path("out"), &small).unwrap();
     let read = |name: &str| std::fs::read(pair.path(name).join("model-0.safetensors")).unwrap();
     assert!(read("out") == read("reference"));
+    // Less than what it takes without a budget, and no more than the budget.
+    let shards = plan.select(None).unwrap();
+    let free = memory(&plan, &shards, &Options::default()).unwrap();
+    let bound = memory(&plan, &shards, &small).unwrap();
+    assert!(bound <= 1 << 20 && free > 4 * bound, "{bound} and {free}");
     let tiny = Options { memory_budget: Some(1000), ..Options::default() };
     let error = run(&plan, &pair.path("none"), &tiny).unwrap_err().to_string();
     assert!(error.contains("1000"), "{error}");

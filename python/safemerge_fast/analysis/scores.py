@@ -104,9 +104,7 @@ class Scores:
             "device": self.device,
             "seconds": self.seconds,
             "sources": {role: dict(source) for role, source in self.sources.items()},
-            "modules": {
-                name: write_score(score) for name, score in self.modules.items()
-            },
+            "modules": {name: write_score(score) for name, score in self.modules.items()},
         }
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -169,8 +167,7 @@ class Scores:
                 file: (facts["size"], facts["header_digest"]) for file, facts in source["files"].items()
             }
             found = {
-                file: (facts.size, facts.header_digest)
-                for file, facts in model.headers.identity().items()
+                file: (facts.size, facts.header_digest) for file, facts in model.headers.identity().items()
             }
             for file in sorted(expected.keys() | found.keys()):
                 if file not in found:

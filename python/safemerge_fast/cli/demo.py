@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .outcome import say_report
 from .options import terminal_options
+from .outcome import say_report
 from .terminal import Terminal
 
 if TYPE_CHECKING:

@@ -142,5 +142,3 @@ def verbosity(ctx: click.Context) -> int:
     """How many -v the command was given."""
     count: int = ctx.meta.get(_VERBOSITY, 0)
     return count
-
-

@@ -97,7 +97,9 @@ class Terminal:
         def show(event: ProgressEvent) -> None:
             if event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(_STAGES[event.stage], total=event.total, item="")
-            bars.update(tasks[event.stage], completed=event.done, total=event.total, item=printable(event.item, 200))
+            bars.update(
+                tasks[event.stage], completed=event.done, total=event.total, item=printable(event.item, 200)
+            )
 
         with bars:
             yield show

@@ -51,7 +51,9 @@ def _paths(model: Model) -> Iterator[Path]:
             yield directory / name
 
 
-def job_identity(recipe: str, settings: Mapping[str, Any], models: Mapping[str, Model], extra: object = None) -> str:
+def job_identity(
+    recipe: str, settings: Mapping[str, Any], models: Mapping[str, Model], extra: object = None
+) -> str:
     """A digest of all that decides an output: what was asked for, the inputs and this program's version.
 
     Args:

@@ -131,4 +131,3 @@ class Term:
 
     operand: Operand
     weight: float = 1.0
-

@@ -29,7 +29,16 @@ from .names import match_names
 from .operand import Operand, Term
 from .tied import embedding_name, is_head, ties_head
 
-__all__ = ["Pairing", "Row", "SameName", "counterparts", "in_file_order", "match_names", "pair", "pair_adapter"]
+__all__ = [
+    "Pairing",
+    "Row",
+    "SameName",
+    "counterparts",
+    "in_file_order",
+    "match_names",
+    "pair",
+    "pair_adapter",
+]
 
 
 class SameName(Mapping[str, str]):

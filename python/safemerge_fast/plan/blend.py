@@ -73,7 +73,9 @@ class Blend:
         """
         weights = self.weights if merge else {self.kept: 1.0}
         _require_terms(row, weights)
-        return combine((1.0 if weight is None else weight, row.terms[role]) for role, weight in weights.items())
+        return combine(
+            (1.0 if weight is None else weight, row.terms[role]) for role, weight in weights.items()
+        )
 
     def _composed(self, row: Row, merge: bool) -> Operation:
         if self.base is None or not merge:
@@ -103,5 +105,3 @@ def _require_terms(row: Row, roles: Iterable[str]) -> None:
             f"{row.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
             f"leave it out with --exclude"
         )
-
-

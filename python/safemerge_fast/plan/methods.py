@@ -45,11 +45,12 @@ class Method:
         least_operands: The fewest models it merges, the base not counted.
         most_operands: The most, or None.
         parameters: By name.
+        weighs: Whether it weighs models, one against the other, so that SafeMERGE can use it.
         sums: Whether it is a weighted sum, so that operands which share a tensor can be combined.
         votes: Whether elements vote on signs, so that a lone update always wins.
-        interpolates: Whether its parameter t leads from the base to the one model.
+        interpolates: The parameter that leads from the base (0) to the one model (1), if it interpolates so.
         sole: Whether with one model only it gives that model's tensor.
-        passes_through: Whether it takes one model, as it is or scaled.
+        copies: Whether it gives its one operand unchanged, by default.
         thins: Whether it keeps random elements of task vectors, scales them up and adds them.
     """
 
@@ -59,17 +60,13 @@ class Method:
     least_operands: int
     most_operands: int | None
     parameters: Mapping[str, Parameter]
+    weighs: bool
     sums: bool
     votes: bool
-    interpolates: bool
+    interpolates: str | None
     sole: bool
-    passes_through: bool
+    copies: bool
     thins: bool
-
-    @property
-    def weighs(self) -> bool:
-        """Whether it weighs models, one against the other, so that SafeMERGE can use it."""
-        return self.interpolates or "weight" in self.parameters
 
     def names(self, scope: str) -> list[str]:
         """Names of the parameters of a scope."""
@@ -98,11 +95,12 @@ def known_methods() -> Mapping[str, Method]:
                 )
                 for parameter in method.parameters
             },
+            weighs=method.weighs,
             sums=method.sums,
             votes=method.votes,
             interpolates=method.interpolates,
             sole=method.sole,
-            passes_through=method.passes_through,
+            copies=method.copies,
             thins=method.thins,
         )
         for method in _engine.methods()

@@ -9,7 +9,16 @@ from typing import Any
 from ..pairing.operand import OWN_NAME, Operand, Term
 from .methods import summing_method
 
-__all__ = ["Argument", "Operation", "Parameters", "combine", "copy_of", "describe_operand", "parameters_of", "weighted_sum"]
+__all__ = [
+    "Argument",
+    "Operation",
+    "Parameters",
+    "combine",
+    "copy_of",
+    "describe_operand",
+    "parameters_of",
+    "weighted_sum",
+]
 
 Parameters = tuple[tuple[str, Any], ...]
 """Values of a method's parameters by name, in order; hashable, since many tensors share an operation."""

@@ -68,7 +68,9 @@ class Plan:
     def total_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
         if not self._sizes:
-            self._sizes.append(sum(tensor_bytes(row, self.dtype) for shard in self.layout for row in shard.rows))
+            self._sizes.append(
+                sum(tensor_bytes(row, self.dtype) for shard in self.layout for row in shard.rows)
+            )
         return self._sizes[0]
 
     def tensors(self) -> Iterator[tuple[Shard, Row, Operation]]:
@@ -100,11 +102,14 @@ class Plan:
             return None
         parameters = sum(math.prod(row.shape) for shard in self.layout for row in shard.rows)
         places = sorted((row.name, shard.file) for shard in self.layout for row in shard.rows)
-        out = bytearray(b'{\n  "metadata": {\n    "total_parameters": %d,\n    "total_size": %d\n  },' % (
-            parameters, self.total_bytes
-        ))
+        out = bytearray(
+            b'{\n  "metadata": {\n    "total_parameters": %d,\n    "total_size": %d\n  },'
+            % (parameters, self.total_bytes)
+        )
         out += b'\n  "weight_map": {\n'
-        out += b",\n".join(b"    %b: %b" % (_encoder.encode(name), _encoder.encode(file)) for name, file in places)
+        out += b",\n".join(
+            b"    %b: %b" % (_encoder.encode(name), _encoder.encode(file)) for name, file in places
+        )
         out += b"\n  }\n}\n"
         return bytes(out)
 
@@ -120,11 +125,18 @@ class Plan:
 
     def _sources(self) -> dict[str, object]:
         """Path and identity of the files of every model that is read."""
-        used = {source for operation in self.operations for operand in operation.operands for source in operand.sources}
+        used = {
+            source
+            for operation in self.operations
+            for operand in operation.operands
+            for source in operand.sources
+        }
         return {
             role: {
                 "path": self.models[role].headers.path,
-                "files": {file: facts.to_dict() for file, facts in self.models[role].headers.identity().items()},
+                "files": {
+                    file: facts.to_dict() for file, facts in self.models[role].headers.identity().items()
+                },
             }
             for role in sorted(used)
         }

@@ -17,9 +17,9 @@ from ..execution.companions import companion_files, configuration_file
 from ..execution.inputs import job_identity
 from ..execution.local import Written, check_plan, execute
 from ..pairing.rows import Row
+from ..plan.layout import INDEX_FILE, output_dtype
 from ..plan.operation import Operation
 from ..plan.plan import PLAN_FILE, Plan
-from ..plan.layout import INDEX_FILE, output_dtype
 from ..progress import ProgressCallback
 from ..report.report import ModuleWarning, Report
 from ..report.tensors import TensorReport, tensor_report
@@ -187,7 +187,8 @@ def entry(
     call.__name__ = call.__qualname__ = name
     call.__signature__ = inspect.signature(settings)  # type: ignore[attr-defined]
     arguments = (
-        f"    {field.name}: {field.setting.help}" + (f" None: {field.setting.default}." if field.setting.default else "")
+        f"    {field.name}: {field.setting.help}"
+        + (f" None: {field.setting.default}." if field.setting.default else "")
         for field in fields_of(cast("type[Settings]", settings))
     )
     call.__doc__ = "\n".join([doc, "", "Args:", *arguments])
@@ -281,4 +282,3 @@ class CheckpointContents:
         if not self._plans:
             self._plans.append(check_plan(self.plan.to_json(), self.plan.models, self.read_backend))
         return self._plans[0]
-

@@ -53,9 +53,7 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
             anchor=self.host.role,
             dtype=self.dtype,
         )
-        return CheckpointContents(
-            plan, self.decision, self.host, read_backend=self.settings.read_backend
-        )
+        return CheckpointContents(plan, self.decision, self.host, read_backend=self.settings.read_backend)
 
     def card(self, report: Report) -> str:
         """The model card."""

@@ -103,7 +103,9 @@ def _existing_parent(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
 
 
-def _obstacles(settings: RunSettings, inputs: Sequence[str], output: Path, needed: int, free: int) -> list[str]:
+def _obstacles(
+    settings: RunSettings, inputs: Sequence[str], output: Path, needed: int, free: int
+) -> list[str]:
     """What would stop the job, as far as that can be seen without touching the output."""
     notes = []
     if output.is_file():
@@ -111,8 +113,12 @@ def _obstacles(settings: RunSettings, inputs: Sequence[str], output: Path, neede
     elif output.is_dir() and any(output.iterdir()):
         if not (settings.overwrite or settings.resume):
             notes.append(f"the merge would be refused: {output} is not empty, pass --overwrite or --resume")
-    elif (output.parent / f".{output.name}.safemerge").is_dir() and not (settings.overwrite or settings.resume):
-        notes.append(f"the merge would be refused: an unfinished one of {output} waits, pass --resume or --overwrite")
+    elif (output.parent / f".{output.name}.safemerge").is_dir() and not (
+        settings.overwrite or settings.resume
+    ):
+        notes.append(
+            f"the merge would be refused: an unfinished one of {output} waits, pass --resume or --overwrite"
+        )
     elif free < needed:
         notes.append("the output's file system has less room than the weights need")
     resolved = output.resolve()

@@ -36,7 +36,9 @@ class RestaSettings(_Roles, frozen=True, kw_only=True):
 
     recipe: ClassVar[str] = "resta"
 
-    gamma: Annotated[float, Setting("γ: how much of the safety vector is added.", least=-10.0, most=10.0)] = 0.5
+    gamma: Annotated[float, Setting("γ: how much of the safety vector is added.", least=-10.0, most=10.0)] = (
+        0.5
+    )
     density: Annotated[
         float | None,
         Setting(
@@ -65,7 +67,7 @@ class RestaJob(RepairJob[RestaSettings]):
         )
 
     def blend(self) -> Blend:
-        """f + γ·a - γ·b; with DARE b + (f - b) + γ·thinned(a - b), which is the same but for the thinning."""
+        """F + γ·a - γ·b; with DARE b + (f - b) + γ·thinned(a - b), which is the same but for the thinning."""
         gamma, density = self.settings.gamma, self.settings.density
         if density is None or density == 1.0:
             weights = {"finetuned": 1.0, "aligned": gamma, "base": -gamma}

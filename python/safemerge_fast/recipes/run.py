@@ -85,8 +85,8 @@ def run(
     Args:
         config: The file. Paths in it are relative to the working directory.
         output: Output directory; must be new or empty unless resume or overwrite is given.
-        **settings: Further settings of the run, which win over the file's: threads, memory_budget, read_backend, resume,
-            overwrite, allow_nonfinite, progress.
+        **settings: Further settings of the run, which win over the file's: threads, memory_budget, read_backend,
+            resume, overwrite, allow_nonfinite, progress.
 
     Returns:
         The report, which also lies in the output as safemerge_report.json.

@@ -1,4 +1,4 @@
-"""Evaluates an output's plan again and compares every byte with what is on disk; and all that lies beside the weights."""
+"""Evaluates an output's plan again and compares every byte with what is on disk, and all that lies beside it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class VerifySettings(Settings, frozen=True):
         ),
     ]
     sample: Annotated[
-        float, Setting("Share of the weights' bytes to compare; all else is always compared.", least=1e-9, most=1.0)
+        float,
+        Setting("Share of the weights' bytes to compare; all else is always compared.", least=1e-9, most=1.0),
     ] = 1.0
     seed: Annotated[int, Setting("Decides which bytes a sample takes.", least=0, most=2**64 - 1)] = 0
     threads: Annotated[
@@ -46,9 +47,7 @@ class VerifySettings(Settings, frozen=True):
     ] = None
     progress: Annotated[
         ProgressCallback | None,
-        Setting(
-            "Called with ProgressEvents of the stage verify.", kind=Kind.CALLBACK, on_command_line=False
-        ),
+        Setting("Called with ProgressEvents of the stage verify.", kind=Kind.CALLBACK, on_command_line=False),
     ] = None
 
 

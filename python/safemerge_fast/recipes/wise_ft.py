@@ -1,6 +1,6 @@
 """WiSE-FT (Wortsman et al., arXiv 2109.01903): every weight is averaged with the model before fine-tuning.
 
-    W = (1 - α) · W_finetuned + α · W_aligned
+W = (1 - α) · W_finetuned + α · W_aligned
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class WiseFtJob(RepairJob[WiseFtSettings]):
     def blend(self) -> Blend:
         """The weighted mean."""
         alpha = self.settings.alpha
-        return Blend(summing_method().name, {"normalize": False}, {"finetuned": 1.0 - alpha, "aligned": alpha})
+        return Blend(
+            summing_method().name, {"normalize": False}, {"finetuned": 1.0 - alpha, "aligned": alpha}
+        )
 
 
 RECIPE = Recipe(

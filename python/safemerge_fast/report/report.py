@@ -199,7 +199,9 @@ class Report:
         except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
             raise PlanError(f"this is not a report of this version of safemerge-fast: {error}") from error
         if document.version != VERSION:
-            raise PlanError(f"the report is of version {document.version}, this program reads version {VERSION}")
+            raise PlanError(
+                f"the report is of version {document.version}, this program reads version {VERSION}"
+            )
         values = {
             field: getattr(document, field)
             for field in document.__struct_fields__
@@ -207,4 +209,3 @@ class Report:
         }
         settings = configuration(document.recipe, document.configuration)
         return cls(identity=document.job.identity, configuration=settings, **values)
-

@@ -87,7 +87,14 @@ class ModuleCount(msgspec.Struct, frozen=True):
 
 
 def tensor_report(
-    row: Row, *, file: str, dtype: str, operation: Operation, description: str, decision: Decision, score: Score | None
+    row: Row,
+    *,
+    file: str,
+    dtype: str,
+    operation: Operation,
+    description: str,
+    decision: Decision,
+    score: Score | None,
 ) -> TensorReport:
     """Joins what the stages found out about one tensor.
 

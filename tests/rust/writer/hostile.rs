@@ -1,6 +1,6 @@
 //! Journals, records, reports and lists that somebody else wrote.
 
-use super::{beside, contents, make, model, open, put_shard, refused};
+use super::{Change, beside, contents, make, model, open, put_shard, refused};
 use safemerge_fast::writer::{JobDirectory, Overwrite, Placement};
 use serde_json::json;
 use std::io::Write;
@@ -91,7 +91,7 @@ fn a_report_that_names_files_elsewhere_is_no_mark() {
 
 #[test]
 fn what_the_report_does_not_list_is_refused_by_name() {
-    let add: [(&str, fn(&Path)); 5] = [
+    let add: [Change; 5] = [
         ("thesis.tex", |output| std::fs::write(output.join("thesis.tex"), b"").unwrap()),
         (".hidden", |output| std::fs::write(output.join(".hidden"), b"").unwrap()),
         ("templates/mine", |output| std::fs::write(output.join("templates/mine"), b"").unwrap()),
@@ -116,7 +116,7 @@ fn what_the_report_does_not_list_is_refused_by_name() {
 
 #[test]
 fn a_job_directory_of_something_else_is_refused_and_not_touched() {
-    let set_up: [(&str, fn(&Path)); 6] = [
+    let set_up: [Change; 6] = [
         ("move it away", |job| std::fs::write(job, b"file").unwrap()),
         ("move it away", |job| {
             let elsewhere = job.with_file_name("elsewhere");

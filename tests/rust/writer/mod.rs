@@ -1,5 +1,7 @@
 //! What stands under an output's name after success, failure, a crash, and in between.
 
+#[cfg(feature = "faults")]
+mod faults;
 mod hostile;
 mod opening;
 mod publication;
@@ -12,6 +14,9 @@ use safetensors::Dtype;
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+
+/// What is done to a path, and a name for it or the words that must come of it.
+pub type Change = (&'static str, fn(&Path));
 
 pub fn pair() -> Pair {
     Pair::new(&[

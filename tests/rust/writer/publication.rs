@@ -1,6 +1,6 @@
 //! How an output gets its name, and what an older one becomes.
 
-use super::{beside, contents, fill, make, make_at, model, names, open, refused};
+use super::{Change, beside, contents, fill, make, make_at, model, names, open, refused};
 use crate::fixtures::publish;
 use safemerge_fast::writer::{JobDirectory, Overwrite, Placement};
 use std::path::Path;
@@ -73,7 +73,7 @@ fn in_place_the_old_output_goes_before_the_first_shard() {
 
 #[test]
 fn an_output_that_changes_meanwhile_is_not_replaced() {
-    let change: [(&str, fn(&Path)); 3] = [
+    let change: [Change; 3] = [
         ("a file is added", |output| std::fs::write(output.join("thesis.tex"), b"years").unwrap()),
         ("another takes its place", |output| {
             std::fs::rename(output, output.with_file_name("away")).unwrap();
@@ -145,7 +145,7 @@ fn an_input_that_becomes_part_of_the_old_output_is_not_removed() {
 }
 
 /// A job that is about to publish, killed: its directory as a kill leaves it.
-fn killed(output: &Path, overwrite: Overwrite) {
+pub fn killed(output: &Path, overwrite: Overwrite) {
     let job = open(output, "new", false, overwrite).unwrap();
     fill(&job, "new").unwrap();
     let files: Vec<_> = job

@@ -57,7 +57,11 @@ def safemerge(
     own = {name: value for name, value in given.items() if known.parameters[name].scope == "operand"}
     if known.interpolates:
         return Blend(
-            method, {**shared, "t": alpha}, {"finetuned": None}, base=safe_role, each={"finetuned": own}
+            method,
+            {**shared, known.interpolates: alpha},
+            {"finetuned": None},
+            base=safe_role,
+            each={"finetuned": own},
         )
     return Blend(method, shared, weights, base="aligned", each=dict.fromkeys(weights, own))
 
@@ -88,7 +92,7 @@ def method_parameters(
             raise PlanError(f"parameters should read like lambda=0.9,normalize=false, not {parameters!r}")
         given[name.strip()] = parse_yaml(text, PlanError, subject=f"parameters: {part!r}")
     given |= {name: value for name, value in (("density", density), ("seed", seed)) if value is not None}
-    if weighed := [name for name in ("weight", "t") if name in given]:
+    if weighed := [name for name in ("weight", known.interpolates) if name in given]:
         raise PlanError(f"parameters: {weighed[0]} follows from alpha; give that instead")
     if known.sums and given:
         raise PlanError(

@@ -13,8 +13,8 @@ from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
 from ...decision import Decision, decide
 from ...errors import AdapterError, AnalysisError, PlanError
-from ...execution.inputs import job_identity
 from ...execution.companions import companion_files
+from ...execution.inputs import job_identity
 from ...pairing.rows import Pairing, Row, pair
 from ...plan.layout import SINGLE_FILE, Shard, lay_out
 from ...plan.methods import known_methods
@@ -256,7 +256,9 @@ class SafemergeJob(Job[SafemergeSettings]):
                     f"pass --output-format checkpoint"
                 )
             if settings.max_shard_size is not None:
-                raise PlanError("max_shard_size is for checkpoints, but the output is an adapter; leave it out")
+                raise PlanError(
+                    "max_shard_size is for checkpoints, but the output is an adapter; leave it out"
+                )
             require_linear(self.pairing.rows)
             return
         for name in ("adapter_rank", "compat"):

@@ -113,9 +113,7 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
 
     threshold: Annotated[
         float,
-        Setting(
-            "τ: modules whose ρ is strictly below it are merged.", least=0.0, most=1.0, names=("--tau",)
-        ),
+        Setting("τ: modules whose ρ is strictly below it are merged.", least=0.0, most=1.0, names=("--tau",)),
     ] = 0.35
     select: Annotated[
         str,
@@ -132,9 +130,9 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
         Literal["merge", "keep"],
         Setting("What to do with modules that have no ρ, because V or Δ is zero."),
     ] = "merge"
-    others: Annotated[
-        Literal["keep", "merge"], Setting("What to do with tensors that are not analysed.")
-    ] = "keep"
+    others: Annotated[Literal["keep", "merge"], Setting("What to do with tensors that are not analysed.")] = (
+        "keep"
+    )
     scores: Annotated[
         str | None,
         Setting(
@@ -202,7 +200,9 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
                 f"default or pass --output-format checkpoint"
             )
         if self.adapter_rank is not None and self.compat is not None:
-            raise SettingError("adapter_rank truncates, and compat reproduces what PEFT makes; give one of them")
+            raise SettingError(
+                "adapter_rank truncates, and compat reproduces what PEFT makes; give one of them"
+            )
 
     def rule(self) -> Rule:
         """The rule of the decision."""

@@ -98,9 +98,7 @@ def _compare_settings(directory: Path, expected: bytes) -> None:
     found = read_json(path, VerificationError)
     for name, value in parse_json(expected, VerificationError, subject=str(path)).items():
         if not isinstance(found, dict) or found.get(name) != value:
-            raise VerificationError(
-                f"{path} should set {name} to {value!r}; merge again with --overwrite"
-            )
+            raise VerificationError(f"{path} should set {name} to {value!r}; merge again with --overwrite")
 
 
 def _compare(path: Path, found: bytes, expected: Mapping[str, Any], products: list[tuple[str, str]]) -> None:

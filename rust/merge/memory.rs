@@ -1,0 +1,151 @@
+//! How much memory an execution takes at most: what each worker holds, and what workers share of the tensors they are in.
+
+use super::loader::LEFT_BLOCK;
+use super::stream::TILE_ALIGNMENT;
+use super::windows::AHEAD;
+use super::work::{CHUNK, SUB_TILE};
+use crate::checkpoint::ReadBackend;
+use crate::plan::{Computation, Operand, Operation, OutputTensor, Plan, PlannedShard};
+use crate::{Error, Result};
+
+/// Bytes of counters for an operand of a tensor that is observed: 2^20 of them, and a copy when a pass is concluded.
+const COUNTERS: usize = 8 << 20;
+/// Pages that are mapped around the ends of a window, at each end.
+const AROUND: usize = 64 << 10;
+
+/// What the tensors of some shards take at most. Sums of maxima, so that no order of the work takes more.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Demand {
+    /// Bytes of input windows for each byte of a tile, rounded up.
+    window_per_byte: usize,
+    /// Bytes of input windows at most, however large the tile.
+    largest_window: usize,
+    /// Bytes of input windows and sums while a chunk is observed.
+    observing: usize,
+    /// Bytes of a worker's other buffers.
+    buffers: usize,
+    /// Bytes that are shared of one tensor.
+    shared: usize,
+    /// Tensors of which anything is shared.
+    sharing: usize,
+    /// Bytes of a header.
+    header: usize,
+}
+
+impl Demand {
+    /// What these shards of a plan take.
+    ///
+    /// # Errors
+    /// Those of [`Plan::tensor`].
+    pub(super) fn of(plan: &Plan, shards: &[&PlannedShard]) -> Result<Self> {
+        let mapped = plan.backends().any(|backend| backend != ReadBackend::Pread);
+        let mut demand = Self::default();
+        for shard in shards {
+            demand.header = demand.header.max(shard.layout.header);
+            for number in 0..shard.layout.len() {
+                demand.add(&plan.tensor(shard, number)?, mapped);
+            }
+        }
+        Ok(demand)
+    }
+
+    fn add(&mut self, tensor: &OutputTensor, mapped: bool) {
+        let computation = match &tensor.operation {
+            Operation::Copy(input) => {
+                self.window_per_byte = self.window_per_byte.max(usize::from(mapped));
+                self.largest_window = self.largest_window.max(input.range.len() + 2 * AROUND);
+                return;
+            }
+            Operation::Compute(computation) => computation,
+        };
+        let Computation { method, operands, dtype, .. } = computation;
+        let element: usize = operands.iter().map(|operand| operand.tensor.dtype.size()).sum();
+        let elements = tensor.range.len() / dtype.size();
+        let around = operands.len() * 2 * AROUND;
+        if mapped {
+            self.window_per_byte = self.window_per_byte.max(element.div_ceil(dtype.size()));
+            self.largest_window = self.largest_window.max(elements * element + around);
+        }
+        let row = method.row().unwrap_or(SUB_TILE).max(SUB_TILE);
+        let loaded = row.min(elements.max(SUB_TILE)) * 4;
+        let mut buffers = (operands.len() + 2) * loaded;
+        let mut shared = 0;
+        for operand in operands {
+            let (held, common) = operand_bytes(operand, elements, mapped);
+            buffers += held;
+            shared += common;
+        }
+        if method.passes() > 0 {
+            let request = method.request(0, &method.start());
+            let chunk =
+                elements.min(method.row().map_or(CHUNK, |row| CHUNK.next_multiple_of(row.max(1))));
+            let windows = if mapped { chunk * element + around } else { 0 };
+            // A chunk's sums wait for their turn; the total becomes facts.
+            let sums = request.sums * size_of::<f64>();
+            self.observing = self.observing.max(windows + 2 * sums);
+            shared += 2 * sums + operands.len() * COUNTERS;
+        }
+        self.buffers = self.buffers.max(buffers);
+        self.shared = self.shared.max(shared);
+        self.sharing += usize::from(shared > 0);
+    }
+
+    /// Bytes that so many workers with such tiles take at most.
+    pub(super) fn bytes(&self, threads: usize, tile: usize) -> usize {
+        let window = tile.saturating_mul(self.window_per_byte).min(self.largest_window);
+        let worker = tile.saturating_add(self.buffers).saturating_add(window.max(self.observing));
+        // One tensor more than workers: the one whose next piece nobody has taken yet.
+        let tensors = self.sharing.min(threads.saturating_add(1));
+        threads
+            .saturating_mul(worker)
+            .saturating_add(tensors.saturating_mul(self.shared))
+            .saturating_add(self.header)
+    }
+
+    /// At most so many threads, and tiles of at most so many bytes, that fit a budget: fewer threads first, then smaller
+    /// tiles.
+    ///
+    /// # Errors
+    /// [`Error::Option`] if not even one worker with the smallest tile fits.
+    pub(super) fn fit(&self, threads: usize, tile: usize, budget: usize) -> Result<(usize, usize)> {
+        let least = self.bytes(1, TILE_ALIGNMENT);
+        if least > budget {
+            return Err(Error::Option(format!(
+                "a memory budget of {budget} bytes is below the {least} that one worker needs"
+            )));
+        }
+        let (mut threads, mut tile) = (threads, tile);
+        while threads > 1 && self.bytes(threads, tile) > budget {
+            threads -= 1;
+        }
+        while tile > TILE_ALIGNMENT && self.bytes(threads, tile) > budget {
+            tile = (tile / 2).next_multiple_of(TILE_ALIGNMENT);
+        }
+        Ok((threads, tile))
+    }
+}
+
+/// Bytes that a worker holds of an operand beside the window on its matrix, and bytes that all workers share of it.
+fn operand_bytes(operand: &Operand, elements: usize, mapped: bool) -> (usize, usize) {
+    let (columns, float) = (operand.columns, size_of::<f32>());
+    let rows = elements.checked_div(columns).unwrap_or(0);
+    // What is read by position is read ahead; of what is mapped, pages around it are mapped, too.
+    let window = |bytes: usize| bytes.min(if mapped { 2 * AROUND } else { AHEAD });
+    let mut held = if mapped { 0 } else { window(operand.tensor.input.range.len()) };
+    let mut shared = 0;
+    if let Some(replaced) = &operand.rows {
+        held += replaced.tensor.input.range.len();
+    }
+    for term in &operand.low_rank {
+        let block = (rows * term.rank).min(LEFT_BLOCK.max(term.rank));
+        held += block * float + window(term.left().input.range.len());
+        // Of a factor that is read by whoever makes it for all.
+        held += window(term.right().input.range.len());
+        shared += term.rank * columns * float;
+    }
+    if let Some(magnitude) = &operand.magnitude {
+        held += window(magnitude.tensor.input.range.len()) + columns * (float + size_of::<f64>());
+        shared += if magnitude.transpose { columns * float } else { 0 };
+    }
+    (held, shared)
+}
