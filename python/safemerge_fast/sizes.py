@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 from .errors import PlanError
+from .printable import printable
 
 __all__ = ["format_size", "parse_size"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_MOST = 1 << 62
 _SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*((?P<unit>[KMGT]?)(?P<binary>i?)B?)\s*", re.IGNORECASE)
 
 
@@ -31,9 +33,10 @@ def parse_size(text: str | int) -> int:
         unit = _UNITS[match["unit"].upper()]
         if match["binary"]:
             unit = 1024 ** (len(str(unit)) // 3)
-        size = int(float(match["number"]) * unit)
-    if size < 1:
-        raise PlanError(f"a size should be like 5GB, 500MB or 4GiB, not {str(text)!r}")
+        # Beyond that no machine counts bytes; and float() makes infinity of 400 digits.
+        size = int(min(float(match["number"]) * unit, _MOST))
+    if not 1 <= size < _MOST:
+        raise PlanError(f"a size should be like 5GB, 500MB or 4GiB, not {printable(str(text), 80)!r}")
     return size
 
 

@@ -135,7 +135,7 @@ def _loader() -> Any:
                 raise yaml.YAMLError(f"in line {line}, '{printable(value, 80)}' is no {kind}") from problem
 
         def construct_whole_number(self, node: yaml.ScalarNode) -> int:
-            if len(node.value) > _MOST_DIGITS + 1:
+            if len(node.value.lstrip("+-")) > _MOST_DIGITS:
                 raise yaml.YAMLError(f"it holds a whole number of more than {_MOST_DIGITS} digits")
             number: int = self.construct_yaml_int(node)
             return number

@@ -37,14 +37,12 @@ class Row:
         arrange: Makes it in an empty directory and returns the command line.
         code: The exit code.
         part: What stderr must hold; nothing is to be said if the code is 0.
-        later: Why it is not yet so, if it is not.
     """
 
     name: str
     arrange: Callable[[Path], Words]
     code: int
     part: str = ""
-    later: str = ""
 
 
 # --- things that are right, to be spoilt ----------------------------------------------------------
@@ -165,6 +163,64 @@ def named(name: str) -> Callable[[Path], Words]:
     return arrange
 
 
+def layered(number: str) -> Callable[[Path], Words]:
+    """A layer of that number in a model whose configuration counts its layers."""
+
+    def arrange(path: Path) -> Words:
+        directory = model(path)
+        (directory / "model.safetensors").write_bytes(
+            safetensors({f"model.layers.{number}.x.weight": (2, 2)})
+        )
+        (directory / "config.json").write_text('{"num_hidden_layers": 2}')
+        return ["inspect", directory]
+
+    return arrange
+
+
+def in_output(file: str, spoil: Callable[[Path], None]) -> Callable[[Path], Words]:
+    """`verify` of a directory that looks like an output."""
+
+    def arrange(path: Path) -> Words:
+        directory = model(path)
+        for name in ("safemerge_report.json", "safemerge_plan.json"):
+            (directory / name).write_text("{}")
+        spoil(directory / file)
+        return ["verify", directory]
+
+    return arrange
+
+
+def scored(spoil: Callable[[Path], None]) -> Callable[[Path], Words]:
+    """`merge` with scores from a file."""
+
+    def arrange(path: Path) -> Words:
+        roles: Words = []
+        for role in ("base", "aligned", "finetuned"):
+            roles += [f"--{role}", model(path, role)]
+        spoil(path / "scores.json")
+        return ["merge", *roles, "-o", path / "out", "--scores", path / "scores.json"]
+
+    return arrange
+
+
+def searched(option: str, expression: str) -> Callable[[Path], Words]:
+    return lambda path: [
+        *(
+            "merge",
+            "--base",
+            "b",
+            "--aligned",
+            "a",
+            "--finetuned",
+            "f",
+            "-o",
+            path / "out",
+            option,
+            expression,
+        )
+    ]
+
+
 def words(*arguments: str | bytes) -> Callable[[Path], Words]:
     return lambda path: list(arguments)
 
@@ -179,7 +235,7 @@ def index(content: str) -> Callable[[Path], None]:
 
 def instead_of_weights(spoil: Callable[[Path], None]) -> Callable[[Path], None]:
     def write(file: Path) -> None:
-        (file.parent / "model.safetensors").unlink()
+        (file.parent / "model.safetensors").rename(file.parent / "model-00001-of-00001.safetensors")
         spoil(file)
 
     return write
@@ -190,9 +246,6 @@ _BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
 )
 _INDEX = "model.safetensors.index.json"
-_HEADERS = "the engine's headers and indices"
-_RECIPES = "recipes call read_yaml"
-_CLI = "the command line's options"
 
 ROWS = [
     # config.json
@@ -245,9 +298,9 @@ ROWS = [
     Row("weights: directory", in_model("model.safetensors", folder), 3, "model.safetensors"),
     Row("weights: empty", in_model("model.safetensors", text("")), 3, "model.safetensors"),
     Row("weights: long header", in_model("model.safetensors", text(b"\xff" * 64)), 3, "model.safetensors"),
-    Row("index: pipe", in_model(_INDEX, instead_of_weights(pipe)), 3, _INDEX, _HEADERS),
-    Row("index: /dev/zero", in_model(_INDEX, instead_of_weights(endless)), 3, _INDEX, _HEADERS),
-    Row("index: directory", in_model(_INDEX, instead_of_weights(folder)), 3, _INDEX, _HEADERS),
+    Row("index: pipe", in_model(_INDEX, instead_of_weights(pipe)), 3, _INDEX),
+    Row("index: /dev/zero", in_model(_INDEX, instead_of_weights(endless)), 3, _INDEX),
+    Row("index: directory", in_model(_INDEX, instead_of_weights(folder)), 3, _INDEX),
     Row("index: deep", in_model(_INDEX, index(DEEP)), 3, _INDEX),
     Row("index: outside", in_model(_INDEX, index('{"weight_map": {"a": "../x.safetensors"}}')), 3, "outside"),
     Row(
@@ -299,42 +352,53 @@ ROWS = [
     Row("tokens: text", adapted(trainable_token_indices="x"), 3, "trainable_token_indices"),
     Row("tokens: huge", adapted(trainable_token_indices={"embed_tokens": [10**39]}), 0),
     Row("unknown: long", adapted(surprise="x" * 1_000_000), 3, "surprise"),
-    Row("base name: a list", adapted(base_model_name_or_path=["\x1b[31m"]), 0, later=_CLI),
+    Row("base name: a list", adapted(base_model_name_or_path=["\x1b[31m"]), 0),
     Row("neutral: wrong types", adapted(target_modules=7, bias=[1], task_type={}, lora_dropout="x"), 0),
     # Names
-    Row("name: escape", named("a\x1b[2Jb.weight"), 0, later=_CLI),
-    Row("name: lines", named("a\nerror: b\r.weight"), 0, later=_CLI),
-    Row("name: direction", named("a\u202eb.weight"), 0, later=_CLI),
-    Row(
-        "name: a long number",
-        named("model.layers." + "9" * 5000 + ".x.weight"),
-        0,
-        later="pairing/modules.py",
-    ),
+    Row("name: escape", named("a\x1b[2Jb.weight"), 0),
+    Row("name: lines", named("a\nerror: b\r.weight"), 0),
+    Row("name: direction", named("a\u202eb.weight"), 0),
+    Row("name: a long number", layered("9" * 5000), 0),
     # Recipes
-    Row("recipe: pipe", folded(pipe), 3, "recipe.yml", _RECIPES),
-    Row("recipe: /dev/zero", folded(endless), 3, "recipe.yml", _RECIPES),
+    Row("recipe: pipe", folded(pipe), 3, "recipe.yml"),
+    Row("recipe: /dev/zero", folded(endless), 3, "recipe.yml"),
     Row("recipe: directory", folded(folder), 3, "recipe.yml"),
-    Row("recipe: too large", folded(large((4 << 20) + 1)), 3, "recipe.yml", _RECIPES),
-    Row("recipe: bomb", folded(text(_BOMB)), 3, "10000 values", _RECIPES),
+    Row("recipe: too large", folded(large((4 << 20) + 1)), 3, "recipe.yml"),
+    Row("recipe: bomb", folded(text(_BOMB)), 3, "10000 values"),
     Row(
         "recipe: fields",
         folded(text("".join(f"f{n}: {n}\n" for n in range(60_000)))),
         3,
         "10000 values",
-        _RECIPES,
     ),
-    Row("recipe: deep", folded(text("a: " + "[" * 9999 + "]" * 9999)), 3, "nested deeper", _RECIPES),
-    Row("recipe: no int", folded(text("recipe: !!int abc")), 3, "'abc' is no int", _RECIPES),
-    Row("recipe: no date", folded(text("recipe: 2001-99-99")), 3, "2001-99-99", _RECIPES),
-    Row("recipe: no timestamp", folded(text("recipe: !!timestamp x")), 3, "timestamp", _RECIPES),
+    Row("recipe: deep", folded(text("a: " + "[" * 9999 + "]" * 9999)), 3, "nested deeper"),
+    Row("recipe: no int", folded(text("recipe: !!int abc")), 3, "'abc' is no int"),
+    Row("recipe: no date", folded(text("recipe: 2001-99-99")), 3, "2001-99-99"),
+    Row("recipe: no timestamp", folded(text("recipe: !!timestamp x")), 3, "timestamp"),
     Row("recipe: object", folded(text("!!python/object/apply:os.system [ls]")), 3, "recipe.yml"),
-    Row("recipe: itself", folded(text("a: &a [*a]")), 3, "recipe.yml", _RECIPES),
-    Row("recipe: base 60", folded(text("recipe: 1" + ":59" * 9999)), 3, "digits", _RECIPES),
+    Row("recipe: itself", folded(text("a: &a [*a]")), 3, "recipe.yml"),
+    Row("recipe: base 60", folded(text("recipe: 1" + ":59" * 9999)), 3, "digits"),
     Row("recipe: twice", folded(text("recipe: fold\nrecipe: fold\n")), 3, "twice"),
-    Row("recipe: named by a list", folded(text("? [1]\n: 2\n")), 3, "recipe.yml", _RECIPES),
+    Row("recipe: named by a list", folded(text("? [1]\n: 2\n")), 3, "recipe.yml"),
     Row("recipe: not UTF-8", folded(text(b"recipe: \xff")), 3, "recipe.yml"),
+    # Scores, reports and plans
+    Row("scores: pipe", scored(pipe), 3, "scores.json"),
+    Row("scores: /dev/zero", scored(endless), 3, "scores.json"),
+    Row("scores: deep", scored(text(DEEP)), 3, "nested deeper"),
+    Row("scores: a list", scored(text("[]")), 3, "scores.json"),
+    Row("scores: endless number", scored(text(f'{{"version": {DIGITS}}}')), 3, "scores.json"),
+    Row("scores: nothing in it", scored(text('{"version": 1}')), 3, "scores.json"),
+    Row("report: pipe", in_output("safemerge_report.json", pipe), 3, "safemerge_report.json"),
+    Row("report: /dev/zero", in_output("safemerge_report.json", endless), 3, "safemerge_report.json"),
+    Row("report: deep", in_output("safemerge_report.json", text(DEEP)), 3, "safemerge_report.json"),
+    Row("report: a list", in_output("safemerge_report.json", text("[]")), 3, "safemerge_report.json"),
+    Row("report: no fields", in_output("safemerge_report.json", text("{}")), 3, "safemerge_report.json"),
+    Row("plan: pipe", in_output("safemerge_plan.json", pipe), 3),
+    Row("plan: deep", in_output("safemerge_plan.json", text(DEEP)), 3),
     # Arguments
+    Row("include: look-ahead", searched("--include", "(?=x)"), 2, "look-around"),
+    Row("exclude: unbalanced", searched("--exclude", "(((("), 2, "regular expression"),
+    Row("exclude: escape", searched("--exclude", "\x1b["), 2, "\\x1b["),
     Row("no such user", words("inspect", "~nosuchuser/model"), 3, "user"),
     Row("not UTF-8", words("inspect", b"/tmp/\xff\xfe"), 2, "not UTF-8"),
     Row("output: not UTF-8", lambda path: ["run", "x.yml", "-o", b"out\xff"], 2, "not UTF-8"),
@@ -343,7 +407,7 @@ ROWS = [
     Row("nothing", words("inspect", ""), 3),
     Row("a device", words("inspect", "/dev/zero"), 3, "neither a directory nor a regular file"),
     Row("no such option", words("inspect", "--\x1b[31m"), 2, "\\x1b[31m"),
-    Row("threads", folded(lambda recipe: None, "--threads", str(10**12)), 2, "threads", _CLI),
+    Row("threads", folded(lambda recipe: None, "--threads", str(10**12)), 2, "threads"),
     Row("budget", folded(lambda recipe: None, "--memory-budget", str(10**30)), 2, "size"),
 ]
 

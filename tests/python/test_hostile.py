@@ -38,12 +38,7 @@ def outcome_of() -> Iterator[Callable[[hostile.Words], Outcome]]:
     server.communicate(timeout=30)
 
 
-def row_mark(row: Row) -> object:
-    marks = [pytest.mark.xfail(reason=row.later, strict=False)] if row.later else []
-    return pytest.param(row, id=row.name, marks=marks)
-
-
-@pytest.mark.parametrize("row", [row_mark(row) for row in ROWS])
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
 def test_row(row: Row, tmp_path: Path, outcome_of: Callable[[hostile.Words], Outcome]) -> None:
     words = row.arrange(tmp_path)
     before = sorted(tmp_path.rglob("*"))

@@ -136,7 +136,8 @@ def _interrupted(command: str | None) -> str:
 def _complain(ctx: click.Context, message: str) -> None:
     """Writes the one line, after the traceback if that was asked for."""
     if verbosity(ctx) >= 2:
-        traceback.print_exc(file=sys.stderr)
+        for line in traceback.format_exc().splitlines():
+            click.echo(printable(line), err=True)
     _say(message)
 
 

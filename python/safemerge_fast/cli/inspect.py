@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..printable import printable
 from .options import terminal_options
 from .terminal import Terminal
 
@@ -69,10 +70,11 @@ def _adapter_lines(document: Mapping[str, Any]) -> Iterator[Any]:
 
     from ..sizes import format_size
 
-    yield document["path"]
+    yield printable(document["path"])
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())
     yield (
-        f"LoRA adapter of {document['base_model'] or 'an unnamed model'}, {document['parameters']:,} parameters, "
+        f"LoRA adapter of {printable(str(document['base_model'] or 'an unnamed model'))}, "
+        f"{document['parameters']:,} parameters, "
         f"{format_size(document['bytes'])} ({dtypes})"
     )
     groups = Counter(
@@ -83,7 +85,9 @@ def _adapter_lines(document: Mapping[str, Any]) -> Iterator[Any]:
     for title in ("module", "modules", "rank", "scale", "what changes"):
         table.add_column(title, justify="right" if title in ("modules", "rank", "scale") else "left")
     for (leaf, rank, scale, change), count in groups.items():
-        table.add_row(leaf, str(count), str(rank or ""), f"{scale:.6g}" if rank else "", change)
+        table.add_row(
+            printable(leaf), str(count), str(rank or ""), f"{scale:.6g}" if rank else "", printable(change)
+        )
     yield table
 
 
@@ -154,9 +158,9 @@ def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
 
     from ..sizes import format_size
 
-    yield document["path"]
+    yield printable(document["path"])
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())
-    kind = document["model_type"] or "unknown model type"
+    kind = printable(document["model_type"] or "unknown model type")
     yield (
         f"{kind}, {document['parameters']:,} parameters, {format_size(document['bytes'])}, "
         f"{len(document['tensors'])} tensors ({dtypes})"
@@ -166,7 +170,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
     files.add_column("tensors", justify="right", no_wrap=True)
     files.add_column("size", justify="right", no_wrap=True)
     for file in document["files"]:
-        files.add_row(file["file"], str(file["tensors"]), format_size(file["bytes"]))
+        files.add_row(printable(file["file"]), str(file["tensors"]), format_size(file["bytes"]))
     yield files
     types = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title, justify in (
@@ -181,7 +185,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
     for entry in document["module_types"]:
         first = "×".join(map(str, entry["shapes"][0])) or "scalar"
         types.add_row(
-            entry["module_type"],
+            printable(entry["module_type"]),
             entry["dtype"],
             str(entry["tensors"]),
             f"{entry['parameters']:,}",

@@ -7,6 +7,7 @@ What is not listed here is left behind: pickles, GGUF files, the old index, opti
 from __future__ import annotations
 
 import copy
+import fnmatch
 import json
 import os
 import re
@@ -82,9 +83,10 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
     found: dict[str, Path] = {}
     for source, patterns in sources:
         for pattern in patterns:
-            for path in source.glob(pattern):
+            for name in _matching(source, pattern):
+                path = source / name
                 if path.suffix not in _NEVER and not path.is_dir():
-                    found[path.relative_to(source).as_posix()] = path
+                    found[name] = path
         for name in _code_files(source):
             found[name] = source / name
     for name in sorted(found):
@@ -93,6 +95,20 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
     if os.path.lexists(directory / CONFIGURATION):
         _check_companion(directory / CONFIGURATION, CONFIGURATION)
     return [(found[name], name) for name in sorted(found)]
+
+
+def _matching(directory: Path, pattern: str) -> Iterator[str]:
+    """Names in a directory, or in a folder of it, that match a pattern; links that lead nowhere are among them."""
+    folder, _, pattern = pattern.rpartition("/")
+    place = directory / folder
+    if folder and not place.is_dir():
+        return
+    try:
+        names = os.listdir(place)
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be read: {error.strerror}") from error
+    for name in fnmatch.filter(names, pattern):
+        yield f"{folder}/{name}" if folder else name
 
 
 def _check_companion(path: Path, name: str) -> None:
@@ -128,7 +144,7 @@ def _tokenizer_directory(model: Model | None) -> Path | None:
 def has_tokenizer(model: Model) -> bool:
     """Whether a tokenizer lies beside a model's weights."""
     names = ("tokenizer.json", "tokenizer_config.json")
-    return any((_directory(model) / name).is_file() for name in names)
+    return any(os.path.lexists(_directory(model) / name) for name in names)
 
 
 def configuration_file(model: Model, dtype: str, config: Mapping[str, Any] | None = None) -> bytes | None:
@@ -169,9 +185,10 @@ def _code_files(directory: Path) -> list[str]:
     while waiting:
         name = waiting.pop()
         path = directory / name
-        if name in found or not path.is_file():
+        if name in found or not os.path.lexists(path):
             continue
         found.add(name)
+        _check_companion(path, name)
         text = read_bytes(path, CheckpointError, limit=CODE).decode("utf-8", errors="replace")
         for groups in _RELATIVE_IMPORT.findall(text):
             waiting.extend(f"{module}.py" for module in groups if module)

@@ -24,7 +24,7 @@ PROJECTION = "projection"
 
 _LAYER = re.compile(r"^(?:.*?\.)?[A-Za-z_]\w*\.(?P<index>\d+)(?=\.)")
 _DECODER_LAYER = re.compile(
-    r"^(model\.|model\.language_model\.|language_model\.model\.)?layers\.(?P<index>\d+)\."
+    r"^(model\.|model\.language_model\.|language_model\.model\.)?layers\.(?P<index>\d{1,9})\."
 )
 _MTP = re.compile(r"(^|\.)mtp(_\w+)?\.")
 _NORM = re.compile(r"norm|^ln(_|\d|$)")

@@ -156,7 +156,7 @@ def _figure(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, 
 def _layer_number(layer: str | None, order: dict[str, int]) -> int:
     """The number in a layer's name; layers without one follow in the order of appearance."""
     name = layer or ""
-    match = re.search(r"(\d+)$", name)
+    match = re.search(r"(\d{1,9})$", name)
     return int(match[1]) if match else order.setdefault(name, len(order))
 
 
