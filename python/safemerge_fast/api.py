@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 _RETURNS = (
-    "\n\nReturns the report, which also lies in the output as safemerge_report.json. Raises a SafemergeError; what stood "
-    "under the output's name stands there still."
+    "\n\nReturns the report, which also lies in the output as safemerge_report.json. Raises a SafemergeError; what "
+    "stood under the output's name stands there still."
 )
 
 merge = entry(

@@ -95,14 +95,14 @@ def run_demo(directory: str | os.PathLike[str], progress: ProgressCallback | Non
     models = make_quartet(directory)
     clock.append(time.perf_counter())
     scores = directory / "scores.json"
-    roles = {role: str(models[role]) for role in ("base", "aligned", "finetuned")}
-    found = analyze_settings(AnalysisSettings(**roles, progress=progress))
+    base, aligned, finetuned, safe = (str(path) for path in models.values())
+    found = analyze_settings(AnalysisSettings(base, aligned, finetuned, progress=progress))
     scores.write_text(found.to_json(), encoding="utf-8")
     clock.append(time.perf_counter())
     merged = directory / "merged"
     report = carry_out(
         SafemergeSettings(
-            **roles, safe=str(models["safe"]), output=str(merged), scores=str(scores), progress=progress
+            base, aligned, finetuned, safe, output=str(merged), scores=str(scores), progress=progress
         )
     )
     clock.append(time.perf_counter())

@@ -34,6 +34,7 @@ __all__ = [
     "Field",
     "Kind",
     "MaxShardSize",
+    "Progress",
     "ReadBackend",
     "RunSettings",
     "Setting",
@@ -138,7 +139,7 @@ class Field:
         if self.is_flag:
             return "true or false"
         if setting.kind is not Kind.TEXT:
-            return setting.kind.value
+            return str(setting.kind.value)
         if not self.types & {int, float}:
             return "text"
         noun = "a finite number" if float in self.types else "a whole number"
@@ -335,6 +336,19 @@ AllowNonfinite = Annotated[
 """What becomes of values that are not finite."""
 
 
+Progress = Annotated[
+    ProgressCallback | None,
+    Setting(
+        "Called with ProgressEvents; an exception that it raises stops the work.",
+        kind=Kind.CALLBACK,
+        decides=False,
+        in_files=False,
+        on_command_line=False,
+    ),
+]
+"""Who is told how far the work is; downloads show the Hub's bars to those only."""
+
+
 class RunSettings(Settings, frozen=True, kw_only=True):
     """What every recipe is told, besides what it is to make."""
 
@@ -387,16 +401,7 @@ class RunSettings(Settings, frozen=True, kw_only=True):
         ),
     ] = False
     allow_nonfinite: AllowNonfinite = False
-    progress: Annotated[
-        ProgressCallback | None,
-        Setting(
-            "Called with ProgressEvents; an exception that it raises stops the work.",
-            kind=Kind.CALLBACK,
-            decides=False,
-            in_files=False,
-            on_command_line=False,
-        ),
-    ] = None
+    progress: Progress = None
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)

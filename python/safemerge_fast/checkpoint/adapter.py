@@ -15,7 +15,7 @@ from .. import _engine
 from .._engine import TensorInfo
 from ..errors import AdapterError
 from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
-from .model import FLOATS, Model, locate, open_model
+from .model import ANYHOW, FLOATS, Access, Model, locate, open_model
 
 __all__ = ["ADAPTER_WEIGHTS", "AdaptedModule", "Adapter", "is_adapter", "open_adapter", "open_source"]
 
@@ -75,14 +75,14 @@ def is_adapter(path: Path) -> bool:
     return (path / ADAPTER_CONFIG).is_file() and not whole
 
 
-def open_source(role: str, spec: str | os.PathLike[str], *, progress: bool = True) -> Model:
+def open_source(role: str, spec: str | os.PathLike[str], *, access: Access = ANYHOW) -> Model:
     """Finds and opens a checkpoint or an adapter, whichever it is; arguments and errors as for those two."""
-    path = locate(role, spec, progress=progress)
-    return open_adapter(role, spec, path) if is_adapter(path) else open_model(role, spec, path)
+    path = locate(role, spec, access=access)
+    return (open_adapter if is_adapter(path) else open_model)(role, spec, path, access=access)
 
 
 def open_adapter(
-    role: str, spec: str | os.PathLike[str], path: Path | None = None, *, progress: bool = True
+    role: str, spec: str | os.PathLike[str], path: Path | None = None, *, access: Access = ANYHOW
 ) -> Adapter:
     """Finds and opens a LoRA adapter.
 
@@ -90,7 +90,7 @@ def open_adapter(
         role: The part it plays; error messages name it.
         spec: Its directory, or (only when no such path exists) `org/name[@revision]` on the Hub.
         path: Where it lies, if that is known already.
-        progress: As for locate.
+        access: How it is read, and whether a download shows the Hub's bars.
 
     Returns:
         The adapter.
@@ -99,7 +99,7 @@ def open_adapter(
         CheckpointError: There is no such path or repository, or its headers are malformed.
         AdapterError: It cannot be merged exactly, or a key of it is not understood.
     """
-    path = locate(role, spec, progress=progress) if path is None else path
+    path = locate(role, spec, access=access) if path is None else path
     if path.name == ADAPTER_WEIGHTS:
         path = path.parent
     settings = read_adapter_config(role, path)
@@ -115,7 +115,7 @@ def open_adapter(
                 else "; give the directory that PEFT's save_pretrained wrote"
             )
         )
-    headers = _engine.Checkpoint(weights)
+    headers = _engine.Checkpoint(weights, read_backend=access.read_backend)
     return Adapter(
         role=role,
         spec=os.fspath(spec),

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import _engine
 from ..documents import read_json
@@ -19,7 +19,7 @@ from ..errors import AdapterError, CheckpointError
 from ..printable import printable
 from .hub import download
 
-__all__ = ["FLOATS", "ROLES", "Model", "locate", "open_model", "quantization_method"]
+__all__ = ["ANYHOW", "FLOATS", "ROLES", "Access", "Model", "locate", "open_model", "quantization_method"]
 
 ROLES = ("base", "aligned", "finetuned", "safe")
 """The parts that a model can play, in the order in which reports name them."""
@@ -48,6 +48,23 @@ _FIELDS = (("model_type", str, "a text"), ("tie_word_embeddings", bool, "true or
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """How models are found and read.
+
+    Attributes:
+        read_backend: How the engine reads their files, see `_engine.Checkpoint`.
+        bars: Whether downloads show the Hub's bars on stderr.
+    """
+
+    read_backend: Literal["auto", "mmap", "pread"] = "auto"
+    bars: bool = True
+
+
+ANYHOW = Access()
+"""What serves where nobody has asked for anything."""
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """One model, found and opened: its headers are validated, its data is mapped and not read.
 
@@ -66,14 +83,14 @@ class Model:
     config: dict[str, Any]
 
 
-def locate(role: str, spec: str | os.PathLike[str], *, progress: bool = True) -> Path:
+def locate(role: str, spec: str | os.PathLike[str], *, access: Access = ANYHOW) -> Path:
     """Finds what a person typed for a role.
 
     Args:
         role: Error messages name it.
         spec: A path, or (only when no such path exists) `org/name[@revision]` on the Hub, which is downloaded
             into the Hub's own cache.
-        progress: Whether a download shows the Hub's bars on stderr.
+        access: Whether a download shows the Hub's bars.
 
     Returns:
         An absolute local path, which exists.
@@ -91,7 +108,7 @@ def locate(role: str, spec: str | os.PathLike[str], *, progress: bool = True) ->
             raise CheckpointError(
                 f"{role}: {printable(typed)} does not exist; give a checkpoint directory or org/name[@revision]"
             )
-        path = download(role, match["name"], match["revision"], progress=progress)
+        path = download(role, match["name"], match["revision"], progress=access.bars)
     return path.absolute()
 
 
@@ -117,7 +134,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def open_model(
-    role: str, spec: str | os.PathLike[str], path: Path | None = None, *, progress: bool = True
+    role: str, spec: str | os.PathLike[str], path: Path | None = None, *, access: Access = ANYHOW
 ) -> Model:
     """Finds and opens the checkpoint of one role.
 
@@ -125,7 +142,7 @@ def open_model(
         role: One of ROLES; error messages name it.
         spec: A directory, a .safetensors file, or a repository, as locate takes it.
         path: Where it lies, if that is known already.
-        progress: As for locate.
+        access: How it is read, and whether a download shows the Hub's bars.
 
     Returns:
         The model.
@@ -135,9 +152,10 @@ def open_model(
             config.json are malformed, or its weights are quantised.
         AdapterError: It is a PEFT adapter.
     """
-    path = locate(role, spec, progress=progress) if path is None else path
+    path = locate(role, spec, access=access) if path is None else path
     _check_files(role, path)
-    model = Model(role, os.fspath(spec), path, _engine.Checkpoint(path), _read_config(role, path))
+    headers = _engine.Checkpoint(path, read_backend=access.read_backend)
+    model = Model(role, os.fspath(spec), path, headers, _read_config(role, path))
     _refuse_adapter(model)
     _refuse_quantised(model)
     return model

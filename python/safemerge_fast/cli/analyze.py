@@ -60,12 +60,12 @@ def command(
     """Measure how far each module's fine-tuning update left the safety subspace.
 
     ρ is the cosine of V·Vᵀ·Δ and Δ, with V what alignment changed and Δ what fine-tuning changed; low means
-    that the update left the subspace. ρ_null is what a random update would have. The threshold draws the plot's line and
-    counts modules below it in the table.
+    that the update left the subspace. ρ_null is what a random update would have. The threshold draws the plot's
+    line and counts modules below it in the table.
     """
     from ..analysis.rounding import rounding_warning
     from ..pairing.rows import pair
-    from ..recipes.roles import open_roles
+    from ..recipes.roles import access_of, open_roles
     from ..recipes.safemerge.scoring import score_models
     from ..report.plot import check_plot, write_plot
 
@@ -76,7 +76,7 @@ def command(
             _check_directory(file)
     settings = AnalysisSettings(**values)
     roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
-    models = open_roles(roles, settings.read_backend)
+    models = open_roles(roles, access_of(settings))
     pairing = pair(models, include=settings.include, exclude=settings.exclude)
     with terminal.progress() as progress:
         scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress))

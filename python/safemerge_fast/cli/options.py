@@ -22,7 +22,7 @@ output_file = click.Path(dir_okay=False, path_type=Path)
 """A file to write."""
 
 
-class _Value(click.ParamType):
+class _Value(click.ParamType[Any]):
     """A value as its setting checks it; what the setting says is click's usage error."""
 
     def __init__(self, field: Field) -> None:

@@ -21,7 +21,8 @@ def _epilog() -> str:
     of_the_run = {field.name for field in fields_of(RunSettings)}
     lines = ["\b", "Recipes:"]
     for recipe in recipes().values():
-        fields = ", ".join(field.name for field in fields_of(recipe.settings) if field.name not in of_the_run)
+        record: type[RunSettings] = recipe.settings
+        fields = ", ".join(field.name for field in fields_of(record) if field.name not in of_the_run)
         lines += [f"  {recipe.name:<11} {recipe.summary}", f"{'':<13} Fields: {fields}."]
     lines += ["", "\b", "Methods (docs/methods.md has their parameters):"]
     lines += [f"  {method.name:<17} {method.summary}" for method in known_methods().values()]

@@ -1,4 +1,4 @@
-"""What one output tensor is made of: a method of the engine and what it is given, as plans write it and reports tell it."""
+"""What one output tensor is made of: a method and what it is given, as plans write it and reports tell it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 5: what is given for a method's parameter: a number or word, a gradient over the layers, or filters on names."""
+"""Stage 5: what is given for a method's parameter: a value, a gradient over layers, or filters on names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe is: settings, and a job that opens models, may measure, and says what every output tensor is made of."""
+"""What a recipe is: settings, and a job that opens models, may measure, and says what tensors are made of."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from ..plan.operation import Operation
 from ..settings import Dtype, Kind, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .planned import PlannedJob
+from .roles import access_of
 
 __all__ = ["RECIPE", "FoldSettings"]
 
@@ -57,8 +58,8 @@ class FoldJob(PlannedJob[FoldSettings]):
             AdapterError: The adapter does not fit it, or cannot be merged exactly.
         """
         self.settings = settings
-        adapter = open_adapter("adapter", settings.adapter, read_backend=settings.read_backend)
-        model = open_model("model", settings.model, read_backend=settings.read_backend)
+        adapter = open_adapter("adapter", settings.adapter, access=access_of(settings))
+        model = open_model("model", settings.model, access=access_of(settings))
         self.models = {"model": model, "adapter": adapter}
         pairing = pair_adapter(model, adapter)
         self.rows, self.notes = pairing.rows, pairing.notes

@@ -15,7 +15,7 @@ from ..plan.blend import Blend
 from ..plan.operation import Operation
 from ..settings import RunSettings
 from .planned import PlannedJob
-from .roles import open_roles
+from .roles import access_of, open_roles
 
 __all__ = ["RepairJob"]
 
@@ -48,7 +48,7 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
             PairingError: The models do not fit together.
         """
         self.settings = settings
-        self.models = open_roles(roles, settings.read_backend)
+        self.models = open_roles(roles, access_of(settings))
         pairing = pair(self.models)
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
         self.dtype = dtype

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal, Protocol
 
 from ..checkpoint.adapter import open_source
-from ..checkpoint.model import Model, open_model
+from ..checkpoint.model import Access, Model, open_model
+from ..progress import ProgressCallback
 from ..settings import Kind, Setting
 
-__all__ = ["Aligned", "Base", "Finetuned", "open_roles"]
+__all__ = ["Aligned", "Base", "Finetuned", "access_of", "open_roles"]
 
 Base = Annotated[str, Setting("The model before alignment.", kind=Kind.MODEL, metavar="MODEL")]
 Aligned = Annotated[str, Setting("The aligned model that was fine-tuned.", kind=Kind.MODEL, metavar="MODEL")]
@@ -25,18 +26,35 @@ Finetuned = Annotated[
 _MAY_BE_ADAPTERS = ("finetuned", "safe")
 
 
-def open_roles(roles: Mapping[str, str], read_backend: str = "auto") -> dict[str, Model]:
+class _Reading(Protocol):
+    """Settings that say how models are read."""
+
+    @property
+    def read_backend(self) -> Literal["auto", "mmap", "pread"]:
+        """How inputs are read."""
+
+    @property
+    def progress(self) -> ProgressCallback | None:
+        """Who is told of progress."""
+
+
+def access_of(settings: _Reading) -> Access:
+    """How models are opened; the Hub's bars are for those who are told of progress."""
+    return Access(settings.read_backend, settings.progress is not None)
+
+
+def open_roles(roles: Mapping[str, str], access: Access) -> dict[str, Model]:
     """Opens the model of each role; finetuned and safe may be adapters of the aligned one.
 
     Args:
         roles: What was given for each role.
-        read_backend: How inputs are read.
+        access: How they are read.
 
     Raises:
         CheckpointError: A model cannot be found, read or trusted.
         AdapterError: An adapter cannot be merged exactly, or a role is one that may not be.
     """
     return {
-        role: (open_source if role in _MAY_BE_ADAPTERS else open_model)(role, spec, read_backend=read_backend)
+        role: (open_source if role in _MAY_BE_ADAPTERS else open_model)(role, spec, access=access)
         for role, spec in roles.items()
     }

@@ -115,7 +115,8 @@ def read_recipe(file: Path, run: Mapping[str, Any]) -> RunSettings:
     given = {name: value for name, value in run.items() if value is not None}
     if "recipe" not in document:
         for recipe in recipes().values():
-            if recipe.read is not None and (found := recipe.read(str(file), document, given)) is not None:
+            found: RunSettings | None = None if recipe.read is None else recipe.read(str(file), document, given)
+            if found is not None:
                 return found
     name = document.pop("recipe", None)
     named = [recipe.name for recipe in recipes().values() if recipe.read is None]
@@ -124,7 +125,7 @@ def read_recipe(file: Path, run: Mapping[str, Any]) -> RunSettings:
             f"{file} should say `recipe: {' or '.join(named)}`"
             + (", or have a merge_method" if name is None else f", not {name!r}")
         )
-    record = recipes()[name].settings
+    record: type[RunSettings] = recipes()[name].settings
     _refuse_settings_of_the_run(file, record, document)
     return read_settings(record, {**document, **given}, str(file))
 
@@ -148,7 +149,8 @@ def read_report(directory: Path) -> Report:
     def configuration(recipe: str, values: Mapping[str, Any]) -> Settings:
         if recipe not in recipes():
             raise PlanError(f"it was made by the recipe {recipe!r}, which this program does not have")
-        return recipes()[recipe].settings.from_dict(values)
+        record: type[RunSettings] = recipes()[recipe].settings
+        return record.from_dict(values)
 
     try:
         return Report.from_json(text, configuration)

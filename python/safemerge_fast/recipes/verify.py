@@ -16,7 +16,7 @@ from ..execution.local import watch
 from ..plan.plan import PLAN_FILE
 from ..progress import ProgressEvent, silent
 from ..report.report import REPORT_FILE, Report
-from ..settings import MOST_THREADS, Kind, ProgressCallback, Setting, Settings
+from ..settings import MOST_THREADS, Kind, Progress, Setting, Settings
 from .run import read_report
 from .safemerge.adapter.verification import verify_adapter
 
@@ -45,10 +45,7 @@ class VerifySettings(Settings, frozen=True):
         int | None,
         Setting("Worker threads.", least=1, most=MOST_THREADS, default="processors + 2, at most 16"),
     ] = None
-    progress: Annotated[
-        ProgressCallback | None,
-        Setting("Called with ProgressEvents of the stage verify.", kind=Kind.CALLBACK, on_command_line=False),
-    ] = None
+    progress: Progress = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ from ...plan.layout import SINGLE_FILE, Shard, lay_out
 from ...plan.methods import known_methods
 from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
-from ...report.card import model_card
 from ...report.report import ModuleWarning, Report
 from ..base import CheckpointContents, Contents, Job, Measurement
-from ..roles import open_roles
+from ..roles import access_of, open_roles
 from .adapter.contents import AdapterContents
 from .adapter.layout import lay_out_adapter, require_linear
 from .blend import method_parameters, safemerge
+from .card import model_card
 from .evidence import ScoreLog
 from .scoring import device_name, require_finite, score_rows
 from .settings import SafemergeSettings
@@ -62,7 +62,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         parameters = method_parameters(
             settings.method, density=settings.density, seed=settings.seed, parameters=settings.parameters
         )
-        self.models = open_roles(settings.roles(), settings.read_backend)
+        self.models = open_roles(settings.roles(), access_of(settings))
         self.pairing: Pairing = pair(self.models, include=settings.include, exclude=settings.exclude)
         self.unused = self.pairing.unused
         self.rule = settings.rule()
@@ -192,7 +192,7 @@ class SafemergeJob(Job[SafemergeSettings]):
 
     def card(self, report: Report) -> str:
         """The model card."""
-        return model_card(report, self.models)
+        return model_card(report, self.settings, self.models)
 
     def _reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.

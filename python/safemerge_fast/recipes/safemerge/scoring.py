@@ -11,7 +11,7 @@ from ...checkpoint.model import Model
 from ...errors import AnalysisError
 from ...pairing.rows import Row, pair
 from ...progress import ProgressCallback, ProgressEvent, silent
-from ..roles import open_roles
+from ..roles import access_of, open_roles
 from .settings import AnalysisSettings
 
 __all__ = [
@@ -36,7 +36,7 @@ def analyze_settings(settings: AnalysisSettings) -> Scores:
         SafemergeError: One of its subclasses: a model, the pairing or the analysis is at fault.
     """
     roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
-    models = open_roles(roles, settings.read_backend)
+    models = open_roles(roles, access_of(settings))
     rows = pair(models, include=settings.include, exclude=settings.exclude).rows
     return score_models(models, rows, settings)
 

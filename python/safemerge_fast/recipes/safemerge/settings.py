@@ -13,7 +13,7 @@ from ...settings import (
     Dtype,
     Kind,
     MaxShardSize,
-    ProgressCallback,
+    Progress,
     ReadBackend,
     RunSettings,
     Setting,
@@ -73,15 +73,7 @@ class AnalysisSettings(Settings, frozen=True):
     device: Device = "auto"
     read_backend: ReadBackend = "auto"
     allow_nonfinite: AllowNonfinite = False
-    progress: Annotated[
-        ProgressCallback | None,
-        Setting(
-            "Called with ProgressEvents of the stage analysis.",
-            kind=Kind.CALLBACK,
-            decides=False,
-            on_command_line=False,
-        ),
-    ] = None
+    progress: Progress = None
 
 
 class _Roles(RunSettings, frozen=True):

@@ -1,0 +1,125 @@
+"""The model card of a SafeMERGE output: the method, what was merged, and how to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...checkpoint.adapter import Adapter
+from ...checkpoint.model import Model
+from ...plan.methods import known_methods
+from ...report.card import count_table, display_name, front_matter, program, roles_table, settings_blocks
+from ...report.report import Report
+from .settings import SafemergeSettings
+
+__all__ = ["model_card"]
+
+_BODY = """\
+{front}
+
+{finetuned}, merged in the weights by [SafeMERGE](https://arxiv.org/abs/2503.17239), which is meant to repair safety
+that fine-tuning eroded, as {program} implements it. {summary}
+
+## Method
+
+The safety subspace of a weight matrix is spanned by what alignment changed in it, V = W_aligned − W_base.
+For each matrix, ρ = cos(V·Vᵀ·Δ, Δ) says how far the fine-tuning update Δ = W_finetuned − W_{reference}
+lies in that subspace. {rule} A merged matrix is {blend} (method `{method}`);
+all others are the fine-tuned model's.{form}
+
+{roles}
+
+## What was merged
+
+{counts}
+
+ρ_null is the ρ that a random update of the same matrix would have: ρ depends on a matrix's shape, so that one
+threshold selects by module type too. Every tensor's ρ, decision and reason stand in `safemerge_report.json`{plan}.
+
+## Configuration
+
+{settings}"""
+
+
+def model_card(report: Report, settings: SafemergeSettings, models: Mapping[str, Model]) -> str:
+    """Writes the card.
+
+    Args:
+        report: The report of the merge.
+        settings: What was asked for.
+        models: The models by role.
+
+    Returns:
+        Markdown with YAML front matter. base_model lists the models whose weights are in the output, as far
+        as they are known by a name on the Hub.
+    """
+    blended = ["finetuned", "safe" if "safe" in models else "aligned"]
+    # An adapter's weights come on top of the aligned model's.
+    parts = [*blended, "aligned"] if any(isinstance(models[role], Adapter) for role in blended) else blended
+    if report.adapter is not None:
+        # An adapter's base is the one model that it can be loaded on.
+        parts = ["aligned"]
+    analysed = sum(tensor.analysed for tensor in report.tensors)
+    merged = sum(tensor.analysed and tensor.merged for tensor in report.tensors)
+    return _BODY.format(
+        front=front_matter(report, [models[role] for role in parts], ["safemerge"]),
+        finetuned=display_name(models["finetuned"]),
+        program=program(),
+        summary=f"Of {analysed} matrices that were analysed, {merged} were merged.",
+        reference=settings.delta_reference,
+        rule=_rule(settings),
+        blend=_blend(settings.alpha, blended[1], settings.method),
+        method=settings.method,
+        form="" if report.adapter is None else _form(report.adapter),
+        roles=roles_table(models),
+        counts=count_table(report.counts),
+        plan="; what each is made of, in `safemerge_plan.json`" if report.adapter is None else "",
+        settings=settings_blocks(report, models),
+    )
+
+
+def _form(adapter: Mapping[str, Any]) -> str:
+    """What the adapter is, in sentences that follow on the method."""
+    if adapter["combination"] == "peft-linear":
+        made = (
+            'Factors of merged matrices were added up as PEFT\'s `add_weighted_adapter(…, "linear")` does it, with '
+            "weights √(w·s) on A and on B, so that the update has cross terms beside that average."
+        )
+    elif adapter["relative_errors"]:
+        worst = max(adapter["relative_errors"].values())
+        made = (
+            f"Updates were added up exactly by concatenation of their factors, and truncated to rank "
+            f"{adapter['rank']} where that was higher ({len(adapter['relative_errors'])} matrices, with a relative "
+            f"error of at most {worst:.2%})."
+        )
+    else:
+        made = "Updates are added up exactly, by concatenation of their factors."
+    return (
+        f"\n\nThis is a LoRA adapter of the aligned model: it adds B·A, of rank {adapter['rank']} (padded with zeros) "
+        f"and with scale 1, to {adapter['modules']} matrices. {made}"
+    )
+
+
+def _rule(settings: SafemergeSettings) -> str:
+    """The rule of the decision in a sentence."""
+    unit = "matrix" if settings.granularity == "module" else "layer, by the mean ρ of its matrices,"
+    kind, _, amount = settings.select.partition(":")
+    match kind:
+        case "lowest":
+            return f"The {amount} of lowest ρ are merged (counted by {settings.granularity})."
+        case "fraction":
+            return f"The share {amount} of lowest ρ is merged (counted by {settings.granularity})."
+        case _:
+            return f"A {unit} with ρ strictly below τ = {settings.threshold:g} is merged."
+
+
+def _blend(alpha: float, safe_role: str, method: str) -> str:
+    known = known_methods()[method]
+    if known.interpolates:
+        return f"the point at {alpha:g} of the arc from W_{safe_role} to W_finetuned"
+    if not known.sums:
+        return (
+            f"W_aligned plus what the method makes of its updates in the fine-tuned model, with weight {alpha:g}, and "
+            f"in the {safe_role} model, with weight {1 - alpha:.6g}"
+        )
+    return f"{alpha:g} · W_finetuned + {1 - alpha:.6g} · W_{safe_role}"
