@@ -5,7 +5,6 @@ Tensors are matched by name, never by position. Only headers and configurations 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from .._engine import TensorInfo
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
+from ..patterns import Pattern, compile_pattern
 from .adapter_terms import adapter_notes, adapter_terms
 from .modules import (
     PROJECTION,
@@ -145,9 +145,9 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
         models: Models by role; "finetuned" must be among them, and "aligned" if one is an adapter. Names are
             matched as match_names does; besides, a tied head that the fine-tuned model stores and another
             role does not is that role's embedding.
-        include: Regular expression (re.search) on names: analyses what is left out by default, if it is 2-D
+        include: Regular expression on parts of names: analyses what is left out by default, if it is 2-D
             float.
-        exclude: Regular expression (re.search) on names: leaves out what it matches, whatever include says.
+        exclude: Regular expression on parts of names: leaves out what it matches, whatever include says.
 
     Returns:
         The pairing.
@@ -340,9 +340,12 @@ class _Selection:
         self._exclude = _compile("--exclude", exclude)
         self._notes: list[str] = []
         self._impossible: list[str] = []
-        for flag, pattern in (("--include", self._include), ("--exclude", self._exclude)):
+        for flag, text, pattern in (
+            ("--include", include, self._include),
+            ("--exclude", exclude, self._exclude),
+        ):
             if pattern is not None and not any(pattern.search(tensor.name) for tensor in tensors):
-                self._notes.append(f"{flag} {pattern.pattern} matches no tensor of the fine-tuned model")
+                self._notes.append(f"{flag} {text} matches no tensor of the fine-tuned model")
 
     def reason(self, tensor: TensorInfo, kind: str) -> str:
         """Says why a tensor is left out of the analysis, or PROJECTION; kind is what classify says of it."""
@@ -363,13 +366,8 @@ class _Selection:
         return [*self._notes, f"--include matches {count} tensors that are not 2-D float, such as {first}"]
 
 
-def _compile(flag: str, pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise PairingError(f"{flag} {pattern} is not a regular expression: {error}") from error
+def _compile(flag: str, pattern: str | None) -> Pattern | None:
+    return None if pattern is None else compile_pattern(flag, pattern, PairingError)
 
 
 def in_file_order(model: Model) -> list[TensorInfo]:
