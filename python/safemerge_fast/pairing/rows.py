@@ -139,7 +139,13 @@ class Pairing:
     notes: tuple[str, ...]
 
 
-def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: str | None = None) -> Pairing:
+def pair(
+    models: Mapping[str, Model],
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    analyse: bool = True,
+) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
 
     An adapter stands for the aligned model with some of its tensors changed. If the fine-tuned model is one,
@@ -149,9 +155,10 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
         models: Models by role; "finetuned" must be among them, and "aligned" if one is an adapter. Names are
             matched as match_names does; besides, a tied head that the fine-tuned model stores and another
             role does not is that role's embedding.
-        include: Regular expression (re.search) on names: analyses what is left out by default, if it is 2-D
+        include: Regular expression on names: analyses what is left out by default, if it is 2-D
             float.
-        exclude: Regular expression (re.search) on names: leaves out what it matches, whatever include says.
+        exclude: Regular expression on names: leaves out what it matches, whatever include says.
+        analyse: Whether anything is to be analysed; without, tensors that do not fit are kept.
 
     Returns:
         The pairing.
@@ -186,7 +193,7 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
         reason = selection.reason(tensor, own, kind)
         if reason == PROJECTION and "finetuned" in adapted and own not in adapted["finetuned"]:
             reason = _not_adapted(own, adapted)
-        analysed = reason == PROJECTION
+        analysed = analyse and reason == PROJECTION
         names: dict[str, str] = {anchor.role: own}
         faults = []
         for role, model in others.items():
