@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_safetensors
+from msgspec.structs import replace as with_fields
 from torch import Tensor
 
 from safemerge_fast._engine import Checkpoint

@@ -32,6 +32,9 @@ class Headers:
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
+    def __len__(self) -> int:
+        return len(self.names)
+
 
 def model(role: str, shapes: Shapes, config: dict[str, Any] | None = None, dtype: str = "BF16") -> Model:
     """A model of which only the headers exist; a name may be given as "name dtype"."""

@@ -97,7 +97,7 @@ class TestJson:
 
     def test_states_the_counts_for_readers_of_the_file(self, report: Report) -> None:
         document = json.loads(report.to_json())
-        merged = Counter(entry["module_type"] for entry in document["tensors"] if entry["merged"])
+        merged = Counter(entry["module_type"] for entry in document["tensors"] if entry.get("merged"))
         assert {
             entry["module_type"]: entry["merged"] for entry in document["counts"] if entry["merged"]
         } == merged
