@@ -44,8 +44,14 @@ def test_verify_names_the_tensor_whose_byte_differs(done, tmp_path: Path) -> Non
             lambda out: shutil.copy(next(out.glob("*.safetensors")), out / "x.safetensors"),
             "x.safetensors is not in",
         ),
-        (lambda out: (out / "model.safetensors.index.json").unlink(), "index.json is missing"),
-        (lambda out: (out / "model.safetensors.index.json").write_text("{}"), "index.json does not say"),
+        (
+            lambda out: (out / "model.safetensors.index.json").unlink(),
+            "index.json is missing, but the report lists it",
+        ),
+        (
+            lambda out: (out / "model.safetensors.index.json").write_text("{}"),
+            "index.json has 2 bytes, the report says",
+        ),
         (lambda out: os.truncate(out / "model-00003-of-00003.safetensors", 999), "model-00003-of-00003"),
     ],
 )
