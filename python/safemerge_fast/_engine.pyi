@@ -235,6 +235,10 @@ class Matrix:
     def dtype(self) -> str:
         """The stored dtype as safetensors names it; "F32" for a sum or what an adapter changes."""
 
+    @property
+    def mapped(self) -> bool:
+        """Whether it is a tensor in a mapped file, as it is stored; opens the file."""
+
     def read(self, block: Block, rows: tuple[int, int], columns: tuple[int, int], *, offset: int = 0) -> None:
         """Reads a block as float32, row after row, into memory from an element on. The GIL is released meanwhile.
 

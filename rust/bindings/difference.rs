@@ -62,6 +62,15 @@ impl Matrix {
         stored.unwrap_or_else(|| "F32".to_owned())
     }
 
+    /// Whether it is a tensor in a mapped file, as it is stored.
+    #[getter]
+    fn mapped(&self, py: Python<'_>) -> PyResult<bool> {
+        detached(py, || match self.inner.as_stored() {
+            Some(operand) => Ok(operand.tensor.input.mapped()?.is_some()),
+            None => Ok(false),
+        })
+    }
+
     #[pyo3(signature = (block, rows, columns, *, offset = 0))]
     fn read(
         &self,

@@ -14,7 +14,7 @@ from conftest import write_safetensors
 from torch import Tensor
 
 from safemerge_fast._engine import Block, Checkpoint
-from safemerge_fast.analysis.blocks import Difference, Mapped, Workspace
+from safemerge_fast.analysis.blocks import Difference, Matrix, Workspace
 from safemerge_fast.checkpoint.model import Model
 from safemerge_fast.errors import CheckpointError, PlanError
 
@@ -43,7 +43,7 @@ def difference(
     padded: bool = True,
 ) -> Difference:
     minuend, subtrahend = (
-        Mapped(model(directory, role, tensor, padded=padded), "w")
+        Matrix(model(directory, role, tensor, padded=padded), "w")
         for role, tensor in (("left", left), ("right", right))
     )
     return Difference(workspace, minuend, subtrahend, transposed=transposed, minuend_norm=True)
@@ -115,7 +115,7 @@ def test_pages_are_given_back_within_a_large_block(tmp_path: Path, monkeypatch: 
     v = difference(tmp_path, x, y, Workspace(CPU, chunk_elements=8192))
     released: list[str] = []
     monkeypatch.setattr(
-        Mapped, "release", lambda self: released.append(self.role) or setattr(self, "_touched", 0)
+        Matrix, "release", lambda self: released.append(self.role) or setattr(self, "_touched", 0)
     )
     v.block(slice(0, 64), slice(0, 8192), "block")
     assert released == ["left", "right"] * 2
@@ -177,7 +177,7 @@ def test_threads_with_workspaces_of_their_own_read_the_same(tmp_path: Path) -> N
 
     def read(number: int) -> None:
         v = Difference(
-            Workspace(CPU, chunk_elements=9000), *(Mapped(one, "w") for one in models), transposed=False
+            Workspace(CPU, chunk_elements=9000), *(Matrix(one, "w") for one in models), transposed=False
         )
         for start in range(0, 600, 60):
             found = v.block(slice(start, start + 60), slice(0, 900), "block")
