@@ -1,6 +1,7 @@
 //! Operands that adapters change, against dense arithmetic in f64.
 
 use crate::fixtures::{self, Tensor, random_floats, source, write};
+use safemerge_fast::Error;
 use safemerge_fast::checkpoint::{Checkpoint, ReadBackend};
 use safemerge_fast::difference::{Difference, Matrix};
 use safemerge_fast::kernels::{Kernels, Level};
@@ -309,5 +310,34 @@ fn factors_that_do_not_fit_are_refused_by_name() {
     for (change, fault) in cases {
         let message = plan(change);
         assert!(message.contains(fault), "expected {fault} in {message}");
+    }
+}
+
+#[test]
+fn norms_that_cannot_be_taken_say_why_to_all_workers() {
+    let fixture = Fixture::new(Dtype::F32);
+    let mut operand = reference("w");
+    operand["low_rank"] = json!([low_rank("at", "bt", 0.5, true)]);
+    operand["magnitude"] = json!({"source": "x", "tensor": "mt", "transpose": true});
+    let merge = json!({"method": "linear", "operands": [{"operand": operand, "weight": 1.0}]});
+    let tensor = json!({"name": "w", "dtype": "F32", "shape": [OUT, IN], "merge": merge});
+    let path = fixture.directory.path().join("in");
+    let shard = json!({"file": "model.safetensors", "tensors": [tensor]});
+    let text = fixtures::plan(json!({"x": source(&path)}), vec![shard]).to_string();
+    let plan = fixtures::open(&text, ReadBackend::Pread);
+    // Half of the file goes after it has been opened; all workers wait for norms that one of them cannot take.
+    let held = plan.tensor(&plan.shards()[0], 0).unwrap();
+    for input in held.operation.inputs() {
+        input.file().unwrap();
+    }
+    let file = std::fs::File::options().write(true).open(path.join("model.safetensors")).unwrap();
+    file.set_len(1000).unwrap();
+    for _ in 0..20 {
+        let out = fixture.directory.path().join("out");
+        let output = Output::open(&out, [], false, true).unwrap();
+        let options = Options { threads: 8, tile_bytes: 4096, ..Options::default() };
+        let shards = plan.select(None).unwrap();
+        let failed = execute(&plan, &shards, &output, &options, &Progress::default(), &mut || true);
+        assert!(matches!(failed, Err(Error::InputChanged { .. })), "{failed:?}");
     }
 }
