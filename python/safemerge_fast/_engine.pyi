@@ -197,16 +197,6 @@ class Checkpoint:
     def tensor(self, name: str) -> TensorInfo: ...
     def identity(self) -> dict[str, FileIdentity]: ...
     def rows(self, name: str, start: int, stop: int) -> Rows: ...
-    def matrix(self, name: str) -> Matrix:
-        """Finds a tensor that is a matrix of floats; reads nothing of it.
-
-        Args:
-            name: A 2-D tensor of dtype BF16, F16, F32 or F64.
-
-        Raises:
-            CheckpointError: There is no such tensor.
-            PlanError: It is not such a matrix.
-        """
     def release(self, name: str) -> None: ...
 
 @final
@@ -229,6 +219,19 @@ class Matrix:
     def __new__(
         cls, name: str, *, sources: Mapping[str, Checkpoint], terms: Sequence[Mapping[str, Any]] | str
     ) -> Matrix: ...
+    @staticmethod
+    def stored(checkpoint: Checkpoint, name: str) -> Matrix:
+        """Finds a tensor that is a matrix of floats; reads nothing of it.
+
+        Args:
+            checkpoint: Where it lies.
+            name: A 2-D tensor of dtype BF16, F16, F32 or F64.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+            PlanError: It is not such a matrix.
+        """
+
     @property
     def shape(self) -> tuple[int, int]: ...
     @property

@@ -159,7 +159,7 @@ class Matrix:
     def __init__(self, model: Model, name: str) -> None:
         self.role = model.role
         self.name = name
-        self._open(model.headers.matrix(name))
+        self._open(_engine.Matrix.stored(model.headers, name))
         self._headers = model.headers
         self._view = _whole_view(model.headers, name, self.shape[0]) if self.engine.mapped else None
 
