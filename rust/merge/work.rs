@@ -4,6 +4,9 @@ use crate::dtype::Float;
 use crate::plan::layout::Layout;
 use std::ops::Range;
 
+/// Tiles must be whole blocks of any disk that takes direct writes.
+pub(super) const TILE_ALIGNMENT: usize = 4096;
+
 /// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
 pub(super) const SUB_TILE: usize = 1024;
 

@@ -3,6 +3,7 @@
 
 use super::inputs::{Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, Rows};
 use super::schema;
+use super::sources::{GivenSources, Source, Sources};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
 use crate::methods::{self, Convert};
@@ -11,20 +12,6 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-
-/// A checkpoint that a plan reads, and which of its shards it may.
-#[derive(Debug)]
-pub(super) struct Source {
-    pub checkpoint: Arc<Checkpoint>,
-    /// By the shard's number in the checkpoint.
-    pub listed: Vec<bool>,
-}
-
-/// Checkpoints that are open already, by the name of the source.
-pub type GivenSources = BTreeMap<String, Arc<Checkpoint>>;
-
-/// Sources by their name.
-pub(super) type Sources = BTreeMap<String, Source>;
 
 /// The operands of a weighted sum that is no tensor of an output, all of the shape of the first one's tensor; `name` is
 /// whose they are, for messages, and the tensor of operands that name none.

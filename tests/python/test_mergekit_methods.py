@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from configurations import merged, write_llama
+from plans import planned_operations
 
 from safemerge_fast import _engine
 from safemerge_fast.plan.methods import known_methods
@@ -107,8 +107,7 @@ def test_what_reaches_the_plan(models: dict[str, Path], tmp_path: Path, name: st
         if has_base:
             document["base_model"] = models["a"]
         _, report = merged(tmp_path, **document)
-        (shard,) = json.loads((Path(report.output) / "safemerge_plan.json").read_text())["shards"]
-        merge = next(tensor for tensor in shard["tensors"] if tensor["name"] == NAME)["merge"]
+        merge = planned_operations(report.output)[NAME]["merge"]
         expected: dict[str, Any] = {"method": name, "parameters": planned_shared}
         if has_base:
             expected["base"] = {"source": "a", "tensor": NAME}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from configurations import (
     write_llama,
 )
 from lora import update, write_lora
+from plans import planned_operations
 
 from safemerge_fast import AdapterError, PlanError
 from safemerge_fast.recipes.mergekit.references import read_reference
@@ -82,8 +82,7 @@ def test_adapters_in_methods_with_a_base(models: dict[str, Path], tmp_path: Path
     )
     for name in a:
         assert_close(found[name], a[name] + update(models["lora"], name))
-    plan = json.loads((Path(report.output) / "safemerge_plan.json").read_text())
-    planned = {tensor["name"]: tensor for tensor in plan["shards"][0]["tensors"]}
+    planned = planned_operations(report.output)
     assert planned[Q]["merge"]["base"]["source"] == "a"
     assert planned[Q]["merge"]["base"]["low_rank"][0]["a"]["source"] == "lora"
 

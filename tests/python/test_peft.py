@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plans import planned_operations
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -110,7 +111,7 @@ def check(tmp_path: Path, record_property: Callable[[str, object], None]) -> Cal
             difference = float((logits(folded) - expected_logits).abs().max())
             record_property("logits", difference)
             assert difference <= TOLERANCE
-        planned = json.loads((output / "safemerge_plan.json").read_text())
+        planned = planned_operations(output)
         with safe_open(paths[1] / "adapter_model.safetensors", "pt") as file:
             assert set(file.keys()) == _read_from_adapter(planned)
         return changed
@@ -118,13 +119,11 @@ def check(tmp_path: Path, record_property: Callable[[str, object], None]) -> Cal
     return check
 
 
-def _read_from_adapter(planned: dict[str, Any]) -> set[str]:
+def _read_from_adapter(planned: dict[str, dict[str, Any]]) -> set[str]:
     """The adapter's tensors that a plan reads: all of them, or something was dropped."""
-    tensors = [tensor for shard in planned["shards"] for tensor in shard["tensors"]]
-    operands = [tensor["copy"] for tensor in tensors if "copy" in tensor]
-    operands += [
-        term["operand"] for tensor in tensors for term in tensor.get("merge", {}).get("operands", ())
-    ]
+    operands = [operation["copy"] for operation in planned.values() if "copy" in operation]
+    merges = [operation["merge"] for operation in planned.values() if "merge" in operation]
+    operands += [term["operand"] for merge in merges for term in merge["operands"]]
     return {name for operand in operands for source, name in references(operand) if source == "adapter"}
 
 
