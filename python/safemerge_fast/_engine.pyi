@@ -7,10 +7,13 @@ from typing import Any, Literal, TypedDict, final, type_check_only
 __all__ = [
     "Block",
     "Checkpoint",
+    "FileIdentity",
     "Matrix",
+    "MethodInfo",
     "Mismatch",
     "NonFinite",
     "Output",
+    "ParameterInfo",
     "Plan",
     "Progress",
     "Rows",
@@ -25,49 +28,113 @@ __all__ = [
 __version__: str
 """Version of the engine, the same as the package's."""
 
-@type_check_only
-class ParameterInfo(TypedDict):
-    name: str
-    scope: Literal["shared", "operand"]
-    kind: Literal["number", "integer", "flag", "choice"]
-    default: float | int | bool | str | None
-    least: float | None
-    most: float | None
-    choices: list[str]
-    help: str
+@final
+class ParameterInfo:
+    """A parameter of a merge method."""
 
-@type_check_only
-class MethodInfo(TypedDict):
-    name: str
-    title: str
-    summary: str
-    reference: str
-    base: Literal["none", "optional", "required"]
-    least_operands: int
-    most_operands: int | None
-    passes: int
-    parameters: list[ParameterInfo]
+    @property
+    def name(self) -> str: ...
+    @property
+    def scope(self) -> Literal["shared", "operand"]:
+        """Whether it has one value, or one for each operand."""
+    @property
+    def kind(self) -> Literal["number", "integer", "flag", "choice"]: ...
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+    @property
+    def default(self) -> float | int | bool | str | None:
+        """The value where none is given; None if it must be given."""
+    @property
+    def least(self) -> float | None:
+        """The least number; None if there is none."""
+    @property
+    def most(self) -> float | None:
+        """The largest number; None if there is none."""
+    @property
+    def choices(self) -> list[str]:
+        """The words of a choice; the first is the default."""
+    @property
+    def help(self) -> str:
+        """One sentence or two."""
+
+@final
+class MethodInfo:
+    """A merge method: what it is called, what it needs, which parameters it takes, and what holds of it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def reference(self) -> str:
+        """Address of the paper or page that describes it."""
+    @property
+    def base(self) -> Literal["none", "optional", "required"]: ...
+    @property
+    def least_operands(self) -> int:
+        """The fewest models it merges, the base not counted."""
+    @property
+    def most_operands(self) -> int | None:
+        """The most; None if any number will do."""
+    @property
+    def passes(self) -> int:
+        """How often inputs are read at most before they are blended."""
+    @property
+    def parameters(self) -> list[ParameterInfo]:
+        """Its parameters, those of operands first."""
+    @property
+    def interpolates(self) -> str | None:
+        """The shared parameter that leads from the base (0) to the one operand (1), if it interpolates so."""
+    @property
+    def weighs(self) -> bool:
+        """Whether it weighs models against each other: by a weight of each, or by interpolation."""
+    @property
+    def votes(self) -> bool:
+        """Whether elements vote on their sign, so that a lone update always wins."""
+    @property
+    def sole(self) -> bool:
+        """Whether mergekit, given one model only, takes that model's tensor as it is."""
+    @property
+    def copies(self) -> bool:
+        """Whether it gives its one operand unchanged, by default."""
+    @property
+    def sums(self) -> bool:
+        """Whether it is a weighted sum, so that weights of operands that share a tensor may be added up."""
 
 def methods() -> list[MethodInfo]:
-    """Every merge method.
-
-    Returns:
-        For each: name, title, summary, reference; base ("none", "optional", "required"); least_operands and
-        most_operands (None: any number), the base not counted; passes, how often inputs are read at most before
-        they are blended; parameters, each with name, scope ("shared", "operand"), kind ("number", "integer",
-        "flag", "choice"), default (None: it must be given), least, most, choices and help.
-    """
+    """Every merge method."""
 
 def simd_levels() -> list[str]:
     """Kernel versions that this processor can run, fastest first; the last is always "scalar"."""
 
-@type_check_only
-class FileIdentity(TypedDict):
-    """What tells one shard from another without reading its data."""
+@final
+class FileIdentity:
+    """What was seen of a shard when its header was read. Equal if all of it is."""
 
-    size: int
-    mtime_ns: int
-    header_digest: str
+    @property
+    def size(self) -> int:
+        """Bytes."""
+    @property
+    def mtime_ns(self) -> int:
+        """Modification time, nanoseconds since the epoch."""
+    @property
+    def ctime_ns(self) -> int:
+        """Time of the inode's last change, nanoseconds since the epoch; nobody can set it back."""
+    @property
+    def inode(self) -> int: ...
+    @property
+    def device(self) -> int:
+        """The device of the inode; other after a reboot."""
+    @property
+    def header_digest(self) -> str:
+        """BLAKE3 of the length field and the header, hexadecimal."""
+    def to_dict(self) -> dict[str, int | str]:
+        """As plans state it: size, mtime_ns, ctime_ns, inode, header_digest."""
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
 
 @final
 class NonFinite:
@@ -149,7 +216,10 @@ class Verification:
 
 @final
 class TensorInfo:
-    """Name, dtype, shape and place of one tensor, from a header."""
+    """Name, dtype, shape and place of one tensor, from a header.
+
+    A reference into the checkpoint's tables, which it keeps alive; what is asked for is made then.
+    """
 
     @property
     def name(self) -> str: ...
@@ -161,6 +231,9 @@ class TensorInfo:
     def file(self) -> str: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
 
 @final
 class Rows:
@@ -183,7 +256,19 @@ class Checkpoint:
             mapped, but by position on network and FUSE file systems.
     """
 
-    def __new__(cls, path: str | PathLike[str], *, read_backend: str = "auto") -> Checkpoint: ...
+    def __new__(
+        cls, path: str | PathLike[str], *, read_backend: str = "auto"
+    ) -> Checkpoint:
+        """Reads and checks all headers; nothing of the tensors' data.
+
+        Args:
+            path: A checkpoint directory, or one .safetensors file.
+            read_backend: How the data is read when it is asked for.
+
+        Raises:
+            CheckpointError: There are no such weights, or a header or the index is not valid, or beyond a limit
+                (1,000,000 tensors, 64 dimensions, 100,000,000 bytes of header, 256 MiB of index).
+        """
     @property
     def path(self) -> str: ...
     @property
@@ -191,11 +276,35 @@ class Checkpoint:
     @property
     def files(self) -> list[str]: ...
     @property
-    def tensors(self) -> list[TensorInfo]: ...
-    def __len__(self) -> int: ...
+    def names(self) -> list[str]:
+        """Names of all tensors, file by file, then in the order of their bytes."""
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """All tensors, in the order of `names`."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors."""
+    def __len__(self) -> int:
+        """Number of tensors."""
     def __contains__(self, name: str, /) -> bool: ...
-    def tensor(self, name: str) -> TensorInfo: ...
-    def identity(self) -> dict[str, FileIdentity]: ...
+    def tensor(self, name: str) -> TensorInfo:
+        """One tensor.
+
+        Raises:
+            CheckpointError: There is no tensor of this name.
+        """
+    def identity(self) -> dict[str, FileIdentity]:
+        """The identity of every shard, by file name."""
+    def check_unchanged(self) -> None:
+        """Checks that size, times and inode of every shard are those seen when the checkpoint was opened.
+
+        Raises:
+            PlanError: A shard has changed.
+            CheckpointError: A shard is gone.
+        """
     def rows(self, name: str, start: int, stop: int) -> Rows: ...
     def release(self, name: str) -> None: ...
 

@@ -1,52 +1,118 @@
 //! `Checkpoint`: headers, and rows of tensors.
 
 use super::error::{detached, to_python};
-use crate::checkpoint::{self, InputFile, ReadBackend, TensorEntry};
+use crate::checkpoint::{self, InputFile, ReadBackend, Shard, TensorEntry, TensorId};
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Name, dtype, shape and place of one tensor, from a header.
+/// Name, dtype, shape and place of one tensor, from a header. A reference into the checkpoint's tables.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct TensorInfo {
-    entry: TensorEntry,
-    file: String,
+    checkpoint: Arc<checkpoint::Checkpoint>,
+    id: TensorId,
+}
+
+impl TensorInfo {
+    fn entry(&self) -> (&Shard, TensorEntry<'_>) {
+        self.checkpoint.entry(self.id)
+    }
 }
 
 #[pymethods]
 impl TensorInfo {
     #[getter]
     fn name(&self) -> &str {
-        &self.entry.name
+        self.entry().1.name
     }
 
     #[getter]
     fn dtype(&self) -> String {
-        self.entry.dtype.to_string()
+        self.entry().1.dtype.to_string()
     }
 
     #[getter]
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, &self.entry.shape)
+        PyTuple::new(py, self.entry().1.shape)
     }
 
     #[getter]
     fn file(&self) -> &str {
-        &self.file
+        &self.entry().0.name
     }
 
     #[getter]
     fn nbytes(&self) -> usize {
-        self.entry.range.len()
+        self.entry().1.range.len()
+    }
+
+    #[getter]
+    fn parameters(&self) -> usize {
+        self.entry().1.elements()
     }
 
     fn __repr__(&self) -> String {
-        let TensorEntry { name, dtype, shape, .. } = &self.entry;
-        format!("TensorInfo({name:?}, {dtype}, {shape:?}, {:?})", self.file)
+        let (shard, TensorEntry { name, dtype, shape, .. }) = self.entry();
+        format!("TensorInfo({name:?}, {dtype}, {shape:?}, {:?})", shard.name)
+    }
+}
+
+/// What was seen of a shard when its header was read.
+#[pyclass(frozen, eq, hash, module = "safemerge_fast._engine")]
+#[derive(PartialEq, Eq, Hash)]
+pub struct FileIdentity {
+    inner: checkpoint::FileIdentity,
+}
+
+#[pymethods]
+impl FileIdentity {
+    #[getter]
+    fn size(&self) -> u64 {
+        self.inner.size
+    }
+
+    #[getter]
+    fn mtime_ns(&self) -> i64 {
+        self.inner.mtime_ns
+    }
+
+    #[getter]
+    fn ctime_ns(&self) -> i64 {
+        self.inner.ctime_ns
+    }
+
+    #[getter]
+    fn inode(&self) -> u64 {
+        self.inner.inode
+    }
+
+    #[getter]
+    fn device(&self) -> u64 {
+        self.inner.device
+    }
+
+    #[getter]
+    fn header_digest(&self) -> &str {
+        &self.inner.header_digest
+    }
+
+    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let written = PyDict::new(py);
+        written.set_item("size", self.inner.size)?;
+        written.set_item("mtime_ns", self.inner.mtime_ns)?;
+        written.set_item("ctime_ns", self.inner.ctime_ns)?;
+        written.set_item("inode", self.inner.inode)?;
+        written.set_item("header_digest", &self.inner.header_digest)?;
+        Ok(written)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("{:?}", self.inner)
     }
 }
 
@@ -105,10 +171,11 @@ impl Checkpoint {
     #[new]
     #[pyo3(signature = (path, *, read_backend = "auto"))]
     fn new(py: Python<'_>, path: PathBuf, read_backend: &str) -> PyResult<Self> {
-        let inner = detached(py, || {
-            checkpoint::Checkpoint::open_with(&path, ReadBackend::named(read_backend)?)
-        })?;
-        Ok(Self { inner: Arc::new(inner) })
+        let open = || {
+            let backend = ReadBackend::named(read_backend)?;
+            checkpoint::Checkpoint::open_with(&path, backend)
+        };
+        Ok(Self { inner: Arc::new(detached(py, open)?) })
     }
 
     #[getter]
@@ -127,8 +194,23 @@ impl Checkpoint {
     }
 
     #[getter]
+    fn names(&self) -> Vec<&str> {
+        self.inner.tensors().map(|(_, entry)| entry.name).collect()
+    }
+
+    #[getter]
     fn tensors(&self) -> Vec<TensorInfo> {
-        self.inner.tensors().map(|(shard, entry)| info(shard, entry)).collect()
+        self.inner.ids().map(|id| self.info(id)).collect()
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.inner.tensors().map(|(_, entry)| entry.range.len()).sum()
+    }
+
+    #[getter]
+    fn parameters(&self) -> usize {
+        self.inner.tensors().map(|(_, entry)| entry.elements()).sum()
     }
 
     fn __len__(&self) -> usize {
@@ -136,24 +218,23 @@ impl Checkpoint {
     }
 
     fn __contains__(&self, name: &str) -> bool {
-        self.inner.find(name).is_some()
+        self.inner.id(name).is_some()
     }
 
     fn tensor(&self, py: Python<'_>, name: &str) -> PyResult<TensorInfo> {
-        let (shard, entry) = self.inner.get(name).map_err(|error| to_python(py, &error))?;
-        Ok(info(shard, entry))
+        match self.inner.id(name) {
+            Some(id) => Ok(self.info(id)),
+            None => Err(to_python(py, &self.inner.absent(name))),
+        }
     }
 
-    fn identity<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let files = PyDict::new(py);
-        for shard in self.inner.shards() {
-            let identity = PyDict::new(py);
-            identity.set_item("size", shard.header.identity.size)?;
-            identity.set_item("mtime_ns", shard.header.identity.mtime_ns)?;
-            identity.set_item("header_digest", &shard.header.identity.header_digest)?;
-            files.set_item(&shard.name, identity)?;
-        }
-        Ok(files)
+    fn identity(&self) -> BTreeMap<&str, FileIdentity> {
+        let identity = |shard: &Shard| FileIdentity { inner: shard.header.identity.clone() };
+        self.inner.shards().iter().map(|shard| (shard.name.as_str(), identity(shard))).collect()
+    }
+
+    fn check_unchanged(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.inner.check_unchanged())
     }
 
     fn rows(&self, py: Python<'_>, name: &str, start: usize, stop: usize) -> PyResult<Rows> {
@@ -171,6 +252,10 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
+    fn info(&self, id: TensorId) -> TensorInfo {
+        TensorInfo { checkpoint: Arc::clone(&self.inner), id }
+    }
+
     fn find_rows(&self, name: &str, start: usize, stop: usize) -> Result<Rows> {
         let (shard, entry) = self.inner.locate(name)?;
         // A scalar is one row.
@@ -196,8 +281,4 @@ impl Checkpoint {
         file.read(range, &mut bytes)?;
         Ok(Rows { bytes: RowBytes::Read(bytes) })
     }
-}
-
-fn info(shard: &checkpoint::Shard, entry: &TensorEntry) -> TensorInfo {
-    TensorInfo { entry: entry.clone(), file: shard.name.clone() }
 }

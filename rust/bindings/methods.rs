@@ -1,73 +1,189 @@
 //! `methods`: the table of merge methods, for help, documentation and validation.
 
-use crate::methods::{Kind, METHODS, Parameter, Scope, Specification};
+use crate::methods::{Default, Flag, Kind, METHODS, Parameter, Scope, Specification};
 use pyo3::IntoPyObjectExt;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
-use serde_json::Value;
 
-/// Every merge method: what it is called, what it needs, which parameters it takes.
-#[pyfunction]
-pub(super) fn methods(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
-    METHODS.iter().map(|method| describe(py, method)).collect()
+/// A parameter of a merge method.
+#[pyclass(frozen, module = "safemerge_fast._engine")]
+pub struct ParameterInfo {
+    scope: Scope,
+    parameter: &'static Parameter,
 }
 
-fn describe<'py>(py: Python<'py>, method: &Specification) -> PyResult<Bound<'py, PyDict>> {
-    let entry = PyDict::new(py);
-    entry.set_item("name", method.name)?;
-    entry.set_item("title", method.title)?;
-    entry.set_item("summary", method.summary)?;
-    entry.set_item("reference", method.reference)?;
-    entry.set_item("base", method.base.name())?;
-    entry.set_item("least_operands", method.operands.0)?;
-    entry.set_item("most_operands", method.operands.1)?;
-    entry.set_item("passes", method.passes)?;
-    let parameters = method.all_parameters().map(|parameter| describe_parameter(py, parameter));
-    entry.set_item("parameters", parameters.collect::<PyResult<Vec<_>>>()?)?;
-    Ok(entry)
-}
+#[pymethods]
+impl ParameterInfo {
+    #[getter]
+    fn name(&self) -> &'static str {
+        self.parameter.name
+    }
 
-fn describe_parameter<'py>(py: Python<'py>, parameter: &Parameter) -> PyResult<Bound<'py, PyDict>> {
-    let (kind, range, choices) = match parameter.kind {
-        Kind::Number(least, most) => ("number", range(least, most, py)?, Vec::new()),
-        Kind::Integer(least, most) => {
-            let bounds = (least.into_py_any(py)?, most.into_py_any(py)?);
-            ("integer", bounds, Vec::new())
+    #[getter]
+    fn scope(&self) -> &'static str {
+        match self.scope {
+            Scope::Shared => "shared",
+            Scope::Operand => "operand",
         }
-        Kind::Flag => ("flag", (py.None(), py.None()), Vec::new()),
-        Kind::Choice(words) => ("choice", (py.None(), py.None()), words.to_vec()),
-    };
-    let entry = PyDict::new(py);
-    entry.set_item("name", parameter.name)?;
-    let scope = match parameter.scope {
-        Scope::Shared => "shared",
-        Scope::Operand => "operand",
-    };
-    entry.set_item("scope", scope)?;
-    entry.set_item("kind", kind)?;
-    entry.set_item("default", default(py, parameter)?)?;
-    entry.set_item("least", range.0)?;
-    entry.set_item("most", range.1)?;
-    entry.set_item("choices", choices)?;
-    entry.set_item("help", parameter.help)?;
-    Ok(entry)
+    }
+
+    #[getter]
+    fn kind(&self) -> &'static str {
+        match self.parameter.kind {
+            Kind::Number(..) => "number",
+            Kind::Integer(..) => "integer",
+            Kind::Flag => "flag",
+            Kind::Choice(_) => "choice",
+        }
+    }
+
+    #[getter]
+    fn required(&self) -> bool {
+        self.parameter.default == Default::Required
+    }
+
+    #[getter]
+    fn default(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        match self.parameter.default {
+            Default::Required => Ok(py.None()),
+            Default::Number(number) => number.into_py_any(py),
+            Default::Integer(number) => number.into_py_any(py),
+            Default::Flag(flag) => flag.into_py_any(py),
+            Default::Choice(word) => word.into_py_any(py),
+        }
+    }
+
+    #[getter]
+    fn least(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        match self.parameter.kind {
+            Kind::Number(least, _) => finite(least, py),
+            Kind::Integer(least, _) => least.into_py_any(py),
+            Kind::Flag | Kind::Choice(_) => Ok(py.None()),
+        }
+    }
+
+    #[getter]
+    fn most(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        match self.parameter.kind {
+            Kind::Number(_, most) => finite(most, py),
+            Kind::Integer(_, most) => most.into_py_any(py),
+            Kind::Flag | Kind::Choice(_) => Ok(py.None()),
+        }
+    }
+
+    #[getter]
+    fn choices(&self) -> Vec<&'static str> {
+        match self.parameter.kind {
+            Kind::Choice(words) => words.to_vec(),
+            _ => Vec::new(),
+        }
+    }
+
+    #[getter]
+    fn help(&self) -> &'static str {
+        self.parameter.help
+    }
+
+    fn __repr__(&self) -> String {
+        format!("ParameterInfo({:?}, {}, {})", self.parameter.name, self.scope(), self.kind())
+    }
 }
 
 /// Bounds; `None` for an infinite one.
-fn range(least: f64, most: f64, py: Python<'_>) -> PyResult<(Py<PyAny>, Py<PyAny>)> {
-    let bound = |value: f64| value.is_finite().then_some(value).into_py_any(py);
-    Ok((bound(least)?, bound(most)?))
+fn finite(bound: f64, py: Python<'_>) -> PyResult<Py<PyAny>> {
+    bound.is_finite().then_some(bound).into_py_any(py)
 }
 
-fn default(py: Python<'_>, parameter: &Parameter) -> PyResult<Py<PyAny>> {
-    match parameter.default.to_json() {
-        None => Ok(py.None()),
-        Some(Value::Bool(flag)) => flag.into_py_any(py),
-        Some(Value::String(word)) => word.into_py_any(py),
-        Some(Value::Number(number)) => match number.as_u64() {
-            Some(whole) => whole.into_py_any(py),
-            None => number.as_f64().into_py_any(py),
-        },
-        Some(_) => Ok(py.None()),
+/// A merge method: what it is called, what it needs, which parameters it takes, and what holds of it.
+#[pyclass(frozen, module = "safemerge_fast._engine")]
+pub struct MethodInfo {
+    inner: &'static Specification,
+}
+
+#[pymethods]
+impl MethodInfo {
+    #[getter]
+    fn name(&self) -> &'static str {
+        self.inner.about.name
     }
+
+    #[getter]
+    fn title(&self) -> &'static str {
+        self.inner.about.title
+    }
+
+    #[getter]
+    fn summary(&self) -> &'static str {
+        self.inner.about.summary
+    }
+
+    #[getter]
+    fn reference(&self) -> &'static str {
+        self.inner.about.reference
+    }
+
+    #[getter]
+    fn base(&self) -> &'static str {
+        self.inner.about.base.name()
+    }
+
+    #[getter]
+    fn least_operands(&self) -> usize {
+        self.inner.about.operands.0
+    }
+
+    #[getter]
+    fn most_operands(&self) -> Option<usize> {
+        self.inner.about.operands.1
+    }
+
+    #[getter]
+    fn passes(&self) -> usize {
+        self.inner.about.passes
+    }
+
+    #[getter]
+    fn parameters(&self) -> Vec<ParameterInfo> {
+        let parameters = self.inner.parameters();
+        parameters.map(|(scope, parameter)| ParameterInfo { scope, parameter }).collect()
+    }
+
+    #[getter]
+    fn interpolates(&self) -> Option<&'static str> {
+        self.inner.about.interpolates
+    }
+
+    #[getter]
+    fn weighs(&self) -> bool {
+        self.inner.weighs()
+    }
+
+    #[getter]
+    fn votes(&self) -> bool {
+        self.inner.has(Flag::Votes)
+    }
+
+    #[getter]
+    fn sole(&self) -> bool {
+        self.inner.has(Flag::Sole)
+    }
+
+    #[getter]
+    fn copies(&self) -> bool {
+        self.inner.has(Flag::Copies)
+    }
+
+    #[getter]
+    fn sums(&self) -> bool {
+        self.inner.has(Flag::Sums)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("MethodInfo({:?})", self.inner.about.name)
+    }
+}
+
+/// Every merge method.
+#[pyfunction]
+pub(super) fn methods() -> Vec<MethodInfo> {
+    METHODS.iter().map(|inner| MethodInfo { inner }).collect()
 }

@@ -15,11 +15,11 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _engine {
     #[pymodule_export]
-    use super::checkpoint::{Checkpoint, Rows, TensorInfo};
+    use super::checkpoint::{Checkpoint, FileIdentity, Rows, TensorInfo};
     #[pymodule_export]
     use super::difference::{Block, Matrix};
     #[pymodule_export]
-    use super::methods::methods;
+    use super::methods::{MethodInfo, ParameterInfo, methods};
     #[pymodule_export]
     use super::output::Output;
     #[pymodule_export]

@@ -1,77 +1,88 @@
 //! The header of one shard: read, bounded and validated before anything else is believed.
 
+use super::header_json::{Described, Parser};
+use super::identity::FileIdentity;
+use super::lookup::Lookup;
+use super::{MOST_TENSORS, regular};
+use crate::error::printable;
 use crate::{Error, Result};
-use safetensors::tensor::{Dtype, Metadata};
-use serde::{Deserialize, Serialize};
-use std::fs::File;
+use safetensors::tensor::Dtype;
+use serde::Deserializer;
+use std::fmt;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// Bytes of the little-endian length in front of the header.
 pub const LENGTH_BYTES: usize = 8;
 /// Longest header that readers accept.
 const LONGEST_HEADER: u64 = 100_000_000;
+/// Dimensions of a tensor at most; PyTorch and numpy allow no more.
+pub(super) const MOST_DIMENSIONS: usize = 64;
 
-/// What tells one shard from another without reading its data.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FileIdentity {
-    /// Bytes.
-    pub size: u64,
-    /// Modification time in nanoseconds since the epoch.
-    pub mtime_ns: i64,
-    /// BLAKE3 of the length field and the header, hexadecimal.
-    pub header_digest: String,
-}
-
-impl FileIdentity {
-    pub(super) fn matches_metadata(&self, path: &Path, metadata: &std::fs::Metadata) -> Result<()> {
-        let what = if metadata.len() != self.size {
-            "its size differs"
-        } else if modified_ns(metadata) != self.mtime_ns {
-            "it was modified"
-        } else {
-            return Ok(());
-        };
-        Err(Error::InputChanged { path: path.to_owned(), what })
-    }
-}
-
-/// One tensor of a shard.
+/// One tensor of a shard, as its header describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorEntry {
+pub struct TensorEntry<'a> {
     /// Name within the checkpoint.
-    pub name: String,
+    pub name: &'a str,
     /// Element type on disk.
     pub dtype: Dtype,
     /// Dimensions; empty for a scalar.
-    pub shape: Vec<usize>,
+    pub shape: &'a [usize],
     /// Its bytes, counted from the start of the file.
     pub range: Range<usize>,
 }
 
-/// The validated header of a shard.
-#[derive(Debug, Clone)]
+impl TensorEntry<'_> {
+    /// Number of elements.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        // The header was checked: this does not overflow.
+        self.shape.iter().product()
+    }
+}
+
+/// The validated header of a shard. A tensor costs 32 bytes, 8 for each dimension, and its name.
+#[derive(Debug)]
 pub struct Header {
-    /// The tensors in the order of their bytes, without holes.
-    pub tensors: Vec<TensorEntry>,
+    table: Table,
     /// Identity of the file that was read.
     pub identity: FileIdentity,
+}
+
+/// The tensors of a header, their names in one string and their dimensions in one list.
+#[derive(Debug, Default)]
+struct Table {
+    names: String,
+    dimensions: Vec<usize>,
+    records: Vec<Record>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Record {
+    /// Bytes of the tensor, from the end of the header on while it is parsed, later from the start of the file.
+    start: usize,
+    end: usize,
+    /// Where the name lies.
+    name: (u32, u32),
+    /// Where the dimensions begin.
+    shape: u32,
+    rank: u8,
+    dtype: Dtype,
 }
 
 impl Header {
     /// Reads and validates the header of the file at `path`; the data is not touched.
     ///
     /// # Errors
-    /// [`Error::Read`], [`Error::Header`], or [`Error::Length`] if the file is shorter or longer than the header says.
+    /// [`Error::Read`], [`Error::Header`], [`Error::Unusable`], or [`Error::Length`] if the file is shorter or longer than
+    /// the header says.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::read(path, e))?;
-        let metadata = file.metadata().map_err(|e| Error::read(path, e))?;
-        if !metadata.is_file() {
-            return Err(Error::header(path, "it is not a regular file"));
-        }
+        let (file, metadata) = regular::open(path).map_err(|e| Error::read(path, e))?;
         let size = metadata.len();
+        if regular::is_lfs_pointer(&file) {
+            return Err(Error::unusable(path, regular::LFS_ADVICE));
+        }
         if size < LENGTH_BYTES as u64 {
             return Err(Error::header(path, format!("it has only {size} bytes")));
         }
@@ -94,48 +105,162 @@ impl Header {
             .map_err(|_| Error::header(path, "its header does not fit into memory"))?;
         let mut bytes = vec![0; data_start];
         file.read_exact_at(&mut bytes, 0).map_err(|e| Error::read(path, e))?;
-        let tensors = parse(path, &bytes, data_start)?;
-        let expected = tensors.last().map_or(data_start, |tensor| tensor.range.end) as u64;
+        let table = Table::parse(path, &bytes, data_start)?;
+        let expected = table.records.last().map_or(data_start, |record| record.end) as u64;
         if expected != size {
             return Err(Error::Length { path: path.to_owned(), expected, found: size });
         }
-        let identity = FileIdentity {
-            size,
-            mtime_ns: modified_ns(&metadata),
-            header_digest: blake3::hash(&bytes).to_hex().to_string(),
-        };
-        Ok(Self { tensors, identity })
+        let digest = blake3::hash(&bytes).to_hex().to_string();
+        Ok(Self { table, identity: FileIdentity::new(&metadata, digest) })
+    }
+
+    /// Number of tensors.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.table.records.len()
+    }
+
+    /// Whether there is no tensor.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.table.records.is_empty()
+    }
+
+    /// The tensor with this number, in the order of their bytes, which have no holes.
+    ///
+    /// # Panics
+    /// If there are not so many.
+    #[must_use]
+    pub fn tensor(&self, number: usize) -> TensorEntry<'_> {
+        self.table.entry(&self.table.records[number])
+    }
+
+    /// All tensors, in the order of their bytes.
+    pub fn tensors(&self) -> impl Iterator<Item = TensorEntry<'_>> {
+        self.table.records.iter().map(|record| self.table.entry(record))
     }
 }
 
-/// Parses a length field and header; the crate `safetensors` checks shapes, dtypes, offsets and overflow.
-fn parse(path: &Path, bytes: &[u8], data_start: usize) -> Result<Vec<TensorEntry>> {
-    let metadata: Metadata = serde_json::from_slice(&bytes[LENGTH_BYTES..])
-        .map_err(|e| Error::header(path, format!("its header is corrupt ({e})")))?;
-    metadata
-        .offset_keys()
-        .into_iter()
-        .map(|name| {
-            let Some(info) = metadata.info(&name) else {
-                return Err(Error::header(path, format!("tensor `{name}` has no entry")));
-            };
-            let (start, end) = info.data_offsets;
-            let place = |offset: usize| {
-                data_start.checked_add(offset).ok_or_else(|| {
-                    Error::header(path, format!("the offsets of tensor `{name}` overflow"))
-                })
-            };
-            Ok(TensorEntry {
-                range: place(start)?..place(end)?,
-                dtype: info.dtype,
-                shape: info.shape.clone(),
-                name,
-            })
-        })
-        .collect()
-}
+impl Table {
+    /// Parses and checks a length field and header. What is accepted is what the crate `safetensors` accepts, except
+    /// for names that stand twice (there the last counts) and the limits above.
+    fn parse(path: &Path, bytes: &[u8], data_start: usize) -> Result<Self> {
+        let corrupt = |problem: &dyn fmt::Display| {
+            Error::header(path, format!("its header is corrupt ({problem})"))
+        };
+        let text = std::str::from_utf8(&bytes[LENGTH_BYTES..]).map_err(|e| corrupt(&e))?;
+        let mut table = Self::default();
+        let mut beyond_limit = None;
+        let mut add = |name: &str, tensor: &Described| {
+            beyond_limit = table.limit(name, tensor);
+            beyond_limit.is_none() && table.add(name, tensor).is_some()
+        };
+        let mut json = serde_json::Deserializer::from_str(text);
+        let parsed = json.deserialize_map(Parser(&mut add)).and_then(|()| json.end());
+        if let Some(problem) = beyond_limit {
+            return Err(Error::Unusable { path: path.to_owned(), problem });
+        }
+        parsed.map_err(|e| corrupt(&e))?;
+        // Stable, so that the order of tensors without bytes is the header's.
+        table.records.sort_by_key(|record| (record.start, record.end));
+        table.check(data_start).map_err(|problem| corrupt(&problem))?;
+        table.names.shrink_to_fit();
+        table.dimensions.shrink_to_fit();
+        table.records.shrink_to_fit();
+        Ok(table)
+    }
 
-fn modified_ns(metadata: &std::fs::Metadata) -> i64 {
-    // Nanoseconds since 1970 leave 64 bits in the year 2262; a clock beyond that still gives a stable identity.
-    metadata.mtime().wrapping_mul(1_000_000_000).wrapping_add(metadata.mtime_nsec())
+    /// Why no such tensor is added, if that is so.
+    fn limit(&self, name: &str, tensor: &Described) -> Option<String> {
+        if self.records.len() == MOST_TENSORS {
+            Some(format!("it describes more than {MOST_TENSORS} tensors, the most allowed"))
+        } else if tensor.shape.kept().is_none() {
+            Some(format!(
+                "its tensor `{}` has more than {MOST_DIMENSIONS} dimensions, the most allowed",
+                printable(name)
+            ))
+        } else {
+            None
+        }
+    }
+
+    /// Adds a tensor as its header describes it; `None` if a number leaves its field, which the limits above and on
+    /// the header's length exclude.
+    fn add(&mut self, name: &str, tensor: &Described) -> Option<()> {
+        let dimensions = tensor.shape.kept()?;
+        let start = u32::try_from(self.names.len()).ok()?;
+        let end = u32::try_from(self.names.len() + name.len()).ok()?;
+        self.records.push(Record {
+            start: tensor.data_offsets.0,
+            end: tensor.data_offsets.1,
+            name: (start, end),
+            shape: u32::try_from(self.dimensions.len()).ok()?,
+            rank: u8::try_from(dimensions.len()).ok()?,
+            dtype: tensor.dtype,
+        });
+        self.names.push_str(name);
+        self.dimensions.extend_from_slice(dimensions);
+        Some(())
+    }
+
+    fn name(&self, record: &Record) -> &str {
+        &self.names[record.name.0 as usize..record.name.1 as usize]
+    }
+
+    fn entry(&self, record: &Record) -> TensorEntry<'_> {
+        let first = record.shape as usize;
+        TensorEntry {
+            name: self.name(record),
+            dtype: record.dtype,
+            shape: &self.dimensions[first..first + usize::from(record.rank)],
+            range: record.start..record.end,
+        }
+    }
+
+    /// Checks that no name stands twice, that tensors follow each other without holes, and that each has the bytes of
+    /// its shape; then counts bytes from the start of the file.
+    fn check(&mut self, data_start: usize) -> Result<(), String> {
+        let mut lookup = Lookup::with_capacity(self.records.len());
+        let name_of = |number: u32| self.name(&self.records[number as usize]);
+        for (number, record) in (0..).zip(&self.records) {
+            let name = self.name(record);
+            if lookup.insert(name, number, name_of).is_some() {
+                return Err(format!("tensor `{}` stands twice", printable(name)));
+            }
+        }
+        let mut end = 0;
+        for record in &self.records {
+            let entry = self.entry(record);
+            let name = || printable(entry.name);
+            if record.start != end || record.end < record.start {
+                return Err(format!(
+                    "the offsets {} and {} of tensor `{}` leave a hole, overlap or run backwards",
+                    record.start,
+                    record.end,
+                    name()
+                ));
+            }
+            end = record.end;
+            let elements = entry.shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d));
+            let bits = elements.and_then(|elements| elements.checked_mul(record.dtype.bitsize()));
+            let bits = bits.ok_or_else(|| format!("the size of tensor `{}` overflows", name()))?;
+            if !bits.is_multiple_of(8) || bits / 8 != record.end - record.start {
+                return Err(format!(
+                    "tensor `{}` of shape {:?} and dtype {} has {} bytes",
+                    name(),
+                    entry.shape,
+                    record.dtype,
+                    record.end - record.start
+                ));
+            }
+        }
+        if end.checked_add(data_start).is_none() {
+            return Err("its offsets overflow".to_owned());
+        }
+        for record in &mut self.records {
+            record.start += data_start;
+            record.end += data_start;
+        }
+        Ok(())
+    }
 }

@@ -1,18 +1,16 @@
 //! Which files make up a checkpoint, by the rules that transformers follows.
 
+use super::advice::advice;
+use super::regular;
+use super::weight_map::{Index, WeightMap};
+use crate::error::printable;
 use crate::{Error, Result};
-use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
-/// Tensor name to shard file.
-pub(super) type WeightMap = BTreeMap<String, String>;
-
-/// Index files carry more than this (sizes, counts); nothing of that is needed or believed.
-#[derive(Deserialize)]
-struct Index {
-    weight_map: WeightMap,
-}
+/// Bytes of an index at most; that of a million tensors has some 100 MB.
+const LARGEST_INDEX: u64 = 256 << 20;
 
 /// The files of a checkpoint.
 pub(super) struct Found {
@@ -30,16 +28,29 @@ impl Found {
 
 /// Finds the shards of a checkpoint: one file, `model.safetensors`, an index, or the only weights in the directory.
 pub(super) fn find(path: &Path) -> Result<Found> {
-    if !path.exists() {
-        return Err(Error::NotFound { path: path.to_owned() });
+    let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+            Error::NotFound { path: path.to_owned() }
+        }
+        _ => Error::read(path, error),
+    })?;
+    if path.to_str().is_none() {
+        // Plans, reports and indices are JSON, which holds Unicode only.
+        return Err(Error::unusable(path, "its path is not UTF-8; rename it"));
     }
-    if path.is_file() {
+    if metadata.is_file() {
         return match (path.parent(), path.file_name().and_then(|name| name.to_str())) {
             (Some(directory), Some(name)) => {
                 Ok(Found::single(directory.to_owned(), name.to_owned()))
             }
             _ => Err(Error::NotFound { path: path.to_owned() }),
         };
+    }
+    if !metadata.is_dir() {
+        return Err(Error::unusable(
+            path,
+            "it is a pipe, socket or device, not a file or directory",
+        ));
     }
     let names = file_names(path)?;
     let has = |name: &str| names.contains(name);
@@ -68,21 +79,13 @@ pub(super) fn find(path: &Path) -> Result<Found> {
         names.iter().filter(|name| name.ends_with(".safetensors")).collect();
     match weights.as_slice() {
         [only] => Ok(Found::single(path.to_owned(), (*only).clone())),
-        [] => {
-            let pickled = names.iter().find(|name| {
-                name.ends_with(".bin") || name.ends_with(".pth") || name.ends_with(".pt")
-            });
-            let problem = pickled.map_or_else(
-                || "give the directory that holds model.safetensors or its shards".to_owned(),
-                |name| format!("{name} is a pickle, which is not opened; load the model with transformers and save_pretrained it"),
-            );
-            Err(Error::NoWeights { path: path.to_owned(), problem })
-        }
+        [] => Err(Error::NoWeights { path: path.to_owned(), problem: advice(path, &names) }),
         [first, ..] => Err(Error::NoWeights {
             path: path.to_owned(),
             problem: format!(
-                "it has {} such files ({first}, …) but no model.safetensors.index.json that says how they belong together",
-                weights.len()
+                "it has {} such files ({}, …) but no model.safetensors.index.json that says how they belong together",
+                weights.len(),
+                printable(first)
             ),
         }),
     }
@@ -90,25 +93,26 @@ pub(super) fn find(path: &Path) -> Result<Found> {
 
 fn from_index(directory: &Path, name: &str) -> Result<Found> {
     let path = directory.join(name);
-    let bytes = std::fs::read(&path).map_err(|e| Error::read(&path, e))?;
+    let bytes = regular::read(&path, LARGEST_INDEX)?;
     let index: Index = serde_json::from_slice(&bytes)
         .map_err(|e| Error::index(&path, format!("it is not an index in JSON ({e})")))?;
-    let files: BTreeSet<&String> = index.weight_map.values().collect();
+    let mut files = index.weight_map.files().to_vec();
+    files.sort_unstable();
     if files.is_empty() {
         return Err(Error::index(&path, "its weight_map is empty"));
     }
     for file in &files {
         check_file_name(&path, file)?;
-        if !directory.join(file).is_file() {
+        if !directory.join(file).exists() {
             return Err(Error::index(
                 &path,
                 format!(
-                    "it names the shard {file}, which is missing; download the checkpoint again"
+                    "it names the shard {}, which is missing; download the checkpoint again",
+                    printable(file)
                 ),
             ));
         }
     }
-    let files = files.into_iter().cloned().collect();
     Ok(Found {
         directory: directory.to_owned(),
         index: Some(name.to_owned()),
@@ -125,7 +129,8 @@ pub(crate) fn check_file_name(owner: &Path, file: &str) -> Result<()> {
         _ => Err(Error::index(
             owner,
             format!(
-                "it names the file `{file}`, which lies outside its directory; only plain file names are allowed"
+                "it names the file `{}`, which lies outside its directory; only plain file names are allowed",
+                printable(file)
             ),
         )),
     }
@@ -136,11 +141,18 @@ fn file_names(directory: &Path) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     for entry in entries {
         let entry = entry.map_err(|e| Error::read(directory, e))?;
-        // Hidden files are partial outputs and caches; a name that is not UTF-8 cannot stand in an index.
-        if let Ok(name) = entry.file_name().into_string()
-            && !name.starts_with('.')
-        {
-            names.insert(name);
+        match entry.file_name().into_string() {
+            // Hidden files are partial outputs and caches.
+            Ok(name) if name.starts_with('.') => {}
+            Ok(name) => drop(names.insert(name)),
+            // Neither an index nor a plan could name it.
+            Err(name) if Path::new(&name).extension().is_some_and(|e| e == "safetensors") => {
+                return Err(Error::unusable(
+                    &directory.join(name),
+                    "its name is not UTF-8; rename it",
+                ));
+            }
+            Err(_) => {}
         }
     }
     Ok(names)

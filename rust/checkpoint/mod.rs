@@ -1,19 +1,33 @@
 //! Checkpoints on disk: which shards they have, what those hold, and their bytes, opened on demand.
 
+mod advice;
 mod header;
+mod header_json;
+mod identity;
 mod index;
+mod json;
+mod lookup;
 mod mapping;
 mod reader;
+mod regular;
+mod weight_map;
 
-pub use header::{FileIdentity, Header, TensorEntry};
+pub use header::{Header, TensorEntry};
+pub use identity::{FileIdentity, StatedIdentity};
+pub(crate) use index::check_file_name;
 pub use mapping::MappedFile;
 pub use reader::{InputFile, ReadBackend};
 
+use crate::error::printable;
 use crate::{Error, Result};
+use lookup::Lookup;
 use reader::OpenFiles;
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use weight_map::WeightMap;
+
+/// Tensors of a checkpoint at most.
+pub const MOST_TENSORS: usize = 1_000_000;
 
 /// One shard: its name within the checkpoint and its validated header.
 #[derive(Debug)]
@@ -33,51 +47,62 @@ impl Shard {
         Ok(Self { name: name.to_owned(), path, header })
     }
 
-    /// Whether size or modification time differ from those seen when the header was read.
+    /// Checks that size, times and inode are those seen when the header was read.
     ///
     /// # Errors
-    /// [`Error::InputChanged`] if so, [`Error::Read`] if the file is gone.
+    /// [`Error::InputChanged`] if one differs, [`Error::Read`] if the file is gone.
     pub fn check_unchanged(&self) -> Result<()> {
         let metadata = std::fs::metadata(&self.path).map_err(|e| Error::read(&self.path, e))?;
-        self.header.identity.matches_metadata(&self.path, &metadata)
+        self.header.identity.check_metadata(&self.path, &metadata)
     }
 }
 
+/// The place of a tensor in a checkpoint: tensors are numbered in file order, then by offset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TensorId(u32);
+
 /// A checkpoint: a directory of shards, or one file.
+///
+/// 200,000 tensors take some 60 bytes each, and their names.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     index: Option<String>,
     shards: Vec<Shard>,
-    places: HashMap<String, (usize, usize)>,
+    /// For each shard, the number of its first tensor.
+    starts: Vec<u32>,
+    lookup: Lookup,
+    /// Numbers of tensors that do not count, since the index names another shard for them; ascending.
+    superseded: Vec<u32>,
+    len: usize,
     files: OpenFiles,
 }
 
 impl Checkpoint {
-    /// Reads and validates the headers of all shards of a directory, or of one `.safetensors` file.
+    /// As [`Checkpoint::open_with`], read as seems best.
     ///
     /// # Errors
-    /// If the path is missing, no weights are found, the index is unusable or names a tensor that its shard lacks, or
-    /// any header is invalid. Nothing of the tensors' data is read.
+    /// Those of [`Checkpoint::open_with`].
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_with(path, ReadBackend::Auto)
     }
 
-    /// As [`Checkpoint::open`]; says how the data will be read.
+    /// Reads and validates the headers of all shards of a directory, or of one `.safetensors` file.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`].
+    /// If the path is missing, no weights are found, the index is unusable or names a tensor that its shard lacks, any
+    /// header is invalid, or there are more than [`MOST_TENSORS`]. Nothing of the tensors' data is read.
     pub fn open_with(path: &Path, backend: ReadBackend) -> Result<Self> {
         let absolute = std::path::absolute(path).map_err(|e| Error::read(path, e))?;
         let found = index::find(&absolute)?;
-        let weight_map = found.weight_map.as_ref();
-        Self::from_files(found.directory, found.index, &found.files, weight_map, backend)
+        let places = found.weight_map.as_ref();
+        Self::from_files(found.directory, found.index, &found.files, places, backend)
     }
 
     /// Opens just these files of a directory, as a plan names them.
     ///
     /// # Errors
-    /// As [`Checkpoint::open`], and if a name is not that of a file in this very directory.
+    /// As [`Checkpoint::open_with`], and if a name is not that of a file in this very directory.
     pub fn open_files<'a>(
         directory: &Path,
         files: impl IntoIterator<Item = &'a String>,
@@ -85,7 +110,7 @@ impl Checkpoint {
     ) -> Result<Self> {
         let files: Vec<String> = files.into_iter().cloned().collect();
         for file in &files {
-            index::check_file_name(directory, file)?;
+            check_file_name(directory, file)?;
         }
         Self::from_files(directory.to_owned(), None, &files, None, backend)
     }
@@ -94,43 +119,70 @@ impl Checkpoint {
         path: PathBuf,
         index: Option<String>,
         files: &[String],
-        weight_map: Option<&index::WeightMap>,
+        weight_map: Option<&WeightMap>,
         backend: ReadBackend,
     ) -> Result<Self> {
-        let shards: Vec<Shard> =
-            files.iter().map(|file| Shard::open(&path, file)).collect::<Result<_>>()?;
-        let mut places = HashMap::new();
-        for (number, shard) in shards.iter().enumerate() {
-            for (position, tensor) in shard.header.tensors.iter().enumerate() {
-                let mapped = weight_map.and_then(|map| map.get(&tensor.name));
-                if mapped.is_some_and(|file| file != &shard.name) {
+        let mut shards = Vec::with_capacity(files.len());
+        let mut starts = Vec::with_capacity(files.len());
+        let mut total = 0;
+        for file in files {
+            let shard = Shard::open(&path, file)?;
+            starts.push(u32::try_from(total).unwrap_or(u32::MAX));
+            total += shard.header.len();
+            if total > MOST_TENSORS {
+                let problem =
+                    format!("its files hold more than {MOST_TENSORS} tensors, the most allowed");
+                return Err(Error::Unusable { path, problem });
+            }
+            shards.push(shard);
+        }
+        let (lookup, superseded, len) = (Lookup::with_capacity(total), Vec::new(), total);
+        let files = OpenFiles::new(backend);
+        let mut checkpoint = Self { path, index, shards, starts, lookup, superseded, len, files };
+        checkpoint.number_tensors(weight_map)?;
+        Ok(checkpoint)
+    }
+
+    /// Enters all tensors into the lookup table.
+    fn number_tensors(&mut self, weight_map: Option<&WeightMap>) -> Result<()> {
+        let Self { path, shards, starts, lookup, superseded, .. } = self;
+        let (path, shards, starts) = (&*path, &**shards, &**starts);
+        let name_of = |number: u32| entry_of(shards, starts, number).1.name;
+        let mut number = 0;
+        for shard in shards.iter() {
+            for tensor in shard.header.tensors() {
+                let mapped = weight_map.and_then(|map| map.file(tensor.name));
+                if mapped.is_some_and(|file| file != shard.name) {
                     // The index decides where a tensor stands twice; loaders follow it, and so do we.
-                    continue;
-                }
-                if let Some((first, _)) = places.insert(tensor.name.clone(), (number, position)) {
-                    let first: &Shard = &shards[first];
+                    superseded.push(number);
+                } else if let Some(first) = lookup.insert(tensor.name, number, name_of) {
                     return Err(Error::index(
-                        &path,
+                        path,
                         format!(
                             "tensor `{}` stands in both {} and {}, and nothing says which counts",
-                            tensor.name, first.name, shard.name
+                            printable(tensor.name),
+                            printable(&entry_of(shards, starts, first).0.name),
+                            printable(&shard.name)
                         ),
                     ));
                 }
+                number += 1;
             }
         }
-        if let (Some(map), Some(index)) = (weight_map, &index)
-            && let Some((tensor, file)) =
-                map.iter().find(|(tensor, _)| !places.contains_key(*tensor))
+        self.len -= self.superseded.len();
+        if let (Some(map), Some(index)) = (weight_map, &self.index)
+            && let Some((tensor, file)) = map.iter().find(|(tensor, _)| self.id(tensor).is_none())
         {
             return Err(Error::index(
-                &path.join(index),
+                &self.path.join(index),
                 format!(
-                    "it places tensor `{tensor}` in {file}, which does not hold it; download the checkpoint again"
+                    "it places tensor `{}` in {}, which does not hold it; download the checkpoint again",
+                    printable(tensor),
+                    printable(file)
                 ),
             ));
         }
-        Ok(Self { path, index, shards, places, files: OpenFiles::new(backend) })
+        Ok(())
     }
 
     /// The directory that holds the shards, absolute.
@@ -151,54 +203,74 @@ impl Checkpoint {
         &self.shards
     }
 
+    /// The places of all tensors, in file order, then by offset.
+    pub fn ids(&self) -> impl Iterator<Item = TensorId> {
+        let mut superseded = self.superseded.iter().peekable();
+        let tensors = self.len + self.superseded.len();
+        (0..u32::try_from(tensors).unwrap_or(u32::MAX))
+            .filter(move |number| superseded.next_if_eq(&number).is_none())
+            .map(TensorId)
+    }
+
     /// Every tensor with its shard, in file order, then by offset.
-    pub fn tensors(&self) -> impl Iterator<Item = (&Shard, &TensorEntry)> {
-        self.shards.iter().enumerate().flat_map(move |(number, shard)| {
-            shard.header.tensors.iter().enumerate().filter_map(move |(position, tensor)| {
-                (self.places.get(&tensor.name) == Some(&(number, position)))
-                    .then_some((shard, tensor))
-            })
-        })
+    pub fn tensors(&self) -> impl Iterator<Item = (&Shard, TensorEntry<'_>)> {
+        self.ids().map(|id| self.entry(id))
     }
 
     /// Number of tensors.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.places.len()
+        self.len
     }
 
     /// Whether there is no tensor at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.len == 0
+    }
+
+    /// The place of a tensor, if the checkpoint has it.
+    #[must_use]
+    pub fn id(&self, name: &str) -> Option<TensorId> {
+        self.lookup.find(name, |number| self.entry(TensorId(number)).1.name).map(TensorId)
+    }
+
+    /// The shard and entry of the tensor with this place, which must be one of this checkpoint.
+    ///
+    /// # Panics
+    /// If it is another's, and beyond the last tensor of this one.
+    #[must_use]
+    pub fn entry(&self, id: TensorId) -> (&Shard, TensorEntry<'_>) {
+        entry_of(&self.shards, &self.starts, id.0)
     }
 
     /// The shard and entry of a tensor, if the checkpoint has it.
     #[must_use]
-    pub fn find(&self, name: &str) -> Option<(&Shard, &TensorEntry)> {
-        self.places.get(name).map(|&(shard, tensor)| {
-            (&self.shards[shard], &self.shards[shard].header.tensors[tensor])
-        })
+    pub fn find(&self, name: &str) -> Option<(&Shard, TensorEntry<'_>)> {
+        self.id(name).map(|id| self.entry(id))
     }
 
     /// As [`Checkpoint::find`], for callers to whom absence is an error.
     ///
     /// # Errors
     /// [`Error::NoTensor`].
-    pub fn get(&self, name: &str) -> Result<(&Shard, &TensorEntry)> {
-        self.find(name)
-            .ok_or_else(|| Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() })
+    pub fn get(&self, name: &str) -> Result<(&Shard, TensorEntry<'_>)> {
+        self.find(name).ok_or_else(|| self.absent(name))
+    }
+
+    /// The error that there is no such tensor.
+    #[must_use]
+    pub fn absent(&self, name: &str) -> Error {
+        Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() }
     }
 
     /// As [`Checkpoint::get`], with the shard's number.
     ///
     /// # Errors
     /// [`Error::NoTensor`].
-    pub fn locate(&self, name: &str) -> Result<(usize, &TensorEntry)> {
-        match self.places.get(name) {
-            Some(&(shard, tensor)) => Ok((shard, &self.shards[shard].header.tensors[tensor])),
-            None => Err(Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() }),
-        }
+    pub fn locate(&self, name: &str) -> Result<(usize, TensorEntry<'_>)> {
+        let id = self.id(name).ok_or_else(|| self.absent(name))?;
+        Ok((shard_of(&self.starts, id.0), self.entry(id).1))
     }
 
     /// How the data is read.
@@ -216,4 +288,25 @@ impl Checkpoint {
         let Shard { path, header, .. } = &self.shards[shard];
         self.files.get(shard, path, &header.identity)
     }
+
+    /// Checks that size, times and inode of every shard are those seen when the checkpoint was opened.
+    ///
+    /// # Errors
+    /// Those of [`Shard::check_unchanged`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.shards.iter().try_for_each(Shard::check_unchanged)
+    }
+}
+
+/// The tensor with this number, of shards whose first ones have the numbers `starts`.
+fn entry_of<'a>(shards: &'a [Shard], starts: &[u32], number: u32) -> (&'a Shard, TensorEntry<'a>) {
+    let shard = shard_of(starts, number);
+    let place = (number - starts[shard]) as usize;
+    (&shards[shard], shards[shard].header.tensor(place))
+}
+
+/// The number of the shard that holds the tensor with this number.
+fn shard_of(starts: &[u32], number: u32) -> usize {
+    // A shard without tensors starts where the next one does: the last of them is the one.
+    starts.partition_point(|&start| start <= number) - 1
 }

@@ -65,7 +65,7 @@ impl InputFile {
     pub fn open(path: &Path, identity: &FileIdentity, backend: ReadBackend) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::read(path, e))?;
         let metadata = file.metadata().map_err(|e| Error::read(path, e))?;
-        identity.matches_metadata(path, &metadata)?;
+        identity.check_metadata(path, &metadata)?;
         let size = identity.size;
         let mapping = match backend {
             ReadBackend::Mmap => Some(MappedFile::map(&file, path, size)?),

@@ -75,7 +75,7 @@ impl Demand {
             shared += common;
         }
         if method.passes() > 0 {
-            let request = method.request(0, &method.start());
+            let request = method.request(&method.start());
             let chunk =
                 elements.min(method.row().map_or(CHUNK, |row| CHUNK.next_multiple_of(row.max(1))));
             let windows = if mapped { chunk * element + around } else { 0 };

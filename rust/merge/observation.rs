@@ -5,7 +5,7 @@
 //! not of chunks. Counts are whole numbers; their order does not matter.
 
 use super::work::chunks;
-use crate::methods::{Finding, Method, NONFINITE_SUMS};
+use crate::methods::{Facts, Finding, Method, NONFINITE_SUMS};
 use crate::plan::Computation;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
@@ -29,7 +29,7 @@ pub struct Observation {
 struct State {
     /// The pass under way; `passes` once nothing is left to learn.
     pass: usize,
-    facts: Arc<[f64]>,
+    facts: Facts,
     /// Sums of the chunks before this one have been added up.
     next: usize,
     total: Vec<f64>,
@@ -40,7 +40,7 @@ struct State {
 
 /// What a worker needs to observe a chunk.
 pub(super) struct Assignment {
-    pub facts: Arc<[f64]>,
+    pub facts: Facts,
     pub sums: Vec<f64>,
     pub counts: Arc<[AtomicU32]>,
     pub stride: usize,
@@ -55,7 +55,7 @@ impl Observation {
         if passes == 0 {
             return None;
         }
-        let facts: Arc<[f64]> = method.start().into();
+        let facts = method.start();
         // A tensor without elements has nothing to be learnt of, and nothing to be blended.
         let pass = if chunks == 0 { passes } else { 0 };
         let state = State {
@@ -87,8 +87,8 @@ impl Observation {
     }
 
     /// What the blend needs to know; waits for it.
-    pub(super) fn facts(&self, stopped: &dyn Fn() -> bool) -> Result<Arc<[f64]>> {
-        Ok(Arc::clone(&self.wait(self.passes, stopped)?.facts))
+    pub(super) fn facts(&self, stopped: &dyn Fn() -> bool) -> Result<Facts> {
+        Ok(self.wait(self.passes, stopped)?.facts.clone())
     }
 
     /// What to do for a chunk of a pass; `None` if that pass turned out not to be needed.
@@ -102,12 +102,12 @@ impl Observation {
         if state.pass > pass {
             return Ok(None);
         }
-        let request = method.request(pass, &state.facts);
+        let request = method.request(&state.facts);
         if state.counts.len() != request.counts {
             state.counts = (0..request.counts).map(|_| AtomicU32::new(0)).collect();
         }
         Ok(Some(Assignment {
-            facts: Arc::clone(&state.facts),
+            facts: state.facts.clone(),
             sums: vec![0.0; request.sums],
             counts: Arc::clone(&state.counts),
             stride: request.stride,
@@ -140,8 +140,8 @@ impl Observation {
         }
         let counts: Vec<u32> =
             state.counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
-        let Finding { facts, settled } = method.conclude(pass, &state.facts, &total, &counts)?;
-        state.facts = facts.into();
+        let Finding { facts, settled } = method.conclude(&state.facts, &total, &counts)?;
+        state.facts = facts;
         state.pass = if settled { self.passes } else { pass + 1 };
         state.counts = [].into();
         self.advanced.notify_all();

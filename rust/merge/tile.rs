@@ -6,7 +6,7 @@ use super::pages::Pages;
 use super::queue::{Chunk, Tile};
 use super::work::{SUB_TILE, chunks, elements_of, parts};
 use crate::kernels::Kernels;
-use crate::methods::{Slice, Tally};
+use crate::methods::{Facts, Slice, Tally};
 use crate::plan::{Computation, Operand, Operation, Plan, PlannedShard};
 use crate::{Error, Result};
 use std::ops::Range;
@@ -69,7 +69,7 @@ struct Job<'a> {
     file: &'a str,
     tensor: &'a Entered,
     computation: &'a Computation,
-    facts: &'a [f64],
+    facts: &'a Facts,
     stopped: &'a dyn Fn() -> bool,
 }
 
@@ -151,7 +151,7 @@ impl TileFiller {
         };
         let facts = match &tensor.observation {
             Some(observation) => observation.facts(stopped)?,
-            None => computation.method.start().into(),
+            None => computation.method.start(),
         };
         let job = Job { file, tensor, computation, facts: &facts, stopped };
         self.compute_part(&job, bytes.clone(), out)?;
@@ -223,7 +223,7 @@ impl TileFiller {
             self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
             with_slice(&self.operands, computation, &elements, |slice| {
-                method.observe(&self.kernels, pass, facts, slice, &mut tally);
+                method.observe(&self.kernels, facts, slice, &mut tally);
             });
         }
         self.release(&computation.operands, &elements);

@@ -3,7 +3,8 @@
 //! Every such mean is a linear combination of its inputs, whose coefficients follow from their inner products. One
 //! observe pass adds those up, in f64; the conclusion is a handful of numbers, whatever the tensor's size.
 
-use super::{Method, Request, Slice, Tally};
+use super::specification::Target;
+use super::{Finding, Request, Slice, Tally, TypedMethod};
 use crate::kernels::Kernels;
 
 /// What the vectors are whose inner products count.
@@ -120,7 +121,7 @@ pub(super) fn difference(kernels: &Kernels, left: &[f32], right: &[f32], out: &m
 }
 
 /// Coefficients of a combination, from the Gram matrix of the vectors.
-pub(super) trait Coefficients: std::fmt::Debug + Send + Sync {
+pub(super) trait Coefficients: std::fmt::Debug + Send + Sync + 'static {
     /// The coefficients, one for each vector.
     ///
     /// # Errors
@@ -141,7 +142,14 @@ pub(super) struct Combination<C> {
     pub row: Option<usize>,
 }
 
-impl<C: Coefficients> Method for Combination<C> {
+impl<C: Coefficients> TypedMethod for Combination<C> {
+    /// A coefficient for each vector; none before they are known.
+    type Facts = Vec<f64>;
+
+    fn start(&self) -> Self::Facts {
+        Vec::new()
+    }
+
     fn passes(&self) -> usize {
         usize::from(self.row.is_none())
     }
@@ -150,15 +158,14 @@ impl<C: Coefficients> Method for Combination<C> {
         self.row
     }
 
-    fn request(&self, _: usize, _: &[f64]) -> Request {
+    fn request(&self, _: &Self::Facts) -> Request {
         self.vectors.request(self.operands)
     }
 
     fn observe(
         &self,
         kernels: &Kernels,
-        _: usize,
-        _: &[f64],
+        _: &Self::Facts,
         slice: &Slice<'_>,
         tally: &mut Tally<'_>,
     ) {
@@ -167,18 +174,17 @@ impl<C: Coefficients> Method for Combination<C> {
 
     fn conclude(
         &self,
-        _: usize,
-        _: &[f64],
+        _: &Self::Facts,
         sums: &[f64],
         _: &[u32],
-    ) -> Result<super::Finding, String> {
-        Ok(super::Finding { facts: self.rule.coefficients(&Gram(sums))?, settled: true })
+    ) -> Result<Finding<Self::Facts>, String> {
+        Ok(Finding { facts: self.rule.coefficients(&Gram(sums))?, settled: true })
     }
 
     fn blend(
         &self,
         kernels: &Kernels,
-        facts: &[f64],
+        facts: &Self::Facts,
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {
@@ -205,8 +211,8 @@ const LONGEST_ROW: usize = 1 << 22;
 ///
 /// # Errors
 /// A sentence if they are too long to be held in memory.
-pub(super) fn rows(settings: &super::Settings) -> Result<Option<usize>, String> {
-    let columns = settings.columns();
+pub(super) fn rows(target: &Target<'_>) -> Result<Option<usize>, String> {
+    let columns = target.columns();
     if columns > LONGEST_ROW {
         return Err(format!(
             "its rows have {columns} elements; row by row, at most {LONGEST_ROW} can be merged: choose a method, \

@@ -5,55 +5,52 @@
 
 use super::Method;
 use super::gram::{Coefficients, Combination, Gram, Vectors};
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+use super::parameters::{Nothing, SHARE, Spec, parameters};
+use super::specification::{Base, Description, Given, Rule, Target};
 
-/// `karcher` in the table of methods.
-pub(super) const KARCHER: Specification = Specification {
-    name: "karcher",
-    title: "Karcher mean",
-    summary: "Riemannian mean of the models' directions, of any number and with equal weights.",
-    reference: "https://arxiv.org/abs/2603.04972",
-    base: Base::None,
-    operands: (1, None),
-    passes: 1,
-    parameters: &[&[
-        Parameter {
-            name: "max_iter",
-            scope: Scope::Shared,
-            kind: Kind::Integer(1, 1000),
-            default: Default::Integer(10),
-            help: "Iterations at most.",
-        },
-        Parameter {
-            name: "tol",
-            scope: Scope::Shared,
-            kind: Kind::Number(0.0, 1.0),
-            default: Default::Number(1e-5),
-            help: "Angles, and norms, below this count as zero.",
-        },
-    ]],
-    make,
-};
+parameters! {
+    /// Of the iteration.
+    struct Shared {
+        max_iter: u64 = Spec::integer([1, 1000], 10, "Iterations at most."),
+        tol: f64 = Spec::number(SHARE, 1e-5, "Angles, and norms, below this count as zero."),
+    }
+}
 
 /// Products that were summed in f64 do not tell lengths of units below this from zero, nor such angles from 0 or π.
 const LEAST_LENGTH: f64 = 1e-6;
 
-#[derive(Debug)]
-struct Karcher {
+/// `karcher` with checked parameters.
+#[derive(Debug, Clone)]
+pub(super) struct Karcher {
     count: usize,
     iterations: u64,
     tolerance: f64,
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the signature of all methods")]
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let operands = settings.operands();
-    let rule = Karcher {
-        count: operands,
-        iterations: settings.integer("max_iter"),
-        tolerance: settings.number("tol"),
+impl Rule for Karcher {
+    type Shared = Shared;
+    type Operand = Nothing;
+    const ABOUT: Description = Description {
+        name: "karcher",
+        title: "Karcher mean",
+        summary: "Riemannian mean of the models' directions, of any number and with equal weights.",
+        reference: "https://arxiv.org/abs/2603.04972",
+        base: Base::None,
+        operands: (1, None),
+        passes: 1,
+        flags: &[],
+        interpolates: None,
     };
-    Ok(Box::new(Combination { rule, vectors: Vectors::Operands, operands, row: None }))
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let Shared { max_iter, tol } = given.shared;
+        Ok(Self { count: given.operands.len(), iterations: max_iter, tolerance: tol })
+    }
+
+    fn method(&self, _: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        let (rule, operands) = (self.clone(), self.count);
+        Ok(Box::new(Combination { rule, vectors: Vectors::Operands, operands, row: None }))
+    }
 }
 
 impl Coefficients for Karcher {

@@ -15,6 +15,7 @@ mod model_stock;
 mod multislerp;
 mod nearswap;
 mod nuslerp;
+mod parameters;
 mod passthrough;
 mod quantile;
 mod random;
@@ -26,12 +27,15 @@ mod task_arithmetic;
 mod task_vectors;
 mod ties;
 
+pub use parameters::{Default, Kind, Parameter};
 pub use random::uniforms;
-pub use specification::{Base, Kind, Parameter, Scope, Settings, Specification};
-pub use table::{METHODS, build};
+pub use specification::{Base, Description, Flag, Scope, Specification};
+pub use table::{METHODS, Prepared, build, check, find};
 
 use crate::kernels::Kernels;
+use std::any::Any;
 use std::fmt::Debug;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 
 /// Equally long parts of all operands.
@@ -79,11 +83,25 @@ pub struct Request {
     pub stride: usize,
 }
 
+/// What passes have taught a method; of a type that only the method knows.
+#[derive(Debug, Clone)]
+pub struct Facts(Arc<dyn Any + Send + Sync>);
+
+impl Facts {
+    fn of<F: Send + Sync + 'static>(facts: F) -> Self {
+        Self(Arc::new(facts))
+    }
+
+    fn get<F: 'static>(&self) -> Result<&F, String> {
+        self.0.downcast_ref().ok_or_else(|| "it was given the facts of another method".to_owned())
+    }
+}
+
 /// What a pass has taught.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Finding {
-    /// Numbers for the next pass and for the blend; their meaning is the method's own.
-    pub facts: Vec<f64>,
+#[derive(Debug, Clone)]
+pub struct Finding<F = Facts> {
+    /// For the next pass and for the blend.
+    pub facts: F,
     /// Whether the remaining passes may be left out.
     pub settled: bool,
 }
@@ -92,8 +110,11 @@ pub struct Finding {
 pub(crate) const NONFINITE_SUMS: &str = "its inputs hold NaN or infinity, or numbers so large that their \
                                          differences do; repair those checkpoints, or leave it out";
 
-/// How operands become one tensor. Made for one tensor, see [`build`].
-pub trait Method: Debug + Send + Sync {
+/// How operands become one tensor, as a method's file writes it. Made for one tensor, see [`Prepared::method`].
+pub(crate) trait TypedMethod: Debug + Send + Sync {
+    /// What it learns of whole tensors.
+    type Facts: Send + Sync + 'static;
+
     /// Observe passes at most.
     fn passes(&self) -> usize {
         0
@@ -109,13 +130,11 @@ pub trait Method: Debug + Send + Sync {
         false
     }
 
-    /// The facts of the first pass.
-    fn start(&self) -> Vec<f64> {
-        Vec::new()
-    }
+    /// What it knows before the first pass.
+    fn start(&self) -> Self::Facts;
 
     /// What a pass adds up, given what earlier ones found.
-    fn request(&self, _pass: usize, _facts: &[f64]) -> Request {
+    fn request(&self, _facts: &Self::Facts) -> Request {
         Request { sums: 0, counts: 0, stride: 1 }
     }
 
@@ -123,8 +142,7 @@ pub trait Method: Debug + Send + Sync {
     fn observe(
         &self,
         _kernels: &Kernels,
-        _pass: usize,
-        _facts: &[f64],
+        _facts: &Self::Facts,
         _slice: &Slice<'_>,
         _tally: &mut Tally<'_>,
     ) {
@@ -136,12 +154,11 @@ pub trait Method: Debug + Send + Sync {
     /// A sentence if the tensors cannot be merged this way.
     fn conclude(
         &self,
-        _pass: usize,
-        facts: &[f64],
+        _facts: &Self::Facts,
         _sums: &[f64],
         _counts: &[u32],
-    ) -> Result<Finding, String> {
-        Ok(Finding { facts: facts.to_vec(), settled: true })
+    ) -> Result<Finding<Self::Facts>, String> {
+        Ok(Finding { facts: self.start(), settled: true })
     }
 
     /// Blends a slice into `out`, which is as long.
@@ -151,21 +168,112 @@ pub trait Method: Debug + Send + Sync {
     fn blend(
         &self,
         kernels: &Kernels,
-        facts: &[f64],
+        facts: &Self::Facts,
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String>;
+}
+
+/// A method of any type, as the engine drives it: `passes` times it is asked what to add up, shown every slice and asked
+/// for its conclusion; then it blends.
+pub trait Method: Debug + Send + Sync {
+    /// Observe passes at most.
+    fn passes(&self) -> usize;
+
+    /// Length of the rows that must be given whole to `blend`, and to `observe`; `None` if any slice will do.
+    fn row(&self) -> Option<usize>;
+
+    /// Whether it leaves elements of operands out, so that its result may be finite where an operand is not.
+    fn leaves_out(&self) -> bool;
+
+    /// The facts of the first pass.
+    fn start(&self) -> Facts;
+
+    /// What a pass adds up, given what earlier ones found.
+    fn request(&self, facts: &Facts) -> Request;
+
+    /// Adds a slice to the tally.
+    fn observe(&self, kernels: &Kernels, facts: &Facts, slice: &Slice<'_>, tally: &mut Tally<'_>);
+
+    /// Draws the conclusion of a pass from the sums over the whole tensor.
+    ///
+    /// # Errors
+    /// A sentence if the tensors cannot be merged this way.
+    fn conclude(&self, facts: &Facts, sums: &[f64], counts: &[u32]) -> Result<Finding, String>;
+
+    /// Blends a slice into `out`, which is as long.
+    ///
+    /// # Errors
+    /// A sentence if the slice's rows cannot be merged this way.
+    fn blend(
+        &self,
+        kernels: &Kernels,
+        facts: &Facts,
+        slice: &Slice<'_>,
+        out: &mut [f32],
+    ) -> Result<(), String>;
+}
+
+impl<M: TypedMethod> Method for M {
+    fn passes(&self) -> usize {
+        TypedMethod::passes(self)
+    }
+
+    fn row(&self) -> Option<usize> {
+        TypedMethod::row(self)
+    }
+
+    fn leaves_out(&self) -> bool {
+        TypedMethod::leaves_out(self)
+    }
+
+    fn start(&self) -> Facts {
+        Facts::of(TypedMethod::start(self))
+    }
+
+    fn request(&self, facts: &Facts) -> Request {
+        match facts.get() {
+            Ok(facts) => TypedMethod::request(self, facts),
+            // Foreign facts are reported by `conclude` and `blend`.
+            Err(_) => Request { sums: 0, counts: 0, stride: 1 },
+        }
+    }
+
+    fn observe(&self, kernels: &Kernels, facts: &Facts, slice: &Slice<'_>, tally: &mut Tally<'_>) {
+        if let Ok(facts) = facts.get() {
+            TypedMethod::observe(self, kernels, facts, slice, tally);
+        }
+    }
+
+    fn conclude(&self, facts: &Facts, sums: &[f64], counts: &[u32]) -> Result<Finding, String> {
+        let Finding { facts, settled } = TypedMethod::conclude(self, facts.get()?, sums, counts)?;
+        Ok(Finding { facts: Facts::of(facts), settled })
+    }
+
+    fn blend(
+        &self,
+        kernels: &Kernels,
+        facts: &Facts,
+        slice: &Slice<'_>,
+        out: &mut [f32],
+    ) -> Result<(), String> {
+        TypedMethod::blend(self, kernels, facts.get()?, slice, out)
+    }
 }
 
 /// The only operand, unchanged: what a copy to another dtype does.
 #[derive(Debug)]
 pub(crate) struct Convert;
 
-impl Method for Convert {
+impl TypedMethod for Convert {
+    type Facts = ();
+
+    fn start(&self) {}
+
     fn blend(
         &self,
         _: &Kernels,
-        _: &[f64],
+        (): &(),
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {

@@ -6,43 +6,60 @@
 
 use super::Method;
 use super::gram::{Coefficients, Combination, Gram, Vectors};
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+use super::parameters::{Nothing, Spec, parameters};
+use super::specification::{Base, Description, Given, Rule, Target};
 
-/// `model_stock` in the table of methods.
-pub(super) const MODEL_STOCK: Specification = Specification {
-    name: "model_stock",
-    title: "Model Stock",
-    summary: "Mean of two or more models, moved towards the base by how much their task vectors disagree.",
-    reference: "https://arxiv.org/abs/2403.19522",
-    base: Base::Required,
-    operands: (2, None),
-    passes: 1,
-    parameters: &[&[Parameter {
-        name: "filter_wise",
-        scope: Scope::Shared,
-        kind: Kind::Flag,
-        default: Default::Flag(false),
-        help: "Measure the disagreement of each row by itself.",
-    }]],
-    make,
-};
+parameters! {
+    /// Of the merge.
+    struct Shared {
+        filter_wise: bool = Spec::flag(false, "Measure the disagreement of each row by itself."),
+    }
+}
 
 const LEAST_PRODUCT: f64 = 1e-6;
 const LEAST_DENOMINATOR: f64 = 1e-6;
 
+/// `model_stock` with checked parameters.
 #[derive(Debug)]
-struct ModelStock {
+pub(super) struct ModelStock {
+    mean: Mean,
+    filter_wise: bool,
+}
+
+/// The mean of so many models.
+#[derive(Debug, Clone)]
+struct Mean {
     count: usize,
 }
 
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let operands = settings.operands();
-    let row = if settings.flag("filter_wise") { super::gram::rows(settings)? } else { None };
-    let rule = ModelStock { count: operands };
-    Ok(Box::new(Combination { rule, vectors: Vectors::Deltas, operands, row }))
+impl Rule for ModelStock {
+    type Shared = Shared;
+    type Operand = Nothing;
+    const ABOUT: Description = Description {
+        name: "model_stock",
+        title: "Model Stock",
+        summary: "Mean of two or more models, moved towards the base by how much their task vectors disagree.",
+        reference: "https://arxiv.org/abs/2403.19522",
+        base: Base::Required,
+        operands: (2, None),
+        passes: 1,
+        flags: &[],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let mean = Mean { count: given.operands.len() };
+        Ok(Self { mean, filter_wise: given.shared.filter_wise })
+    }
+
+    fn method(&self, target: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        let row = if self.filter_wise { super::gram::rows(target)? } else { None };
+        let (rule, operands) = (self.mean.clone(), self.mean.count);
+        Ok(Box::new(Combination { rule, vectors: Vectors::Deltas, operands, row }))
+    }
 }
 
-impl Coefficients for ModelStock {
+impl Coefficients for Mean {
     fn coefficients(&self, gram: &Gram<'_>) -> Result<Vec<f64>, String> {
         let count = f64::from(u32::try_from(self.count).unwrap_or(u32::MAX));
         let mut sum = 0.0;

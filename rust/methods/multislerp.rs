@@ -8,66 +8,82 @@
 use super::Method;
 use super::gram::{Coefficients, Combination, Gram, Vectors};
 use super::linear::WEIGHT;
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+use super::parameters::{SHARE, Spec, parameters};
+use super::specification::{Base, Description, Given, Rule, Target};
+use std::sync::Arc;
 
-/// `multislerp` in the table of methods.
-pub(super) const MULTISLERP: Specification = Specification {
-    name: "multislerp",
-    title: "Multi-SLERP",
-    summary: "Barycentre of any number of models, or task vectors, on a sphere.",
-    reference: "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
-    base: Base::Optional,
-    operands: (1, None),
-    passes: 1,
-    parameters: &[&[
-        WEIGHT,
-        Parameter {
-            name: "normalize_weights",
-            scope: Scope::Shared,
-            kind: Kind::Flag,
-            default: Default::Flag(true),
-            help: "Divide the weights by their sum.",
-        },
-        Parameter {
-            name: "eps",
-            scope: Scope::Shared,
-            kind: Kind::Number(0.0, 1.0),
-            default: Default::Number(1e-8),
-            help: "Keeps divisions by norms finite.",
-        },
-    ]],
-    make,
-};
+parameters! {
+    /// Of each model.
+    struct Weighted {
+        weight: f64 = WEIGHT,
+    }
+}
+
+parameters! {
+    /// Of the mean.
+    struct Shared {
+        normalize_weights: bool = Spec::flag(true, "Divide the weights by their sum."),
+        eps: f64 = Spec::number(SHARE, 1e-8, "Keeps divisions by norms finite."),
+    }
+}
 
 /// Relative to the inputs' products, what of a difference of f64 sums is noise.
 const NOISE: f64 = 1e-14;
 
+/// `multislerp` with checked parameters.
 #[derive(Debug)]
-struct MultiSlerp {
-    weights: Vec<f64>,
+pub(super) struct MultiSlerp {
+    mean: Mean,
+    vectors: Vectors,
+}
+
+/// The weighted mean on the sphere.
+#[derive(Debug, Clone)]
+struct Mean {
+    weights: Arc<[f64]>,
     epsilon: f64,
 }
 
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let mut weights = settings.numbers("weight", 1.0);
-    if settings.flag("normalize_weights") {
-        let sum: f64 = weights.iter().sum();
-        if sum == 0.0 {
-            return Err(
-                "`multislerp` cannot normalise weights that sum to zero; set normalize_weights to \
-                        false"
-                    .to_owned(),
-            );
+impl Rule for MultiSlerp {
+    type Shared = Shared;
+    type Operand = Weighted;
+    const ABOUT: Description = Description {
+        name: "multislerp",
+        title: "Multi-SLERP",
+        summary: "Barycentre of any number of models, or task vectors, on a sphere.",
+        reference: "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+        base: Base::Optional,
+        operands: (1, None),
+        passes: 1,
+        flags: &[],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let Shared { normalize_weights, eps } = given.shared;
+        let mut weights: Vec<f64> = given.operands.iter().map(|operand| operand.weight).collect();
+        if normalize_weights {
+            let sum: f64 = weights.iter().sum();
+            if sum == 0.0 {
+                return Err(
+                    "`multislerp` cannot normalise weights that sum to zero; set normalize_weights \
+                     to false"
+                        .to_owned(),
+                );
+            }
+            weights.iter_mut().for_each(|weight| *weight /= sum);
         }
-        weights.iter_mut().for_each(|weight| *weight /= sum);
+        let vectors = if given.base { Vectors::Deltas } else { Vectors::Operands };
+        Ok(Self { mean: Mean { weights: weights.into(), epsilon: eps }, vectors })
     }
-    let operands = weights.len();
-    let vectors = if settings.base { Vectors::Deltas } else { Vectors::Operands };
-    let rule = MultiSlerp { weights, epsilon: settings.number("eps") };
-    Ok(Box::new(Combination { rule, vectors, operands, row: None }))
+
+    fn method(&self, _: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        let (rule, vectors, operands) = (self.mean.clone(), self.vectors, self.mean.weights.len());
+        Ok(Box::new(Combination { rule, vectors, operands, row: None }))
+    }
 }
 
-impl Coefficients for MultiSlerp {
+impl Coefficients for Mean {
     fn coefficients(&self, gram: &Gram<'_>) -> Result<Vec<f64>, String> {
         let count = self.weights.len();
         if count == 1 {
@@ -90,7 +106,7 @@ impl Coefficients for MultiSlerp {
         }
         if mean_square <= (self.epsilon * self.epsilon).max(NOISE * scale) {
             if count == 2 {
-                return Ok(self.weights.clone());
+                return Ok(self.weights.to_vec());
             }
             return Err(
                 "the weighted sum of the normalised models is zero, so that `multislerp` has no \
@@ -100,7 +116,7 @@ impl Coefficients for MultiSlerp {
         }
         let mean: Vec<f64> =
             self.weights.iter().map(|weight| weight / mean_square.sqrt()).collect();
-        let mut tangent = self.weights.clone();
+        let mut tangent = self.weights.to_vec();
         let mut unit = vec![0.0; count];
         let along: f64 = (0..count)
             .map(|i| {

@@ -2,47 +2,63 @@
 //!
 //! With `w = min(t / max(|x - B|, 1e-6), 1)`: `w·x + (1 - w)·B`.
 
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
-use super::{Method, Slice};
+use super::parameters::{NOT_NEGATIVE, Nothing, Spec, parameters};
+use super::specification::{Base, Description, Given, Rule, Target};
+use super::{Method, Slice, TypedMethod};
 use crate::kernels::Kernels;
 
-/// `nearswap` in the table of methods.
-pub(super) const NEARSWAP: Specification = Specification {
-    name: "nearswap",
-    title: "NearSwap",
-    summary: "Moves the base towards the other model where the two are near each other.",
-    reference: "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
-    base: Base::Required,
-    operands: (1, Some(1)),
-    passes: 0,
-    parameters: &[&[Parameter {
-        name: "t",
-        scope: Scope::Shared,
-        kind: Kind::Number(0.0, f64::INFINITY),
-        default: Default::Required,
-        help: "Distance up to which an element is taken from the other model.",
-    }]],
-    make,
-};
+parameters! {
+    /// Of the merge.
+    struct Shared {
+        t: f64 = Spec::required(
+            NOT_NEGATIVE,
+            "Distance up to which an element is taken from the other model.",
+        ),
+    }
+}
 
 /// Below this, differences count as this large.
 const LEAST_DIFFERENCE: f32 = 1e-6;
 
-#[derive(Debug)]
-struct NearSwap {
+/// `nearswap` with its distance, and the method itself.
+#[derive(Debug, Clone)]
+pub(super) struct NearSwap {
     t: f32,
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the signature of all methods")]
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    Ok(Box::new(NearSwap { t: crate::dtype::f64_to_f32(settings.number("t")) }))
+impl Rule for NearSwap {
+    type Shared = Shared;
+    type Operand = Nothing;
+    const ABOUT: Description = Description {
+        name: "nearswap",
+        title: "NearSwap",
+        summary: "Moves the base towards the other model where the two are near each other.",
+        reference: "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+        base: Base::Required,
+        operands: (1, Some(1)),
+        passes: 0,
+        flags: &[],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        Ok(Self { t: crate::dtype::f64_to_f32(given.shared.t) })
+    }
+
+    fn method(&self, _: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        Ok(Box::new(self.clone()))
+    }
 }
 
-impl Method for NearSwap {
+impl TypedMethod for NearSwap {
+    type Facts = ();
+
+    fn start(&self) {}
+
     fn blend(
         &self,
         kernels: &Kernels,
-        _: &[f64],
+        (): &(),
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {

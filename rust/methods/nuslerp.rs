@@ -6,39 +6,29 @@
 
 use super::gram::{Coefficients, Combination, Gram, Vectors, difference};
 use super::linear::WEIGHT;
+use super::parameters::{Spec, parameters};
 use super::slerp::arc;
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
-use super::{Finding, Method, Request, Slice, Tally};
+use super::specification::{Base, Description, Flag, Given, Rule, Target};
+use super::{Finding, Method, Request, Slice, Tally, TypedMethod};
 use crate::kernels::Kernels;
 
-/// `nuslerp` in the table of methods.
-pub(super) const NUSLERP: Specification = Specification {
-    name: "nuslerp",
-    title: "NuSLERP",
-    summary: "Spherical interpolation between two models, or between their task vectors if there is a base.",
-    reference: "https://github.com/arcee-ai/mergekit",
-    base: Base::Optional,
-    operands: (2, Some(2)),
-    passes: 1,
-    parameters: &[&[
-        WEIGHT,
-        Parameter {
-            name: "nuslerp_flatten",
-            scope: Scope::Shared,
-            kind: Kind::Flag,
-            default: Default::Flag(true),
-            help: "Treat each tensor as one vector.",
-        },
-        Parameter {
-            name: "nuslerp_row_wise",
-            scope: Scope::Shared,
-            kind: Kind::Flag,
-            default: Default::Flag(false),
-            help: "Without flatten: vectors along the first dimension instead of the last.",
-        },
-    ]],
-    make,
-};
+parameters! {
+    /// Of each model.
+    struct Weighted {
+        weight: f64 = WEIGHT,
+    }
+}
+
+parameters! {
+    /// Of the merge.
+    struct Shared {
+        nuslerp_flatten: bool = Spec::flag(true, "Treat each tensor as one vector."),
+        nuslerp_row_wise: bool = Spec::flag(
+            false,
+            "Without flatten: vectors along the first dimension instead of the last.",
+        ),
+    }
+}
 
 const LEAST_NORM: f64 = 1e-7;
 /// Below this, vectors count as parallel or antiparallel. Rounding the inputs to f32 gives sines of 1e-7; between vectors
@@ -48,35 +38,65 @@ const LEAST_SUM: f64 = 1e-6;
 /// Most vectors along the first dimension; each worker holds three sums for each, 12 MiB.
 const MOST_COLUMNS: usize = 1 << 19;
 
+/// `nuslerp` with checked parameters.
 #[derive(Debug)]
-struct NuSlerp {
+pub(super) struct NuSlerp {
+    arc: Arc,
+    shared: Shared,
+    vectors: Vectors,
+}
+
+/// The place on the arc.
+#[derive(Debug, Clone)]
+struct Arc {
     t: f64,
 }
 
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let weights = settings.numbers("weight", 1.0);
-    let sum: f64 = weights.iter().sum();
-    let t = if sum.abs() < LEAST_SUM { 0.5 } else { weights[1] / sum };
-    let rule = NuSlerp { t };
-    let vectors = if settings.base { Vectors::Deltas } else { Vectors::Operands };
-    let operands = 2;
-    if settings.flag("nuslerp_flatten") {
-        return Ok(Box::new(Combination { rule, vectors, operands, row: None }));
+impl Rule for NuSlerp {
+    type Shared = Shared;
+    type Operand = Weighted;
+    const ABOUT: Description = Description {
+        name: "nuslerp",
+        title: "NuSLERP",
+        summary: "Spherical interpolation between two models, or between their task vectors if there is a base.",
+        reference: "https://github.com/arcee-ai/mergekit",
+        base: Base::Optional,
+        operands: (2, Some(2)),
+        passes: 1,
+        flags: &[Flag::Sole],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let [first, second] = given.operands.as_slice() else {
+            return Err("`nuslerp` takes two operands".to_owned());
+        };
+        let sum = first.weight + second.weight;
+        let t = if sum.abs() < LEAST_SUM { 0.5 } else { second.weight / sum };
+        let vectors = if given.base { Vectors::Deltas } else { Vectors::Operands };
+        Ok(Self { arc: Arc { t }, shared: given.shared, vectors })
     }
-    if !settings.flag("nuslerp_row_wise") {
-        let row = super::gram::rows(settings)?;
-        return Ok(Box::new(Combination { rule, vectors, operands, row }));
+
+    fn method(&self, target: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        let (rule, vectors, operands) = (self.arc.clone(), self.vectors, 2);
+        if self.shared.nuslerp_flatten {
+            return Ok(Box::new(Combination { rule, vectors, operands, row: None }));
+        }
+        if !self.shared.nuslerp_row_wise {
+            let row = super::gram::rows(target)?;
+            return Ok(Box::new(Combination { rule, vectors, operands, row }));
+        }
+        let count = target.elements() / target.shape.first().copied().unwrap_or(1).max(1);
+        if count > MOST_COLUMNS {
+            return Err(format!(
+                "nuslerp_row_wise would take {count} vectors along the first dimension; at most {MOST_COLUMNS} can be"
+            ));
+        }
+        Ok(Box::new(ColumnWise { rule, count }))
     }
-    let count = settings.elements() / settings.shape.first().copied().unwrap_or(1).max(1);
-    if count > MOST_COLUMNS {
-        return Err(format!(
-            "nuslerp_row_wise would take {count} vectors along the first dimension; at most {MOST_COLUMNS} can be"
-        ));
-    }
-    Ok(Box::new(ColumnWise { rule, count }))
 }
 
-impl Coefficients for NuSlerp {
+impl Coefficients for Arc {
     fn coefficients(&self, gram: &Gram<'_>) -> Result<Vec<f64>, String> {
         let norms = gram.norm(0).max(LEAST_NORM) * gram.norm(1).max(LEAST_NORM);
         let cosine = (gram.dot(0, 1) / norms).clamp(-1.0, 1.0);
@@ -90,7 +110,7 @@ impl Coefficients for NuSlerp {
 /// Vectors along the first dimension: element `i` belongs to vector `i % count`.
 #[derive(Debug)]
 struct ColumnWise {
-    rule: NuSlerp,
+    rule: Arc,
     count: usize,
 }
 
@@ -111,20 +131,26 @@ impl ColumnWise {
     }
 }
 
-impl Method for ColumnWise {
+impl TypedMethod for ColumnWise {
+    /// The coefficients of each pair of vectors; none before they are known.
+    type Facts = Vec<[f32; 2]>;
+
     fn passes(&self) -> usize {
         1
     }
 
-    fn request(&self, _: usize, _: &[f64]) -> Request {
+    fn start(&self) -> Self::Facts {
+        Vec::new()
+    }
+
+    fn request(&self, _: &Self::Facts) -> Request {
         Request { sums: PRODUCTS * self.count, counts: 0, stride: 1 }
     }
 
     fn observe(
         &self,
         kernels: &Kernels,
-        _: usize,
-        _: &[f64],
+        _: &Self::Facts,
         slice: &Slice<'_>,
         tally: &mut Tally<'_>,
     ) {
@@ -138,25 +164,33 @@ impl Method for ColumnWise {
         }
     }
 
-    fn conclude(&self, _: usize, _: &[f64], sums: &[f64], _: &[u32]) -> Result<Finding, String> {
-        let mut facts = Vec::with_capacity(2 * self.count);
-        for sums in sums.chunks_exact(PRODUCTS) {
-            facts.extend(self.rule.coefficients(&Gram(sums))?);
-        }
+    fn conclude(
+        &self,
+        _: &Self::Facts,
+        sums: &[f64],
+        _: &[u32],
+    ) -> Result<Finding<Self::Facts>, String> {
+        let pair = |sums: &[f64]| {
+            let coefficients = self.rule.coefficients(&Gram(sums))?;
+            let [left, right] = coefficients[..] else {
+                return Err("an arc has two coefficients".to_owned());
+            };
+            Ok([left, right].map(crate::dtype::f64_to_f32))
+        };
+        let facts = sums.chunks_exact(PRODUCTS).map(pair).collect::<Result<_, _>>()?;
         Ok(Finding { facts, settled: true })
     }
 
     fn blend(
         &self,
         kernels: &Kernels,
-        facts: &[f64],
+        facts: &Self::Facts,
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {
         let [left, right] = Self::vectors(kernels, slice);
         for (number, value) in out.iter_mut().enumerate() {
-            let column = (slice.first + number) % self.count;
-            let [a, b] = [facts[2 * column], facts[2 * column + 1]].map(crate::dtype::f64_to_f32);
+            let [a, b] = facts[(slice.first + number) % self.count];
             let start = slice.base.map_or(0.0, |base| base[number]);
             *value = right[number].mul_add(b, left[number].mul_add(a, start));
         }

@@ -1,44 +1,57 @@
 //! `passthrough`: the only operand, times a scale.
 
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
-use super::{Method, Slice};
+use super::parameters::{FINITE, Nothing, Spec, parameters};
+use super::specification::{Base, Description, Flag, Given, Rule, Target};
+use super::{Method, Slice, TypedMethod};
 use crate::kernels::Kernels;
 
-/// `passthrough` in the table of methods.
-pub(super) const PASSTHROUGH: Specification = Specification {
-    name: "passthrough",
-    title: "Passthrough",
-    summary: "One model's tensors as they are, or scaled; for stacking layers.",
-    reference: "https://github.com/arcee-ai/mergekit",
-    base: Base::None,
-    operands: (1, Some(1)),
-    passes: 0,
-    parameters: &[&[Parameter {
-        name: "scale",
-        scope: Scope::Operand,
-        kind: Kind::Number(f64::NEG_INFINITY, f64::INFINITY),
-        default: Default::Number(1.0),
-        help: "Factor of every element.",
-    }]],
-    make,
-};
+parameters! {
+    /// Of the one model.
+    struct Scaled {
+        scale: f64 = Spec::number(FINITE, 1.0, "Factor of every element."),
+    }
+}
 
-#[derive(Debug)]
-struct Passthrough {
+/// `passthrough` with its scale, and the method itself.
+#[derive(Debug, Clone)]
+pub(super) struct Passthrough {
     scale: f32,
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the signature of all methods")]
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let scale = settings.numbers("scale", 1.0).first().copied().unwrap_or(1.0);
-    Ok(Box::new(Passthrough { scale: crate::dtype::f64_to_f32(scale) }))
+impl Rule for Passthrough {
+    type Shared = Nothing;
+    type Operand = Scaled;
+    const ABOUT: Description = Description {
+        name: "passthrough",
+        title: "Passthrough",
+        summary: "One model's tensors as they are, or scaled; for stacking layers.",
+        reference: "https://github.com/arcee-ai/mergekit",
+        base: Base::None,
+        operands: (1, Some(1)),
+        passes: 0,
+        flags: &[Flag::Copies],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let scale = given.operands.first().map_or(1.0, |operand| operand.scale);
+        Ok(Self { scale: crate::dtype::f64_to_f32(scale) })
+    }
+
+    fn method(&self, _: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        Ok(Box::new(self.clone()))
+    }
 }
 
-impl Method for Passthrough {
+impl TypedMethod for Passthrough {
+    type Facts = ();
+
+    fn start(&self) {}
+
     fn blend(
         &self,
         kernels: &Kernels,
-        _: &[f64],
+        (): &(),
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {

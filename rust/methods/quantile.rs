@@ -14,8 +14,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Passes at most: the sample, the bracket, all values, one bin of them.
 pub(super) const PASSES: usize = 4;
-/// Numbers that a search needs from pass to pass.
-pub(super) const FACTS: usize = 5;
 
 /// Bins at most: one for each value of a bracket, if they are no more.
 const MOST_BINS: u64 = 1 << 20;
@@ -33,22 +31,36 @@ const LEAST_SAMPLED: usize = 1 << 20;
 const MARGIN_DEVIATIONS: f64 = 4.0;
 const MARGIN_SHARE: f64 = 0.001;
 
-/// Where a search stands; kept as [`FACTS`] numbers.
+/// The search for the `top` largest of `elements` magnitudes.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum Search {
+pub(super) struct Search {
+    top: usize,
+    elements: usize,
+    state: State,
+}
+
+/// Where a search stands.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum State {
     /// So many bins of `1 << shift` values from `low` on are to be counted, in a sample or in all elements.
-    Counting {
-        /// The first value of the first bin.
-        low: u32,
-        /// Number of bins.
-        bins: u32,
-        /// Binary logarithm of the values in a bin.
-        shift: u32,
-        /// Whether a sample will do.
-        sample: bool,
-    },
+    Counting(Bins, Scope),
     /// The cut is known.
     Found(Cut),
+}
+
+/// So many bins of `1 << shift` values from `low` on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Bins {
+    low: u32,
+    number: u32,
+    shift: u32,
+}
+
+/// Which elements are counted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Scope {
+    Sample,
+    All,
 }
 
 /// The border of the largest magnitudes.
@@ -63,8 +75,10 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    const NOTHING: Self = Self { from: u32::MAX, tie: u32::MAX, below: 0 };
-    const ALL: Self = Self { from: 0, tie: u32::MAX, below: 0 };
+    /// None of the magnitudes.
+    pub(super) const NOTHING: Self = Self { from: u32::MAX, tie: u32::MAX, below: 0 };
+    /// All of them.
+    pub(super) const ALL: Self = Self { from: 0, tie: u32::MAX, below: 0 };
 
     /// A cut at magnitudes of these bits, `count` elements, of which `wanted` belong to the largest.
     fn at(bits: u32, wanted: usize, count: usize) -> Self {
@@ -97,68 +111,65 @@ pub(super) fn magnitude(value: f32) -> u32 {
 }
 
 impl Search {
-    /// The start of the search for the `top` largest of `elements` magnitudes.
+    /// The start of the search.
     pub(super) fn start(top: usize, elements: usize) -> Self {
-        if top == 0 {
-            Self::Found(Cut::NOTHING)
+        let state = if top == 0 {
+            State::Found(Cut::NOTHING)
         } else if top >= elements {
-            Self::Found(Cut::ALL)
+            State::Found(Cut::ALL)
         } else {
-            Self::everything(elements >= LEAST_SAMPLED)
+            let scope = if elements >= LEAST_SAMPLED { Scope::Sample } else { Scope::All };
+            State::Counting(Bins::EVERYTHING, scope)
+        };
+        Self { top, elements, state }
+    }
+
+    /// A search of all elements from the start, whatever their number; how many are wanted is said later.
+    pub(super) fn of_all(elements: usize) -> Self {
+        Self { top: 0, elements, state: State::Counting(Bins::EVERYTHING, Scope::All) }
+    }
+
+    /// Says how many are wanted.
+    pub(super) fn wanting(self, top: usize) -> Self {
+        match Self::start(top, self.elements) {
+            found @ Self { state: State::Found(_), .. } => found,
+            _ => Self { top, ..self },
         }
     }
 
-    /// A search of all elements from the start, whatever their number.
-    pub(super) fn of_all() -> Self {
-        Self::everything(false)
+    /// Nothing to be searched for: the cut is this.
+    pub(super) const fn found(cut: Cut) -> Self {
+        Self { top: 0, elements: 0, state: State::Found(cut) }
     }
 
-    /// All magnitudes, in wide bins.
-    fn everything(sample: bool) -> Self {
-        Self::Counting { low: 0, bins: 1 << (31 - WIDEST), shift: WIDEST, sample }
+    /// The cut, once it is known.
+    pub(super) fn cut(&self) -> Option<Cut> {
+        match self.state {
+            State::Found(cut) => Some(cut),
+            State::Counting(..) => None,
+        }
     }
 
     /// Length of the counts of the next pass; none if the cut is known.
-    pub(super) fn counts(self) -> usize {
-        match self {
-            Self::Found(_) => 0,
-            Self::Counting { bins, .. } => EXTRA + bins as usize,
+    pub(super) fn counts(&self) -> usize {
+        match self.state {
+            State::Found(_) => 0,
+            State::Counting(bins, _) => EXTRA + bins.number as usize,
         }
     }
 
-    /// The search that these numbers stand for.
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "they are the whole numbers that `facts` wrote"
-    )]
-    pub(super) fn from_facts(facts: &[f64]) -> Self {
-        let number = |place: usize| facts[place] as u32;
-        if number(0) == 1 {
-            Self::Found(Cut { from: number(1), tie: number(2), below: number(3) })
-        } else {
-            let sample = number(4) == 1;
-            Self::Counting { low: number(1), bins: number(2), shift: number(3), sample }
+    /// Every how many sub-tiles have to be counted, if any.
+    pub(super) fn stride(&self) -> Option<usize> {
+        match self.state {
+            State::Found(_) => None,
+            State::Counting(_, Scope::Sample) => Some(STRIDE),
+            State::Counting(_, Scope::All) => Some(1),
         }
-    }
-
-    /// The numbers that stand for it; f64 holds all of them exactly.
-    pub(super) fn facts(self) -> [f64; FACTS] {
-        let numbers = match self {
-            Self::Found(cut) => [1, cut.from, cut.tie, cut.below, 0],
-            Self::Counting { low, bins, shift, sample } => [0, low, bins, shift, u32::from(sample)],
-        };
-        numbers.map(f64::from)
-    }
-
-    /// Every how many sub-tiles have to be counted.
-    pub(super) fn stride(self) -> usize {
-        if matches!(self, Self::Counting { sample: true, .. }) { STRIDE } else { 1 }
     }
 
     /// Counts some values.
-    pub(super) fn count(self, kernels: &Kernels, values: &[f32], counts: &[AtomicU32]) {
-        let Self::Counting { low, bins: number, shift, .. } = self else { return };
+    pub(super) fn count(&self, kernels: &Kernels, values: &[f32], counts: &[AtomicU32]) {
+        let State::Counting(Bins { low, number, shift }, _) = self.state else { return };
         let Some(([above, present], bins)) = counts.split_first_chunk::<EXTRA>() else { return };
         let (mut higher, mut any) = (0_u32, 0_u32);
         let mut recent = Recent::default();
@@ -178,39 +189,46 @@ impl Search {
         }
     }
 
-    /// Draws the conclusion of a pass in the search for the `top` largest of `elements`.
-    pub(super) fn conclude(self, counts: &[u32], top: usize, elements: usize) -> Self {
-        let Self::Counting { low, bins: number, shift, sample } = self else { return self };
-        let (extra, bins) = counts.split_at(EXTRA);
-        if sample {
-            return Self::bracket(bins, top, elements);
-        }
+    /// Draws the conclusion of a pass.
+    pub(super) fn conclude(self, counts: &[u32]) -> Self {
+        let State::Counting(bins, scope) = self.state else { return self };
+        let (extra, counts) = counts.split_at(EXTRA);
+        let state = match scope {
+            Scope::Sample => self.bracket(counts),
+            Scope::All => self.narrow(bins, extra, counts),
+        };
+        Self { state, ..self }
+    }
+
+    /// From the bins of all elements, the cut, or the one bin in which it lies.
+    fn narrow(&self, bins: Bins, extra: &[u32], counts: &[u32]) -> State {
+        let Bins { low, number, shift } = bins;
         let start = |bin: usize| low + (u32::try_from(bin).unwrap_or(u32::MAX) << shift);
         let mut higher = extra[0] as usize;
-        if higher >= top {
+        if higher >= self.top {
             // Above the bracket.
-            return Self::over(low + (number << shift), MAGNITUDES);
+            return State::over(low + (number << shift), MAGNITUDES);
         }
-        for (bin, &count) in bins.iter().enumerate().rev() {
+        for (bin, &count) in counts.iter().enumerate().rev() {
             let count = count as usize;
-            if higher + count < top {
+            if higher + count < self.top {
                 higher += count;
                 continue;
             }
             let merged = (1_u32 << shift) - 1;
             if extra[1] & merged != 0 {
-                return Self::over(start(bin), u64::from(start(bin)) + (1 << shift));
+                return State::over(start(bin), u64::from(start(bin)) + (1 << shift));
             }
-            return Self::Found(Cut::at(start(bin), top - higher, count));
+            return State::Found(Cut::at(start(bin), self.top - higher, count));
         }
-        Self::over(0, u64::from(low))
+        State::over(0, u64::from(low))
     }
 
     /// From a sample's bins, the narrowest range that should hold the wanted value.
     #[expect(clippy::cast_precision_loss, reason = "counts of elements, as shares")]
-    fn bracket(bins: &[u32], top: usize, elements: usize) -> Self {
+    fn bracket(&self, bins: &[u32]) -> State {
         let sampled: f64 = bins.iter().map(|&count| f64::from(count)).sum();
-        let wanted = top as f64 / elements as f64;
+        let wanted = self.top as f64 / self.elements as f64;
         let deviation = (wanted * (1.0 - wanted) / sampled.max(1.0)).sqrt();
         let margin = MARGIN_DEVIATIONS * deviation + MARGIN_SHARE;
         let (first, last) = ((wanted - margin) * sampled, (wanted + margin) * sampled);
@@ -230,16 +248,23 @@ impl Search {
                 break;
             }
         }
-        Self::over(u32::try_from(low).unwrap_or_default(), high)
+        State::over(u32::try_from(low).unwrap_or_default(), high)
     }
+}
 
+impl Bins {
+    /// All magnitudes, in wide bins.
+    const EVERYTHING: Self = Self { low: 0, number: 1 << (31 - WIDEST), shift: WIDEST };
+}
+
+impl State {
     /// All elements, in the narrowest bins that reach from `low` to `high`.
     fn over(low: u32, high: u64) -> Self {
         let values = high.saturating_sub(u64::from(low)).max(1);
         let shift = (0..=WIDEST).find(|&shift| values.div_ceil(1 << shift) <= MOST_BINS);
         let shift = shift.unwrap_or(WIDEST);
-        let bins = u32::try_from(values.div_ceil(1 << shift)).unwrap_or(u32::MAX);
-        Self::Counting { low, bins, shift, sample: false }
+        let number = u32::try_from(values.div_ceil(1 << shift)).unwrap_or(u32::MAX);
+        Self::Counting(Bins { low, number, shift }, Scope::All)
     }
 }
 

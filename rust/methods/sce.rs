@@ -6,65 +6,89 @@
 //! plain sum, zero counting as positive.
 
 use super::gram::difference;
-use super::quantile::{self, Search, magnitude};
+use super::parameters::{NOT_NEGATIVE, Nothing, Spec, parameters};
+use super::quantile::{Cut, Search, magnitude};
 use super::random::{floor, tie_breakers};
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+use super::specification::{Base, Description, Given, Rule, Target};
 use super::task_vectors::SEED;
 use super::ties::masked;
-use super::{Finding, Method, Request, Slice, Tally};
+use super::{Finding, Method, Request, Slice, Tally, TypedMethod};
 use crate::kernels::Kernels;
 
-/// `sce` in the table of methods.
-pub(super) const SCE: Specification = Specification {
-    name: "sce",
-    title: "SCE",
-    summary: "Selects elements on which models differ most, weighs models by their energy there, erases minority signs.",
-    reference: "https://arxiv.org/abs/2408.07990",
-    base: Base::Required,
-    operands: (1, None),
-    passes: 3,
-    parameters: &[&[
-        Parameter {
-            name: "select_topk",
-            scope: Scope::Shared,
-            kind: Kind::Number(0.0, f64::INFINITY),
-            default: Default::Number(1.0),
-            help: "Share of the elements that differ that are selected; 1 selects all.",
-        },
-        SEED,
-    ]],
-    make,
-};
+parameters! {
+    /// Of the merge.
+    struct Shared {
+        select_topk: f64 = Spec::number(
+            NOT_NEGATIVE,
+            1.0,
+            "Share of the elements that differ that are selected; 1 selects all.",
+        ),
+        seed: u64 = SEED,
+    }
+}
 
 /// Below this the sum of mean squares gives equal weights.
 const LEAST_ENERGY: f64 = 1e-6;
 /// Least divisor of the weighted sum.
 const LEAST_DIVISOR: f32 = 1e-6;
+
+/// `sce` with checked parameters.
 #[derive(Debug)]
-struct Sce {
+pub(super) struct Sce {
+    count: usize,
+    /// Share that is selected; `None` for all.
+    share: Option<f64>,
+    seed: u64,
+}
+
+impl Rule for Sce {
+    type Shared = Shared;
+    type Operand = Nothing;
+    const ABOUT: Description = Description {
+        name: "sce",
+        title: "SCE",
+        summary: "Selects elements on which models differ most, weighs models by their energy there, erases minority signs.",
+        reference: "https://arxiv.org/abs/2408.07990",
+        base: Base::Required,
+        operands: (1, None),
+        passes: 3,
+        flags: &[],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let Shared { select_topk, seed } = given.shared;
+        let share = (select_topk < 1.0).then_some(select_topk);
+        Ok(Self { count: given.operands.len(), share, seed })
+    }
+
+    fn method(&self, target: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        super::ties::check_size(target)?;
+        let &Self { count, share, seed } = self;
+        Ok(Box::new(OfTensor { count, share, elements: target.elements(), key: target.key(seed) }))
+    }
+}
+
+/// The method for one tensor.
+#[derive(Debug)]
+struct OfTensor {
     count: usize,
     elements: usize,
-    /// Share that is selected; `None` for all.
     share: Option<f64>,
     key: [u32; 2],
 }
 
-// Facts: the number of elements to select (-1 before it is known), the search, a weight for each model.
-const SEARCH: std::ops::Range<usize> = 1..1 + quantile::FACTS;
-const WEIGHTS: usize = SEARCH.end;
-
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    super::ties::check_size(settings)?;
-    let share = settings.number("select_topk");
-    Ok(Box::new(Sce {
-        count: settings.operands(),
-        elements: settings.elements(),
-        share: (share < 1.0).then_some(share),
-        key: settings.key,
-    }))
+/// What is known of the whole tensor.
+#[derive(Debug, Clone)]
+struct Known {
+    /// Whether it is known how many elements are to be selected.
+    counted: bool,
+    search: Search,
+    /// Of each model.
+    weights: Vec<f32>,
 }
 
-impl Sce {
+impl OfTensor {
     fn deltas(&self, kernels: &Kernels, slice: &Slice<'_>) -> Vec<f32> {
         let length = slice.len();
         let mut deltas = vec![0.0; self.count * length];
@@ -75,12 +99,11 @@ impl Sce {
     }
 
     /// The task vectors where they are selected, zero elsewhere.
-    fn selected(&self, kernels: &Kernels, facts: &[f64], slice: &Slice<'_>) -> Vec<f32> {
+    fn selected(&self, kernels: &Kernels, cut: Cut, slice: &Slice<'_>) -> Vec<f32> {
         let mut deltas = self.deltas(kernels, slice);
         if self.share.is_none() {
             return deltas;
         }
-        let Search::Found(cut) = Search::from_facts(&facts[SEARCH]) else { return deltas };
         let length = slice.len();
         let variances = variances(kernels, &deltas, self.count, length);
         let mut numbers = vec![0; length];
@@ -126,7 +149,9 @@ fn variances(kernels: &Kernels, deltas: &[f32], count: usize, length: usize) -> 
     variances
 }
 
-impl Method for Sce {
+impl TypedMethod for OfTensor {
+    type Facts = Known;
+
     fn passes(&self) -> usize {
         if self.share.is_some() { 3 } else { 1 }
     }
@@ -135,39 +160,26 @@ impl Method for Sce {
         true
     }
 
-    fn start(&self) -> Vec<f64> {
-        let mut facts = vec![-1.0];
+    fn start(&self) -> Known {
         let search = if self.share.is_some() {
-            Search::of_all()
+            Search::of_all(self.elements)
         } else {
-            Search::start(self.elements, self.elements)
+            Search::found(Cut::ALL)
         };
-        facts.extend(search.facts());
-        facts.extend(vec![0.0; self.count]);
-        facts
+        Known { counted: false, search, weights: vec![0.0; self.count] }
     }
 
-    fn request(&self, _: usize, facts: &[f64]) -> Request {
-        match Search::from_facts(&facts[SEARCH]) {
-            search @ Search::Counting { .. } => {
-                Request { sums: 1, counts: search.counts(), stride: 1 }
-            }
-            Search::Found(_) => Request { sums: self.count, counts: 0, stride: 1 },
+    fn request(&self, facts: &Known) -> Request {
+        match facts.search.cut() {
+            None => Request { sums: 1, counts: facts.search.counts(), stride: 1 },
+            Some(_) => Request { sums: self.count, counts: 0, stride: 1 },
         }
     }
 
-    fn observe(
-        &self,
-        kernels: &Kernels,
-        _: usize,
-        facts: &[f64],
-        slice: &Slice<'_>,
-        tally: &mut Tally<'_>,
-    ) {
+    fn observe(&self, kernels: &Kernels, facts: &Known, slice: &Slice<'_>, tally: &mut Tally<'_>) {
         let length = slice.len();
-        let search = Search::from_facts(&facts[SEARCH]);
-        if matches!(search, Search::Found(_)) {
-            let deltas = self.selected(kernels, facts, slice);
+        if let Some(cut) = facts.search.cut() {
+            let deltas = self.selected(kernels, cut, slice);
             for (sum, delta) in tally.sums.iter_mut().zip(deltas.chunks_exact(length.max(1))) {
                 *sum += kernels.dot(delta, delta);
             }
@@ -177,7 +189,7 @@ impl Method for Sce {
         let variances = variances(kernels, &deltas, self.count, length);
         let differing = variances.iter().filter(|&&variance| variance != 0.0).count();
         tally.sums[0] += f64::from(u32::try_from(differing).unwrap_or(u32::MAX));
-        search.count(kernels, &variances, tally.counts);
+        facts.search.count(kernels, &variances, tally.counts);
     }
 
     #[expect(
@@ -188,45 +200,40 @@ impl Method for Sce {
     )]
     fn conclude(
         &self,
-        _: usize,
-        facts: &[f64],
+        facts: &Known,
         sums: &[f64],
         counts: &[u32],
-    ) -> Result<Finding, String> {
-        let mut next = facts.to_vec();
-        let search = Search::from_facts(&facts[SEARCH]);
-        if matches!(search, Search::Found(_)) {
+    ) -> Result<Finding<Known>, String> {
+        let mut facts = facts.clone();
+        if facts.search.cut().is_some() {
             let energies = sums.iter().map(|sum| sum / self.elements.max(1) as f64);
             let total: f64 = energies.clone().sum();
-            for (weight, energy) in next[WEIGHTS..].iter_mut().zip(energies) {
-                *weight =
+            for (weight, energy) in facts.weights.iter_mut().zip(energies) {
+                let share =
                     if total < LEAST_ENERGY { 1.0 / self.count as f64 } else { energy / total };
+                *weight = crate::dtype::f64_to_f32(share);
             }
-            return Ok(Finding { facts: next, settled: true });
+            return Ok(Finding { facts, settled: true });
         }
-        if facts[0] < 0.0 {
-            next[0] = floor(self.share.unwrap_or(1.0), sums[0] as usize) as f64;
+        if !facts.counted {
+            facts.counted = true;
+            let top = floor(self.share.unwrap_or(1.0), sums[0] as usize);
+            facts.search = facts.search.wanting(top);
         }
-        let top = next[0] as usize;
-        let found = match Search::start(top, self.elements) {
-            Search::Found(cut) => Search::Found(cut),
-            Search::Counting { .. } => search.conclude(counts, top, self.elements),
-        };
-        next[SEARCH].copy_from_slice(&found.facts());
-        Ok(Finding { facts: next, settled: false })
+        facts.search = facts.search.conclude(counts);
+        Ok(Finding { facts, settled: false })
     }
 
     fn blend(
         &self,
         kernels: &Kernels,
-        facts: &[f64],
+        facts: &Known,
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {
         let length = slice.len();
-        let deltas = self.selected(kernels, facts, slice);
-        let weights: Vec<f32> =
-            facts[WEIGHTS..].iter().map(|&weight| crate::dtype::f64_to_f32(weight)).collect();
+        let cut = facts.search.cut().unwrap_or(Cut::ALL);
+        let deltas = self.selected(kernels, cut, slice);
         let mut votes = vec![0.0_f32; length];
         let mut divisors = vec![0.0_f32; length];
         kernels.run(
@@ -236,7 +243,7 @@ impl Method for Sce {
                     votes.iter_mut().zip(delta).for_each(|(sum, value)| *sum += value);
                 }
                 out.fill(0.0);
-                for (delta, &weight) in deltas.chunks_exact(length.max(1)).zip(&weights) {
+                for (delta, &weight) in deltas.chunks_exact(length.max(1)).zip(&facts.weights) {
                     let places = out.iter_mut().zip(&mut divisors).zip(delta.iter().zip(&votes));
                     for ((sum, divisor), (&value, &vote)) in places {
                         let agrees = if vote >= 0.0 { value > 0.0 } else { value < 0.0 };

@@ -6,39 +6,53 @@
 
 use super::Method;
 use super::gram::{Coefficients, Combination, Gram, Vectors};
-use super::specification::{Base, Default, Kind, Parameter, Scope, Settings, Specification};
+use super::parameters::{FINITE, Nothing, Spec, parameters};
+use super::specification::{Base, Description, Flag, Given, Rule, Target};
 
-/// `slerp` in the table of methods.
-pub(super) const SLERP: Specification = Specification {
-    name: "slerp",
-    title: "SLERP",
-    summary: "Spherical interpolation from the base to the other model.",
-    reference: "https://en.wikipedia.org/wiki/Slerp",
-    base: Base::Required,
-    operands: (1, Some(1)),
-    passes: 1,
-    parameters: &[&[Parameter {
-        name: "t",
-        scope: Scope::Shared,
-        kind: Kind::Number(f64::NEG_INFINITY, f64::INFINITY),
-        default: Default::Required,
-        help: "0 gives the base, 1 the other model.",
-    }]],
-    make,
-};
+parameters! {
+    /// Of the merge.
+    struct Shared {
+        t: f64 = Spec::required(FINITE, "0 gives the base, 1 the other model."),
+    }
+}
 
 const LEAST_NORM: f64 = 1e-8;
 const STRAIGHT: f64 = 0.9995;
 
-#[derive(Debug)]
-struct Slerp {
+/// `slerp` with its place on the arc.
+#[derive(Debug, Clone)]
+pub(super) struct Slerp {
     t: f64,
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the signature of all methods")]
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    let rule = Slerp { t: settings.number("t") };
-    Ok(Box::new(Combination { rule, vectors: Vectors::BaseAndOperands, operands: 1, row: None }))
+impl Rule for Slerp {
+    type Shared = Shared;
+    type Operand = Nothing;
+    const ABOUT: Description = Description {
+        name: "slerp",
+        title: "SLERP",
+        summary: "Spherical interpolation from the base to the other model.",
+        reference: "https://en.wikipedia.org/wiki/Slerp",
+        base: Base::Required,
+        operands: (1, Some(1)),
+        passes: 1,
+        flags: &[Flag::Sole],
+        interpolates: Some("t"),
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        Ok(Self { t: given.shared.t })
+    }
+
+    fn method(&self, _: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        let rule = self.clone();
+        Ok(Box::new(Combination {
+            rule,
+            vectors: Vectors::BaseAndOperands,
+            operands: 1,
+            row: None,
+        }))
+    }
 }
 
 impl Coefficients for Slerp {

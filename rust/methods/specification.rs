@@ -1,8 +1,9 @@
-//! What a method is called, where it comes from, and which parameters it takes; and their values, checked.
+//! What a method is called, where it comes from, what it takes and what holds of it; and what a method's file declares.
 
 use super::Method;
+use super::parameters::{Parameter, Parameters, Reader};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::fmt::Debug;
 
 /// What a method does with a base model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +28,19 @@ impl Base {
     }
 }
 
+/// What holds of a method, so that callers need not know it by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flag {
+    /// Elements vote on their sign, so that a lone update always wins.
+    Votes,
+    /// Asked to merge one model only, mergekit gives that model's tensor as it is.
+    Sole,
+    /// With default parameters it gives its one operand unchanged.
+    Copies,
+    /// It is a weighted sum, so that operands that share a tensor may be combined by adding their weights.
+    Sums,
+}
+
 /// Whether a parameter has one value, or one for each operand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
@@ -36,66 +50,9 @@ pub enum Scope {
     Operand,
 }
 
-/// Values that a parameter may have.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Kind {
-    /// A finite number, from the first to the second.
-    Number(f64, f64),
-    /// A whole number, from the first to the second.
-    Integer(u64, u64),
-    /// True or false.
-    Flag,
-    /// One of these words.
-    Choice(&'static [&'static str]),
-}
-
-/// A default value.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Default {
-    /// There is none: the parameter must be given.
-    Required,
-    /// A number.
-    Number(f64),
-    /// A whole number.
-    Integer(u64),
-    /// True or false.
-    Flag(bool),
-    /// A word.
-    Choice(&'static str),
-}
-
-impl Default {
-    /// As JSON; `None` if there is none.
-    #[must_use]
-    pub fn to_json(self) -> Option<Value> {
-        match self {
-            Self::Required => None,
-            Self::Number(number) => Some(number.into()),
-            Self::Integer(number) => Some(number.into()),
-            Self::Flag(flag) => Some(flag.into()),
-            Self::Choice(word) => Some(word.into()),
-        }
-    }
-}
-
-/// A parameter of a method.
+/// A method in words.
 #[derive(Debug, Clone, Copy)]
-pub struct Parameter {
-    /// Its name in plans, as mergekit has it.
-    pub name: &'static str,
-    /// One value or one per operand.
-    pub scope: Scope,
-    /// What values it may have.
-    pub kind: Kind,
-    /// The value where none is given.
-    pub default: Default,
-    /// One sentence for a person.
-    pub help: &'static str,
-}
-
-/// A method as the table lists it.
-#[derive(Debug, Clone, Copy)]
-pub struct Specification {
+pub struct Description {
     /// Its name in plans, as mergekit has it.
     pub name: &'static str,
     /// Its name for people.
@@ -110,197 +67,152 @@ pub struct Specification {
     pub operands: (usize, Option<usize>),
     /// Times that inputs are read at most before they are blended.
     pub passes: usize,
-    /// Its parameters.
-    pub parameters: &'static [&'static [Parameter]],
-    /// Makes it.
-    pub make: fn(&Settings) -> Result<Box<dyn Method>, String>,
+    /// What else holds of it.
+    pub flags: &'static [Flag],
+    /// The shared parameter that leads from the base (0) to the one operand (1), if it interpolates between the two.
+    pub interpolates: Option<&'static str>,
 }
 
-/// Checked values for one tensor; every parameter of the method is there.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    shared: BTreeMap<&'static str, Value>,
-    operands: Vec<BTreeMap<&'static str, Value>>,
+/// A method as the table lists it.
+#[derive(Debug, Clone, Copy)]
+pub struct Specification {
+    /// What it is.
+    pub about: Description,
+    /// Parameters that have a value for each operand.
+    pub operand_parameters: &'static [Parameter],
+    /// Parameters that have one value.
+    pub shared_parameters: &'static [Parameter],
+    pub(super) prepare: fn(&Asked<'_>) -> Result<Box<dyn AnyRule>, String>,
+}
+
+/// What a plan asks of a method, not yet checked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked<'a> {
+    pub shared: &'a Map<String, Value>,
+    pub operands: &'a [Map<String, Value>],
+    pub base: bool,
+}
+
+/// Checked parameters of a method.
+#[derive(Debug)]
+pub(super) struct Given<R: Rule> {
+    pub shared: R::Shared,
+    /// One for each operand, as many as the method takes.
+    pub operands: Vec<R::Operand>,
     /// Whether there is a base.
     pub base: bool,
-    /// The tensor's dimensions.
-    pub shape: Vec<usize>,
-    /// Key of the tensor's random numbers; differs from tensor to tensor.
-    pub key: [u32; 2],
 }
 
-impl Settings {
-    /// Number of operands.
-    #[must_use]
-    pub fn operands(&self) -> usize {
-        self.operands.len()
-    }
+/// The tensor that a method is made for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Target<'a> {
+    /// Its name in the output, which together with a seed decides random numbers.
+    pub name: &'a str,
+    /// Its dimensions.
+    pub shape: &'a [usize],
+}
 
-    /// Number of elements of the tensor.
-    #[must_use]
-    pub fn elements(&self) -> usize {
+impl Target<'_> {
+    /// Number of elements.
+    pub(super) fn elements(&self) -> usize {
         self.shape.iter().product()
     }
 
     /// Length of the last dimension.
-    #[must_use]
-    pub fn columns(&self) -> usize {
+    pub(super) fn columns(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
     }
 
-    /// A shared number.
-    #[must_use]
-    pub fn number(&self, name: &str) -> f64 {
-        self.shared.get(name).and_then(Value::as_f64).unwrap_or_default()
+    /// Key of its random numbers; differs from tensor to tensor.
+    pub(super) fn key(&self, seed: u64) -> [u32; 2] {
+        super::random::key(seed, self.name)
     }
+}
 
-    /// A shared whole number.
-    #[must_use]
-    pub fn integer(&self, name: &str) -> u64 {
-        self.shared.get(name).and_then(Value::as_u64).unwrap_or_default()
-    }
+/// What the file of a method declares: the method with checked parameters, not yet for a certain tensor.
+pub(super) trait Rule: Debug + Send + Sync + Sized + 'static {
+    /// Parameters with one value.
+    type Shared: Parameters + Debug;
+    /// Parameters with a value for each operand.
+    type Operand: Parameters + Debug;
+    /// The method in words.
+    const ABOUT: Description;
 
-    /// A shared flag.
-    #[must_use]
-    pub fn flag(&self, name: &str) -> bool {
-        self.shared.get(name).and_then(Value::as_bool).unwrap_or_default()
-    }
-
-    /// A shared word.
-    #[must_use]
-    pub fn choice(&self, name: &str) -> &str {
-        self.shared.get(name).and_then(Value::as_str).unwrap_or_default()
-    }
-
-    /// A number of every operand; `otherwise` if the method has no such parameter.
-    #[must_use]
-    pub fn numbers(&self, name: &str, otherwise: f64) -> Vec<f64> {
-        let values = self.operands.iter().map(|operand| operand.get(name).and_then(Value::as_f64));
-        values.map(|value| value.unwrap_or(otherwise)).collect()
-    }
-
-    /// The weights, in f32.
+    /// Takes the parameters.
     ///
     /// # Errors
-    /// A sentence if one is not finite in f32.
-    pub fn weights(&self) -> Result<Vec<f32>, String> {
-        let weights = self.numbers("weight", 1.0).into_iter().map(crate::dtype::f64_to_f32);
-        weights
-            .map(|weight| {
-                weight.is_finite().then_some(weight).ok_or_else(|| {
-                    "a weight is too large for f32, in which merges are computed".to_owned()
-                })
-            })
-            .collect()
+    /// A sentence if they do not fit each other.
+    fn new(given: Given<Self>) -> Result<Self, String>;
+
+    /// The method for a tensor.
+    ///
+    /// # Errors
+    /// A sentence if tensors of this shape cannot be merged this way.
+    fn method(&self, target: &Target<'_>) -> Result<Box<dyn Method>, String>;
+}
+
+/// A [`Rule`] of any type.
+pub(super) trait AnyRule: Debug + Send + Sync {
+    /// As [`Rule::method`].
+    fn method(&self, target: &Target<'_>) -> Result<Box<dyn Method>, String>;
+}
+
+impl<R: Rule> AnyRule for R {
+    fn method(&self, target: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        Rule::method(self, target)
     }
 }
 
 impl Specification {
-    /// All its parameters.
-    pub fn all_parameters(&self) -> impl Iterator<Item = &'static Parameter> {
-        self.parameters.iter().flat_map(|group| group.iter())
+    /// What the table says of a rule.
+    pub(super) const fn of<R: Rule>() -> Self {
+        Self {
+            about: R::ABOUT,
+            operand_parameters: R::Operand::LIST,
+            shared_parameters: R::Shared::LIST,
+            prepare: prepare::<R>,
+        }
     }
 
-    /// Checks values and fills in defaults.
-    ///
-    /// # Errors
-    /// A sentence that names the parameter.
-    pub(super) fn settle(
-        &self,
-        shared: &Map<String, Value>,
-        operands: &[Map<String, Value>],
-        base: bool,
-        shape: &[usize],
-        key: [u32; 2],
-    ) -> Result<Settings, String> {
-        let (least, most) = self.operands;
-        if operands.len() < least || most.is_some_and(|most| operands.len() > most) {
-            let expected = match most {
-                Some(most) if most == least => format!("{least}"),
-                Some(most) => format!("{least} to {most}"),
-                None => format!("at least {least}"),
-            };
-            return Err(format!(
-                "`{}` takes {expected} operands, found {}",
-                self.name,
-                operands.len()
-            ));
-        }
-        match (self.base, base) {
-            (Base::None, true) => return Err(format!("`{}` has no base", self.name)),
-            (Base::Required, false) => return Err(format!("`{}` needs a base", self.name)),
-            _ => {}
-        }
-        Ok(Settings {
-            shared: self.check(Scope::Shared, shared)?,
-            operands: operands
-                .iter()
-                .map(|operand| self.check(Scope::Operand, operand))
-                .collect::<Result<_, _>>()?,
-            base,
-            shape: shape.to_vec(),
-            key,
-        })
+    /// Whether this holds of it.
+    #[must_use]
+    pub fn has(&self, flag: Flag) -> bool {
+        self.about.flags.contains(&flag)
     }
 
-    fn check(
-        &self,
-        scope: Scope,
-        given: &Map<String, Value>,
-    ) -> Result<BTreeMap<&'static str, Value>, String> {
-        let known = || self.all_parameters().filter(|parameter| parameter.scope == scope);
-        if let Some(unknown) = given.keys().find(|name| known().all(|known| known.name != *name)) {
-            let place = match scope {
-                Scope::Shared => "",
-                Scope::Operand => " of an operand",
-            };
-            let names: Vec<_> = known().map(|parameter| parameter.name).collect();
-            let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            return Err(format!(
-                "`{}` has no parameter `{unknown}`{place}; it has {names}",
-                self.name
-            ));
-        }
-        known()
-            .map(|parameter| {
-                let value = match given.get(parameter.name) {
-                    Some(value) => parameter.check(value)?,
-                    None => parameter
-                        .default
-                        .to_json()
-                        .ok_or_else(|| format!("`{}` needs `{}`", self.name, parameter.name))?,
-                };
-                Ok((parameter.name, value))
-            })
-            .collect()
+    /// Whether it weighs models against each other: by a weight of each, or by interpolation.
+    #[must_use]
+    pub fn weighs(&self) -> bool {
+        let weight = |parameter: &Parameter| parameter.name == "weight";
+        self.about.interpolates.is_some() || self.operand_parameters.iter().any(weight)
+    }
+
+    /// All its parameters, those of operands first.
+    pub fn parameters(&self) -> impl Iterator<Item = (Scope, &'static Parameter)> {
+        let operand = self.operand_parameters.iter().map(|parameter| (Scope::Operand, parameter));
+        operand.chain(self.shared_parameters.iter().map(|parameter| (Scope::Shared, parameter)))
     }
 }
 
-impl Parameter {
-    /// The value, if it is one that the parameter may have.
-    fn check(&self, value: &Value) -> Result<Value, String> {
-        let (fits, expected) = match self.kind {
-            Kind::Number(least, most) => (
-                value.as_f64().is_some_and(|number| (least..=most).contains(&number)),
-                match (least.is_finite(), most.is_finite()) {
-                    (true, true) => format!("a number from {least} to {most}"),
-                    (true, false) => format!("a number of at least {least}"),
-                    _ => "a finite number".to_owned(),
-                },
-            ),
-            Kind::Integer(least, most) => (
-                value.as_u64().is_some_and(|number| (least..=most).contains(&number)),
-                format!("a whole number from {least} to {most}"),
-            ),
-            Kind::Flag => (value.is_boolean(), "true or false".to_owned()),
-            Kind::Choice(words) => (
-                value.as_str().is_some_and(|word| words.contains(&word)),
-                format!("one of {}", words.join(", ")),
-            ),
+/// Checks what a plan asks of a rule.
+fn prepare<R: Rule>(asked: &Asked<'_>) -> Result<Box<dyn AnyRule>, String> {
+    let Description { name: method, base, operands: (least, most), .. } = R::ABOUT;
+    let count = asked.operands.len();
+    if count < least || most.is_some_and(|most| count > most) {
+        let expected = match most {
+            Some(most) if most == least => format!("{least}"),
+            Some(most) => format!("{least} to {most}"),
+            None => format!("at least {least}"),
         };
-        if fits {
-            return Ok(value.clone());
-        }
-        Err(format!("`{}` should be {expected}, not {value}", self.name))
+        return Err(format!("`{method}` takes {expected} operands, found {count}"));
     }
+    match (base, asked.base) {
+        (Base::None, true) => return Err(format!("`{method}` has no base")),
+        (Base::Required, false) => return Err(format!("`{method}` needs a base")),
+        _ => {}
+    }
+    let shared = Reader { method, place: "", given: asked.shared }.read_all()?;
+    let operand = |given| Reader { method, place: " of an operand", given }.read_all();
+    let operands = asked.operands.iter().map(operand).collect::<Result<_, _>>()?;
+    Ok(Box::new(R::new(Given { shared, operands, base: asked.base })?))
 }

@@ -1,23 +1,51 @@
 //! `task_arithmetic`: the base plus a weighted sum of task vectors (Ilharco et al., arXiv 2212.04089).
 
 use super::Method;
-use super::specification::{Base, Settings, Specification};
-use super::task_vectors::{COMMON, KEEP_SCALE, KeepAll, TaskVectors};
+use super::linear::WEIGHT;
+use super::parameters::parameters;
+use super::specification::{Base, Description, Given, Rule, Target};
+use super::task_vectors::{Family, KEEP_SCALE, KeepAll, LAMBDA};
 
-/// `task_arithmetic` in the table of methods.
-pub(super) const TASK_ARITHMETIC: Specification = Specification {
-    name: "task_arithmetic",
-    title: "Task arithmetic",
-    summary: "Base plus the weighted sum of task vectors.",
-    reference: "https://arxiv.org/abs/2212.04089",
-    base: Base::Required,
-    operands: (1, None),
-    passes: 0,
-    // Without a sparsifier there is no density.
-    parameters: &[&[COMMON[0], COMMON[2], KEEP_SCALE]],
-    make,
-};
+parameters! {
+    /// Of the sum.
+    struct Shared {
+        lambda: f64 = LAMBDA,
+        normalize: bool = KEEP_SCALE,
+    }
+}
 
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    TaskVectors::make(settings, false, None, |_, _| Ok(Box::new(KeepAll)))
+parameters! {
+    /// Of each model. Without a sparsifier there is no density.
+    struct Operand {
+        weight: f64 = WEIGHT,
+    }
+}
+
+/// `task_arithmetic` with checked parameters.
+#[derive(Debug)]
+pub(super) struct TaskArithmetic(Family);
+
+impl Rule for TaskArithmetic {
+    type Shared = Shared;
+    type Operand = Operand;
+    const ABOUT: Description = Description {
+        name: "task_arithmetic",
+        title: "Task arithmetic",
+        summary: "Base plus the weighted sum of task vectors.",
+        reference: "https://arxiv.org/abs/2212.04089",
+        base: Base::Required,
+        operands: (1, None),
+        passes: 0,
+        flags: &[],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let operands = given.operands.iter().map(|operand| (operand.weight, 1.0));
+        Ok(Self(Family::new(operands, given.shared.lambda, given.shared.normalize)?))
+    }
+
+    fn method(&self, _: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        self.0.method(None, |_, _| Ok(Box::new(KeepAll)))
+    }
 }

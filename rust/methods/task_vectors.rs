@@ -5,71 +5,73 @@
 //! are added, and the divisor is the sum of their weights. Zeros never vote. A divisor of zero counts as one.
 
 use super::gram::difference;
-use super::linear::WEIGHT;
-use super::specification::{Default, Kind, Parameter, Scope, Settings};
-use super::{Finding, Method, Request, Slice, Tally};
+use super::linear::weights;
+use super::parameters::{FINITE, NOT_NEGATIVE, Spec, choice};
+use super::quantile::{Cut, Search};
+use super::{Finding, Method, Request, Slice, Tally, TypedMethod};
 use crate::kernels::Kernels;
 use std::fmt::Debug;
-use std::sync::atomic::AtomicU32;
+use std::sync::Arc;
 
-/// Parameters of the whole family.
-pub(super) const COMMON: &[Parameter] = &[
-    WEIGHT,
-    Parameter {
-        name: "density",
-        scope: Scope::Operand,
-        kind: Kind::Number(0.0, f64::INFINITY),
-        default: Default::Number(1.0),
-        help: "Share of the task vector's elements that are kept; 1 keeps all.",
-    },
-    Parameter {
-        name: "lambda",
-        scope: Scope::Shared,
-        kind: Kind::Number(f64::NEG_INFINITY, f64::INFINITY),
-        default: Default::Number(1.0),
-        help: "Factor of the sum of task vectors.",
-    },
-];
+/// The density of an operand's task vector.
+pub(super) const DENSITY: Spec<f64> = Spec::number(
+    NOT_NEGATIVE,
+    1.0,
+    "Share of the task vector's elements that are kept; 1 keeps all.",
+);
+
+/// The factor of the sum.
+pub(super) const LAMBDA: Spec<f64> =
+    Spec::number(FINITE, 1.0, "Factor of the sum of task vectors.");
 
 /// Whether the sum is divided by the weights, if the method does so by default.
-pub(super) const NORMALIZE: Parameter = Parameter {
-    name: "normalize",
-    scope: Scope::Shared,
-    kind: Kind::Flag,
-    default: Default::Flag(true),
-    help: "Divide by the sum of the weights.",
-};
+pub(super) const NORMALIZE: Spec<bool> = Spec::flag(true, "Divide by the sum of the weights.");
 
 /// Whether the sum is divided by the weights, if the method does not by default.
-pub(super) const KEEP_SCALE: Parameter = Parameter { default: Default::Flag(false), ..NORMALIZE };
+pub(super) const KEEP_SCALE: Spec<bool> = Spec::flag(false, "Divide by the sum of the weights.");
 
-/// How a task vector that lost elements by rank is scaled.
-pub(super) const RESCALE: Parameter = Parameter {
-    name: "rescale",
-    scope: Scope::Shared,
-    kind: Kind::Choice(&["none", "l1"]),
-    default: Default::Choice("none"),
-    help: "l1: scale each sparse task vector back to its sum of magnitudes.",
-};
+choice! {
+    /// How a task vector that lost elements by rank is scaled.
+    enum Rescale {
+        /// Not at all.
+        None = "none",
+        /// To its former sum of magnitudes.
+        L1 = "l1",
+    }
+}
 
-/// How a task vector that lost random elements is scaled.
-pub(super) const RESCALE_RANDOM: Parameter = Parameter {
-    name: "rescale",
-    scope: Scope::Shared,
-    kind: Kind::Choice(&["probability", "l1", "none"]),
-    default: Default::Choice("probability"),
-    help: "probability: divide what is kept by the probability of keeping it, as the paper does; \
-           l1: scale each sparse task vector back to its sum of magnitudes, as mergekit does.",
-};
+choice! {
+    /// How a task vector that lost random elements is scaled.
+    enum RescaleRandom {
+        /// By one over the probability of keeping an element.
+        Probability = "probability",
+        /// To its former sum of magnitudes.
+        L1 = "l1",
+        /// Not at all.
+        None = "none",
+    }
+}
+
+impl Rescale {
+    /// The parameter.
+    pub(super) const SPEC: Spec<Self> =
+        Spec::choice("l1: scale each sparse task vector back to its sum of magnitudes.");
+}
+
+impl RescaleRandom {
+    /// The parameter.
+    pub(super) const SPEC: Spec<Self> = Spec::choice(
+        "probability: divide what is kept by the probability of keeping it, as the paper does; \
+         l1: scale each sparse task vector back to its sum of magnitudes, as mergekit does.",
+    );
+}
 
 /// The seed of random masks.
-pub(super) const SEED: Parameter = Parameter {
-    name: "seed",
-    scope: Scope::Shared,
-    kind: Kind::Integer(0, u64::MAX),
-    default: Default::Integer(0),
-    help: "Seed of the random masks, which are a function of it, the tensor's name and the element.",
-};
+pub(super) const SEED: Spec<u64> = Spec::integer(
+    [0, u64::MAX],
+    0,
+    "Seed of the random masks, which are a function of it, the tensor's name and the element.",
+);
 
 /// Takes elements out of one operand's task vector.
 pub(super) trait Sparsify: Debug + Send + Sync {
@@ -78,26 +80,13 @@ pub(super) trait Sparsify: Debug + Send + Sync {
         0
     }
 
-    /// What it knows before the first pass; always as many numbers.
-    fn start(&self) -> Vec<f64> {
-        Vec::new()
-    }
-
-    /// Counts that the next pass needs, and its stride; `None` if it needs no further pass.
-    fn request(&self, _facts: &[f64]) -> Option<(usize, usize)> {
-        None
-    }
-
-    /// Counts a part of the task vector.
-    fn observe(&self, _kernels: &Kernels, _facts: &[f64], _delta: &[f32], _counts: &[AtomicU32]) {}
-
-    /// Draws the conclusion of a pass.
-    fn conclude(&self, facts: &[f64], _counts: &[u32]) -> Vec<f64> {
-        facts.to_vec()
+    /// The magnitudes that it needs to know, if any: of the outer and of the inner border of what is kept.
+    fn searches(&self) -> [Search; 2] {
+        [Search::found(Cut::ALL), Search::found(Cut::NOTHING)]
     }
 
     /// Sets elements that fall out to zero, and scales the others if it knows how. `first` is the index of the first.
-    fn apply(&self, kernels: &Kernels, facts: &[f64], first: usize, delta: &mut [f32]);
+    fn apply(&self, kernels: &Kernels, cuts: [Cut; 2], first: usize, delta: &mut [f32]);
 }
 
 /// Keeps everything.
@@ -105,7 +94,7 @@ pub(super) trait Sparsify: Debug + Send + Sync {
 pub(super) struct KeepAll;
 
 impl Sparsify for KeepAll {
-    fn apply(&self, _: &Kernels, _: &[f64], _: usize, _: &mut [f32]) {}
+    fn apply(&self, _: &Kernels, _: [Cut; 2], _: usize, _: &mut [f32]) {}
 }
 
 /// Keeps nothing.
@@ -113,26 +102,9 @@ impl Sparsify for KeepAll {
 pub(super) struct KeepNone;
 
 impl Sparsify for KeepNone {
-    fn apply(&self, _: &Kernels, _: &[f64], _: usize, delta: &mut [f32]) {
+    fn apply(&self, _: &Kernels, _: [Cut; 2], _: usize, delta: &mut [f32]) {
         delta.fill(0.0);
     }
-}
-
-/// The family's method.
-#[derive(Debug)]
-pub(super) struct TaskVectors {
-    weights: Vec<f32>,
-    lambda: f32,
-    normalize: bool,
-    consensus: bool,
-    /// Whether sparse task vectors are scaled back to their sum of magnitudes.
-    l1: bool,
-    sparsifiers: Vec<Box<dyn Sparsify>>,
-    /// Where each sparsifier's facts start; the l1 factors come last.
-    places: Vec<usize>,
-    row: Option<usize>,
-    /// Whether any operand is sparsified.
-    sparse: bool,
 }
 
 /// Below this a sum of magnitudes is not scaled to, as in mergekit.
@@ -140,98 +112,141 @@ const LEAST_SUM: f64 = 1e-7;
 /// Below this a sum of weights does not divide.
 const LEAST_DIVISOR: f32 = 1e-8;
 
-impl TaskVectors {
-    /// Reads the common parameters; `sparsifier` makes that of each operand from its number and density, which count as
-    /// 1 where the method has no densities.
+/// Checked parameters of the whole family.
+#[derive(Debug, Clone)]
+pub(super) struct Family {
+    weights: Arc<[f32]>,
+    densities: Arc<[f64]>,
+    lambda: f32,
+    normalize: bool,
+    votes: bool,
+    /// Whether sparse task vectors are scaled back to their sum of magnitudes.
+    l1: bool,
+}
+
+impl Family {
+    /// From the weight and density of each operand; densities count as 1 where the method has none.
     ///
     /// # Errors
-    /// A sentence if a parameter does not fit.
-    pub(super) fn make(
-        settings: &Settings,
-        consensus: bool,
+    /// A sentence if a weight is not finite in f32.
+    pub(super) fn new(
+        operands: impl Iterator<Item = (f64, f64)> + Clone,
+        lambda: f64,
+        normalize: bool,
+    ) -> Result<Self, String> {
+        Ok(Self {
+            weights: weights(operands.clone().map(|(weight, _)| weight))?.into(),
+            densities: operands.map(|(_, density)| density).collect(),
+            lambda: crate::dtype::f64_to_f32(lambda),
+            normalize,
+            votes: false,
+            l1: false,
+        })
+    }
+
+    /// Whether elements vote on their sign.
+    pub(super) fn voting(self, votes: bool) -> Self {
+        Self { votes, ..self }
+    }
+
+    /// Whether sparse task vectors are scaled back to their sum of magnitudes.
+    pub(super) fn rescaled(self, l1: bool) -> Self {
+        Self { l1, ..self }
+    }
+
+    /// The method; `sparsifier` makes that of each operand from its number and density.
+    ///
+    /// # Errors
+    /// Those of `sparsifier`.
+    pub(super) fn method(
+        &self,
         row: Option<usize>,
         sparsifier: impl Fn(usize, f64) -> Result<Box<dyn Sparsify>, String>,
     ) -> Result<Box<dyn Method>, String> {
-        let sparsifiers = settings
-            .numbers("density", 1.0)
-            .into_iter()
-            .enumerate()
-            .map(|(number, density)| {
-                if density >= 1.0 {
-                    Ok(Box::new(KeepAll) as Box<dyn Sparsify>)
-                } else if density <= 0.0 {
-                    Ok(Box::new(KeepNone) as Box<dyn Sparsify>)
-                } else {
-                    sparsifier(number, density)
-                }
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let sparse = settings.numbers("density", 1.0).iter().any(|&density| density < 1.0);
-        let mut places = vec![1];
-        for sparsifier in &sparsifiers {
-            places.push(places[places.len() - 1] + sparsifier.start().len());
-        }
-        Ok(Box::new(Self {
-            weights: settings.weights()?,
-            lambda: crate::dtype::f64_to_f32(settings.number("lambda")),
-            normalize: settings.flag("normalize"),
-            consensus,
-            l1: settings.choice("rescale") == "l1",
-            sparsifiers,
-            places,
-            row,
-            sparse,
-        }))
+        let sparsifiers = self.densities.iter().enumerate().map(|(number, &density)| {
+            if density >= 1.0 {
+                Ok(Box::new(KeepAll) as Box<dyn Sparsify>)
+            } else if density <= 0.0 {
+                Ok(Box::new(KeepNone) as Box<dyn Sparsify>)
+            } else {
+                sparsifier(number, density)
+            }
+        });
+        let sparsifiers = sparsifiers.collect::<Result<_, _>>()?;
+        let sparse = self.densities.iter().any(|&density| density < 1.0);
+        Ok(Box::new(TaskVectors { family: self.clone(), sparsifiers, row, sparse }))
+    }
+}
+
+/// The family's method.
+#[derive(Debug)]
+struct TaskVectors {
+    family: Family,
+    sparsifiers: Vec<Box<dyn Sparsify>>,
+    row: Option<usize>,
+    /// Whether any operand is sparsified.
+    sparse: bool,
+}
+
+/// What is known of one operand's task vector.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    searches: [Search; 2],
+    /// What brings back its sum of magnitudes.
+    factor: f32,
+}
+
+impl Known {
+    /// The cuts; before they are known, what keeps everything.
+    fn cuts(&self) -> [Cut; 2] {
+        let [outer, inner] = &self.searches;
+        [outer.cut().unwrap_or(Cut::ALL), inner.cut().unwrap_or(Cut::NOTHING)]
     }
 
-    fn facts<'a>(&self, facts: &'a [f64], number: usize) -> &'a [f64] {
-        &facts[self.places[number]..self.places[number + 1]]
+    /// Length of the counts of the next pass.
+    fn counts(&self) -> usize {
+        self.searches.iter().map(Search::counts).sum()
     }
+}
 
-    /// Counts that each sparsifier needs in the next pass, and the stride of that pass.
-    fn counting(&self, facts: &[f64]) -> Option<(Vec<usize>, usize)> {
-        let requests: Vec<_> = self
-            .sparsifiers
-            .iter()
-            .enumerate()
-            .map(|(number, sparsifier)| sparsifier.request(self.facts(facts, number)))
-            .collect();
-        let stride = requests.iter().flatten().map(|&(_, stride)| stride).min()?;
-        Some((
-            requests.iter().map(|request| request.map_or(0, |(counts, _)| counts)).collect(),
-            stride,
-        ))
-    }
-
+impl TaskVectors {
     /// The sparsified task vector of an operand, not yet scaled by l1.
     fn sparse(
         &self,
         kernels: &Kernels,
-        facts: &[f64],
+        cuts: [Cut; 2],
         slice: &Slice<'_>,
         number: usize,
         delta: &mut [f32],
     ) {
         difference(kernels, slice.operands[number], slice.base.unwrap_or_default(), delta);
-        self.sparsifiers[number].apply(kernels, self.facts(facts, number), slice.first, delta);
+        self.sparsifiers[number].apply(kernels, cuts, slice.first, delta);
     }
 
     /// Adds up magnitudes before and after.
-    fn observe_l1(&self, kernels: &Kernels, facts: &[f64], slice: &Slice<'_>, sums: &mut [f64]) {
+    fn observe_l1(&self, kernels: &Kernels, facts: &[Known], slice: &Slice<'_>, sums: &mut [f64]) {
         let mut delta = vec![0.0; slice.len()];
-        for (number, sums) in sums.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        let places = sums.as_chunks_mut::<2>().0.iter_mut().zip(facts).enumerate();
+        for (number, (sums, known)) in places {
             difference(kernels, slice.operands[number], slice.base.unwrap_or_default(), &mut delta);
             sums[0] += sum_of_magnitudes(kernels, &delta);
-            self.sparse(kernels, facts, slice, number, &mut delta);
+            self.sparse(kernels, known.cuts(), slice, number, &mut delta);
             sums[1] += sum_of_magnitudes(kernels, &delta);
         }
     }
 }
 
-impl Method for TaskVectors {
+/// The stride of the next pass that counts; `None` if none is needed.
+fn stride(facts: &[Known]) -> Option<usize> {
+    facts.iter().flat_map(|known| &known.searches).filter_map(Search::stride).min()
+}
+
+impl TypedMethod for TaskVectors {
+    type Facts = Vec<Known>;
+
     fn passes(&self) -> usize {
         let counting = self.sparsifiers.iter().map(|sparsifier| sparsifier.passes()).max();
-        counting.unwrap_or(0) + usize::from(self.l1)
+        counting.unwrap_or(0) + usize::from(self.family.l1)
     }
 
     fn row(&self) -> Option<usize> {
@@ -239,100 +254,93 @@ impl Method for TaskVectors {
     }
 
     fn leaves_out(&self) -> bool {
-        self.sparse || self.consensus
+        self.sparse || self.family.votes
     }
 
-    fn start(&self) -> Vec<f64> {
-        let mut facts = vec![0.0];
-        facts.extend(self.sparsifiers.iter().flat_map(|sparsifier| sparsifier.start()));
-        facts.extend(vec![1.0; self.weights.len()]);
-        facts
+    fn start(&self) -> Vec<Known> {
+        let searches = self.sparsifiers.iter().map(|sparsifier| sparsifier.searches());
+        searches.map(|searches| Known { searches, factor: 1.0 }).collect()
     }
 
-    fn request(&self, _: usize, facts: &[f64]) -> Request {
-        match self.counting(facts) {
-            Some((counts, stride)) => Request { sums: 0, counts: counts.iter().sum(), stride },
-            None => Request { sums: 2 * self.weights.len(), counts: 0, stride: 1 },
+    fn request(&self, facts: &Vec<Known>) -> Request {
+        match stride(facts) {
+            Some(stride) => {
+                Request { sums: 0, counts: facts.iter().map(Known::counts).sum(), stride }
+            }
+            None => Request { sums: 2 * facts.len(), counts: 0, stride: 1 },
         }
     }
 
     fn observe(
         &self,
         kernels: &Kernels,
-        _: usize,
-        facts: &[f64],
+        facts: &Vec<Known>,
         slice: &Slice<'_>,
         tally: &mut Tally<'_>,
     ) {
-        let Some((counts, _)) = self.counting(facts) else {
+        if stride(facts).is_none() {
             self.observe_l1(kernels, facts, slice, tally.sums);
             return;
-        };
+        }
         let mut delta = vec![0.0; slice.len()];
         let mut rest = tally.counts;
-        for (number, count) in counts.into_iter().enumerate() {
-            let (own, others) = rest.split_at(count);
-            rest = others;
-            if own.is_empty() {
+        for (operand, known) in slice.operands.iter().zip(facts) {
+            if known.counts() == 0 {
                 continue;
             }
-            difference(kernels, slice.operands[number], slice.base.unwrap_or_default(), &mut delta);
-            self.sparsifiers[number].observe(kernels, self.facts(facts, number), &delta, own);
+            difference(kernels, operand, slice.base.unwrap_or_default(), &mut delta);
+            for search in &known.searches {
+                let (own, others) = rest.split_at(search.counts());
+                rest = others;
+                search.count(kernels, &delta, own);
+            }
         }
     }
 
     fn conclude(
         &self,
-        _: usize,
-        facts: &[f64],
+        facts: &Vec<Known>,
         sums: &[f64],
         counts: &[u32],
-    ) -> Result<Finding, String> {
-        let mut next = facts.to_vec();
-        let Some((lengths, _)) = self.counting(facts) else {
-            let factors = *self.places.last().unwrap_or(&1);
-            for (number, sums) in sums.as_chunks::<2>().0.iter().enumerate() {
+    ) -> Result<Finding<Vec<Known>>, String> {
+        let mut facts = facts.clone();
+        if stride(&facts).is_none() {
+            for (known, sums) in facts.iter_mut().zip(sums.as_chunks::<2>().0) {
                 if sums[0] >= LEAST_SUM && sums[1] >= LEAST_SUM {
-                    next[factors + number] = sums[0] / sums[1];
+                    known.factor = crate::dtype::f64_to_f32(sums[0] / sums[1]);
                 }
             }
-            return Ok(Finding { facts: next, settled: true });
-        };
-        let mut rest = counts;
-        for (number, length) in lengths.into_iter().enumerate() {
-            let (own, others) = rest.split_at(length);
-            rest = others;
-            if !own.is_empty() {
-                let place = self.places[number]..self.places[number + 1];
-                next[place].copy_from_slice(
-                    &self.sparsifiers[number].conclude(self.facts(facts, number), own),
-                );
-            }
+            return Ok(Finding { facts, settled: true });
         }
-        let settled = !self.l1 && self.counting(&next).is_none();
-        Ok(Finding { facts: next, settled })
+        let mut rest = counts;
+        for search in facts.iter_mut().flat_map(|known| &mut known.searches) {
+            let (own, others) = rest.split_at(search.counts());
+            rest = others;
+            *search = search.conclude(own);
+        }
+        let settled = !self.family.l1 && stride(&facts).is_none();
+        Ok(Finding { facts, settled })
     }
 
     fn blend(
         &self,
         kernels: &Kernels,
-        facts: &[f64],
+        facts: &Vec<Known>,
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {
         let length = slice.len();
-        let factors = &facts[*self.places.last().unwrap_or(&1)..];
-        let mut deltas = vec![0.0; self.weights.len() * length];
+        let Family { weights, lambda, normalize, votes, .. } = &self.family;
+        let mut deltas = vec![0.0; weights.len() * length];
         out.fill(0.0);
-        for (number, delta) in deltas.chunks_exact_mut(length.max(1)).enumerate() {
-            self.sparse(kernels, facts, slice, number, delta);
-            let weight = self.weights[number];
-            let factor = crate::dtype::f64_to_f32(factors[number]);
+        let each = deltas.chunks_exact_mut(length.max(1)).zip(facts).zip(&**weights).enumerate();
+        for (number, ((delta, known), &weight)) in each {
+            self.sparse(kernels, known.cuts(), slice, number, delta);
             kernels.run(
                 #[inline(always)]
                 || {
                     for (value, sum) in delta.iter_mut().zip(&mut *out) {
-                        *value = *value * factor * weight;
+                        *value = *value * known.factor * weight;
                         *sum += *value;
                     }
                 },
@@ -342,15 +350,15 @@ impl Method for TaskVectors {
         kernels.run(
             #[inline(always)]
             || {
-                if self.consensus {
+                if *votes {
                     self.elect(&deltas, out);
-                } else if self.normalize {
-                    let sum: f32 = self.weights.iter().sum();
+                } else if *normalize {
+                    let sum: f32 = weights.iter().sum();
                     let divisor = if sum.abs() < LEAST_DIVISOR { 1.0 } else { sum };
                     out.iter_mut().for_each(|sum| *sum /= divisor);
                 }
                 for (value, base) in out.iter_mut().zip(base) {
-                    *value = base + *value * self.lambda;
+                    *value = base + *value * lambda;
                 }
             },
         );
@@ -393,7 +401,7 @@ impl TaskVectors {
                 *sign = if *sum >= 0.0 { 1.0 } else { -1.0 };
             }
             sums.fill(0.0);
-            for (delta, &weight) in deltas.chunks_exact(length).zip(&self.weights) {
+            for (delta, &weight) in deltas.chunks_exact(length).zip(&*self.family.weights) {
                 let delta = &delta[start..start + sums.len()];
                 let places = sums.iter_mut().zip(&mut divisors).zip(delta.iter().zip(&elected));
                 for ((sum, divisor), (value, sign)) in places {
@@ -402,7 +410,7 @@ impl TaskVectors {
                     *divisor += if agrees { weight } else { 0.0 };
                 }
             }
-            if self.normalize {
+            if self.family.normalize {
                 for (sum, divisor) in sums.iter_mut().zip(&divisors) {
                     *sum /= if *divisor == 0.0 { 1.0 } else { *divisor };
                 }

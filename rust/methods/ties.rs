@@ -4,45 +4,82 @@
 //! `k = max(1, ⌊density·n⌋)` elements of largest magnitude are kept, exactly; among equal magnitudes at the border
 //! random numbers decide, see [`super::quantile`].
 
+use super::linear::WEIGHT;
+use super::parameters::parameters;
 use super::quantile::{self, Cut, Search, magnitude};
 use super::random::tie_breakers;
-use super::specification::{Base, Settings, Specification};
-use super::task_vectors::{COMMON, NORMALIZE, RESCALE, SEED, Sparsify, TaskVectors};
+use super::specification::{Base, Description, Flag, Given, Rule, Target};
+use super::task_vectors::{DENSITY, Family, LAMBDA, NORMALIZE, Rescale, SEED, Sparsify};
 use super::{Method, random};
 use crate::kernels::Kernels;
-use std::sync::atomic::AtomicU32;
 
-/// `ties` in the table of methods.
-pub(super) const TIES: Specification = Specification {
-    name: "ties",
-    title: "TIES",
-    summary: "Keeps the largest elements of each task vector and adds those that agree on the sign.",
-    reference: "https://arxiv.org/abs/2306.01708",
-    base: Base::Required,
-    operands: (1, None),
-    passes: quantile::PASSES + 1,
-    parameters: &[COMMON, &[NORMALIZE, RESCALE, SEED]],
-    make,
-};
+parameters! {
+    /// Of the sum.
+    struct Shared {
+        lambda: f64 = LAMBDA,
+        normalize: bool = NORMALIZE,
+        rescale: Rescale = Rescale::SPEC,
+        seed: u64 = SEED,
+    }
+}
 
-fn make(settings: &Settings) -> Result<Box<dyn Method>, String> {
-    check_size(settings)?;
-    let elements = settings.elements();
-    TaskVectors::make(settings, true, None, |number, density| {
-        let top = random::floor(density, elements).max(1);
-        Ok(Box::new(Band::new(settings, number, top, 0)))
-    })
+parameters! {
+    /// Of each model.
+    struct Operand {
+        weight: f64 = WEIGHT,
+        density: f64 = DENSITY,
+    }
+}
+
+/// `ties` with checked parameters.
+#[derive(Debug)]
+pub(super) struct Ties {
+    family: Family,
+    seed: u64,
+}
+
+impl Rule for Ties {
+    type Shared = Shared;
+    type Operand = Operand;
+    const ABOUT: Description = Description {
+        name: "ties",
+        title: "TIES",
+        summary: "Keeps the largest elements of each task vector and adds those that agree on the sign.",
+        reference: "https://arxiv.org/abs/2306.01708",
+        base: Base::Required,
+        operands: (1, None),
+        passes: quantile::PASSES + 1,
+        flags: &[Flag::Votes],
+        interpolates: None,
+    };
+
+    fn new(given: Given<Self>) -> Result<Self, String> {
+        let Shared { lambda, normalize, rescale, seed } = given.shared;
+        let operands = given.operands.iter().map(|operand| (operand.weight, operand.density));
+        let family = Family::new(operands, lambda, normalize)?;
+        Ok(Self { family: family.voting(true).rescaled(rescale == Rescale::L1), seed })
+    }
+
+    fn method(&self, target: &Target<'_>) -> Result<Box<dyn Method>, String> {
+        check_size(target)?;
+        let elements = target.elements();
+        let key = target.key(self.seed);
+        self.family.method(None, |number, density| {
+            let top = random::floor(density, elements).max(1);
+            Ok(Box::new(Band::new(elements, key, number, top, 0)))
+        })
+    }
 }
 
 /// The counters of a search hold 32 bits.
 ///
 /// # Errors
 /// A sentence if the tensor has more elements.
-pub(super) fn check_size(settings: &Settings) -> Result<(), String> {
-    if u32::try_from(settings.elements()).is_ok() {
+pub(super) fn check_size(target: &Target<'_>) -> Result<(), String> {
+    if u32::try_from(target.elements()).is_ok() {
         return Ok(());
     }
-    Err(format!("it has {} elements; quantiles can be taken of 2^32", settings.elements()))
+    Err(format!("it has {} elements; quantiles can be taken of 2^32", target.elements()))
 }
 
 /// Keeps the `outer` largest elements but for the `inner` largest.
@@ -59,13 +96,15 @@ pub(super) struct Band {
 const PART: usize = 256;
 
 impl Band {
-    pub(super) fn new(settings: &Settings, number: usize, outer: usize, inner: usize) -> Self {
+    pub(super) fn new(
+        elements: usize,
+        key: [u32; 2],
+        number: usize,
+        outer: usize,
+        inner: usize,
+    ) -> Self {
         let stream = u32::try_from(number).unwrap_or(u32::MAX);
-        Self { elements: settings.elements(), outer, inner, key: settings.key, stream }
-    }
-
-    fn searches(facts: &[f64]) -> [Search; 2] {
-        [&facts[..quantile::FACTS], &facts[quantile::FACTS..]].map(Search::from_facts)
+        Self { elements, outer, inner, key, stream }
     }
 
     /// Whether random numbers decide about any of the values.
@@ -98,43 +137,11 @@ impl Sparsify for Band {
         quantile::PASSES
     }
 
-    fn start(&self) -> Vec<f64> {
-        let searches =
-            [self.outer, self.inner].map(|top| Search::start(top, self.elements).facts());
-        searches.concat()
+    fn searches(&self) -> [Search; 2] {
+        [self.outer, self.inner].map(|top| Search::start(top, self.elements))
     }
 
-    fn request(&self, facts: &[f64]) -> Option<(usize, usize)> {
-        let open =
-            Self::searches(facts).into_iter().filter(|search| !matches!(search, Search::Found(_)));
-        let stride = open.map(Search::stride).min()?;
-        Some((Self::searches(facts).into_iter().map(Search::counts).sum(), stride))
-    }
-
-    fn observe(&self, kernels: &Kernels, facts: &[f64], delta: &[f32], counts: &[AtomicU32]) {
-        let mut rest = counts;
-        for search in Self::searches(facts) {
-            let (own, others) = rest.split_at(search.counts());
-            rest = others;
-            search.count(kernels, delta, own);
-        }
-    }
-
-    fn conclude(&self, facts: &[f64], counts: &[u32]) -> Vec<f64> {
-        let mut rest = counts;
-        let searches = Self::searches(facts).into_iter().zip([self.outer, self.inner]);
-        searches
-            .flat_map(|(search, top)| {
-                let (own, others) = rest.split_at(search.counts());
-                rest = others;
-                search.conclude(own, top, self.elements).facts()
-            })
-            .collect()
-    }
-
-    fn apply(&self, kernels: &Kernels, facts: &[f64], first: usize, delta: &mut [f32]) {
-        let [Search::Found(outer), Search::Found(inner)] = Self::searches(facts) else { return };
-        let cuts = [outer, inner];
+    fn apply(&self, kernels: &Kernels, cuts: [Cut; 2], first: usize, delta: &mut [f32]) {
         kernels.run(
             #[inline(always)]
             || {

@@ -41,7 +41,7 @@ impl Input {
             tensor: tensor.to_owned(),
             range: entry.range.clone(),
             dtype: entry.dtype,
-            shape: entry.shape.clone(),
+            shape: entry.shape.to_vec(),
         })
     }
 

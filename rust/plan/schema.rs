@@ -3,7 +3,7 @@
 //! What a model with 200,000 tensors repeats is written once: tensors share the entries of a table of operations, and
 //! what an operand leaves out (its name, and the output's dtype and shape) is that of the tensor itself.
 
-use crate::checkpoint::FileIdentity;
+use crate::checkpoint::StatedIdentity;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -42,7 +42,7 @@ pub struct Source {
     /// Its directory, absolute.
     pub path: PathBuf,
     /// The shards that the plan reads, by file name.
-    pub files: BTreeMap<String, FileIdentity>,
+    pub files: BTreeMap<String, StatedIdentity>,
 }
 
 /// One output file.

@@ -1,7 +1,7 @@
 //! The checkpoints that a plan reads, and whether they are those that it was made for.
 
 use super::schema;
-use crate::checkpoint::{Checkpoint, FileIdentity, ReadBackend};
+use crate::checkpoint::{Checkpoint, FileIdentity, ReadBackend, StatedIdentity};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -58,7 +58,7 @@ pub(super) fn open_source(
 
 fn check_identity(
     path: &Path,
-    expected: &FileIdentity,
+    expected: &StatedIdentity,
     found: &FileIdentity,
     same_time: bool,
 ) -> Result<()> {

@@ -14,6 +14,11 @@ from safetensors.torch import load_file
 from safemerge_fast import _engine
 
 
+def stated_files(path: Path) -> dict[str, Any]:
+    """The files of a checkpoint as a plan states them."""
+    return {file: facts.to_dict() for file, facts in _engine.Checkpoint(path).identity().items()}
+
+
 def engine_plan(
     directory: Path,
     method: str,
@@ -34,7 +39,7 @@ def engine_plan(
         path = directory / name
         path.mkdir(exist_ok=True)
         write_safetensors(path / "model.safetensors", tensors)
-        sources[name] = {"path": str(path), "files": _engine.Checkpoint(path).identity()}
+        sources[name] = {"path": str(path), "files": stated_files(path)}
     each = each or [{} for _ in operands]
     planned = []
     operations = []

@@ -68,7 +68,7 @@ def test_flops_count_the_products_of_the_analysis(benches: Any) -> None:
 def test_passes_are_those_of_the_registry(benches: Any) -> None:
     from safemerge_fast import _engine
 
-    registered = {method["name"]: method["passes"] for method in _engine.methods()}
+    registered = {method.name: method.passes for method in _engine.methods()}
     # dare_ties observes only where it rescales by norms.
     assert {**benches("cost_model").MERGES, "dare_ties": (3, registered["dare_ties"])} == {
         name: (models, registered[name]) for name, (models, _) in benches("cost_model").MERGES.items()

@@ -88,7 +88,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_there_is_a_case_for_every_method() -> None:
-    assert CASES.keys() == known_methods().keys() == {method["name"] for method in _engine.methods()}
+    assert CASES.keys() == known_methods().keys() == {method.name for method in _engine.methods()}
 
 
 @pytest.mark.parametrize("name", CASES)

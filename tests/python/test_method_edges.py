@@ -72,7 +72,7 @@ def merge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_the_cases_are_all_the_methods() -> None:
-    assert {case.method for case in CASES} == {method["name"] for method in _engine.methods()}
+    assert {case.method for case in CASES} == {method.name for method in _engine.methods()}
 
 
 def test_every_result_is_finite_and_of_the_same_shape(merge: Merge) -> None:

@@ -25,8 +25,11 @@ def peak():
     return int(line.split()[1]) << 10
 
 directory, merge = Path(sys.argv[1]), json.loads(sys.argv[2])
+def stated_files(path):
+    return {file: facts.to_dict() for file, facts in _engine.Checkpoint(path).identity().items()}
+
 sources = {
-    name: {"path": str(directory / name), "files": _engine.Checkpoint(directory / name).identity()}
+    name: {"path": str(directory / name), "files": stated_files(directory / name)}
     for name in ("left", "right")
 }
 tensor = {"name": "x", "dtype": "BF16", "shape": json.loads(sys.argv[3]), "operation": 0}

@@ -180,4 +180,4 @@ def test_from_python_as_on_the_command_line(quartet: dict[str, Path], tmp_path: 
 def test_help_lists_every_method() -> None:
     text = run("run", "--help").stdout
     for method in safemerge_fast._engine.methods():
-        assert re.search(rf"^ +{method['name']} +\S", text, re.MULTILINE), method["name"]
+        assert re.search(rf"^ +{method.name} +\S", text, re.MULTILINE), method.name

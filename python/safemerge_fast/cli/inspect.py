@@ -109,7 +109,7 @@ def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
         "parameters": sum(math.prod(row.shape) for row in rows),
         "bytes": sum(sizes.values()),
         "files": [
-            {"file": file, "bytes": identity[file]["size"], "tensors": sum(row.file == file for row in rows)}
+            {"file": file, "bytes": identity[file].size, "tensors": sum(row.file == file for row in rows)}
             for file in model.headers.files
         ],
         "dtypes": dict(Counter(row.dtype for row in rows)),

@@ -12,7 +12,7 @@ from .options import resource_options, terminal_options
 from .terminal import Terminal
 
 _METHODS = "\b\nMethods (docs/methods.md has their parameters):\n" + "\n".join(
-    f"  {method['name']:<17} {method['summary']}" for method in _engine.methods()
+    f"  {method.name:<17} {method.summary}" for method in _engine.methods()
 )
 
 

@@ -85,12 +85,12 @@ def remove_stray_shards(output: _engine.Output, files: Collection[str]) -> None:
 
 
 def describe_inputs(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
-    """What was read, by role: "spec", "path", and "files" with size, mtime_ns and header_digest of each."""
+    """What was read, by role: "spec", "path", and "files" with the identity of each."""
     return {
         role: {
             "spec": model.spec,
             "path": str(model.path),
-            "files": {file: dict(facts) for file, facts in model.headers.identity().items()},
+            "files": {file: facts.to_dict() for file, facts in model.headers.identity().items()},
         }
         for role, model in models.items()
     }

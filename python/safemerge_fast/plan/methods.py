@@ -61,22 +61,22 @@ class Method:
 def known_methods() -> Mapping[str, Method]:
     """The engine's methods by name."""
     return {
-        method["name"]: Method(
-            name=method["name"],
-            base=method["base"],
-            least_operands=method["least_operands"],
-            most_operands=method["most_operands"],
+        method.name: Method(
+            name=method.name,
+            base=method.base,
+            least_operands=method.least_operands,
+            most_operands=method.most_operands,
             parameters={
-                parameter["name"]: Parameter(
-                    name=parameter["name"],
-                    scope=parameter["scope"],
-                    kind=parameter["kind"],
-                    default=parameter["default"],
-                    least=parameter["least"],
-                    most=parameter["most"],
-                    choices=tuple(parameter["choices"]),
+                parameter.name: Parameter(
+                    name=parameter.name,
+                    scope=parameter.scope,
+                    kind=parameter.kind,
+                    default=parameter.default,
+                    least=parameter.least,
+                    most=parameter.most,
+                    choices=tuple(parameter.choices),
                 )
-                for parameter in method["parameters"]
+                for parameter in method.parameters
             },
         )
         for method in _engine.methods()
@@ -85,5 +85,4 @@ def known_methods() -> Mapping[str, Method]:
 
 def weighing_methods() -> tuple[str, ...]:
     """Names of the methods that weigh two models, with or without a base: those that SafeMERGE can use."""
-    methods = known_methods().items()
-    return tuple(name for name, method in methods if "weight" in method.parameters or name == "slerp")
+    return tuple(method.name for method in _engine.methods() if method.weighs)

@@ -254,7 +254,7 @@ def plan_document(models: Mapping[str, Model], shards: Iterable[Mapping[str, Any
         identity = headers.identity()
         sources[role] = {
             "path": headers.path,
-            "files": {file: dict(identity[file]) for file in headers.files if file in used[role]},
+            "files": {file: identity[file].to_dict() for file in headers.files if file in used[role]},
         }
     operations: list[Any] = []
     known: dict[str, int] = {}

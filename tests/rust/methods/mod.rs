@@ -7,3 +7,4 @@ mod quantile;
 mod random;
 mod refusals;
 mod scene;
+mod table;

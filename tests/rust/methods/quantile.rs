@@ -30,18 +30,18 @@ fn drive(method: &dyn Method, model: &[f32]) -> Outcome {
     };
     let mut facts = method.start();
     let mut passes = 0;
-    for pass in 0..method.passes() {
-        let request = method.request(pass, &facts);
+    for _ in 0..method.passes() {
+        let request = method.request(&facts);
         let mut sums = vec![0.0; request.sums];
         let counts: Vec<AtomicU32> = (0..request.counts).map(|_| AtomicU32::new(0)).collect();
         for first in (0..model.len()).step_by(SUB_TILE * request.stride) {
             slice(first, &mut |slice| {
                 let mut tally = Tally { sums: &mut sums, counts: &counts };
-                method.observe(&kernels, pass, &facts, slice, &mut tally);
+                method.observe(&kernels, &facts, slice, &mut tally);
             });
         }
         let counts: Vec<u32> = counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
-        let finding = method.conclude(pass, &facts, &sums, &counts).unwrap();
+        let finding = method.conclude(&facts, &sums, &counts).unwrap();
         facts = finding.facts;
         passes += 1;
         if finding.settled {

@@ -102,8 +102,8 @@ def _open_job(report: MergeReport) -> Job:
             known = recorded.get(file)
             # A copy of a model is the same model, so that its time may differ.
             if known is None or (known["size"], known["header_digest"]) != (
-                facts["size"],
-                facts["header_digest"],
+                facts.size,
+                facts.header_digest,
             ):
                 raise PlanError(
                     f"{role}: {file} of {model.path} is not the one that was merged: size or header differ"

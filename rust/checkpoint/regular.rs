@@ -1,0 +1,60 @@
+//! Opening what should be a regular file: a FIFO or a device under its name is refused at once, not waited for.
+
+use crate::{Error, Result};
+use rustix::fs::OFlags;
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Opens a regular file for reading.
+///
+/// # Errors
+/// Those of the operating system, and [`io::ErrorKind::InvalidInput`] if it is anything else than a regular file.
+pub(super) fn open(path: &Path) -> io::Result<(File, Metadata)> {
+    // Without O_NONBLOCK, opening a FIFO waits for a writer. It changes nothing for regular files.
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        let what = if metadata.is_dir() { "a directory" } else { "a pipe, socket or device" };
+        let problem = format!("it is {what}, not a regular file");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+    }
+    Ok((file, metadata))
+}
+
+/// How the file begins that git leaves in place of one that git-lfs keeps elsewhere.
+const LFS_POINTER: &[u8] = b"version https://git-lfs";
+/// What to do about such a file.
+pub(super) const LFS_ADVICE: &str =
+    "it is a git-lfs pointer, not the file itself; run `git lfs pull` in its directory";
+
+/// Whether the file is a pointer of git-lfs.
+pub(super) fn is_lfs_pointer(file: &File) -> bool {
+    let mut start = [0; LFS_POINTER.len()];
+    file.read_exact_at(&mut start, 0).is_ok() && start == LFS_POINTER
+}
+
+/// Reads a small file whole.
+///
+/// # Errors
+/// [`Error::Read`] as [`open`], and [`Error::Unusable`] if it has more than `most` bytes or is a pointer of git-lfs.
+pub(super) fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let (file, metadata) = open(path).map_err(|e| Error::read(path, e))?;
+    if is_lfs_pointer(&file) {
+        return Err(Error::unusable(path, LFS_ADVICE));
+    }
+    let mut bytes = Vec::new();
+    // The size is a hint: the file may grow, or be one of /proc, which all claim to be empty.
+    let hint = metadata.len().min(most);
+    bytes.reserve_exact(usize::try_from(hint).unwrap_or_default());
+    file.take(most + 1).read_to_end(&mut bytes).map_err(|e| Error::read(path, e))?;
+    if bytes.len() as u64 > most {
+        return Err(Error::unusable(
+            path,
+            format!("it has more than {most} bytes, the most allowed"),
+        ));
+    }
+    Ok(bytes)
+}
