@@ -269,7 +269,7 @@ class Checkpoint:
     """The validated headers of a checkpoint directory or of one .safetensors file; data is opened when asked for."""
 
     def __new__(
-        cls, path: str | PathLike[str], *, read_backend: Literal["auto", "mmap", "pread"] = "auto"
+        cls, path: str | PathLike[str], *, read_backend: str = "auto"
     ) -> Checkpoint:
         """Reads and checks all headers; nothing of the tensors' data.
 

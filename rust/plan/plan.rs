@@ -88,7 +88,10 @@ impl Plan {
             sources.insert(name.clone(), open_source(source, given.get(name), backend)?);
         }
         let digests = plan.operations.iter().map(digest_of).collect::<Result<Vec<_>>>()?;
-        let recipes: Vec<Recipe> = plan.operations.into_iter().map(Recipe::new).collect();
+        let operations = plan.operations.into_iter().enumerate();
+        let recipes = operations
+            .map(|(number, operation)| Recipe::new(number, operation))
+            .collect::<Result<Vec<_>>>()?;
         let mut names = HashSet::new();
         let mut files = HashSet::new();
         let mut shards = Vec::with_capacity(plan.shards.len());

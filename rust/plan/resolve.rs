@@ -6,7 +6,7 @@ use super::schema;
 use super::sources::{GivenSources, Source, Sources};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
-use crate::methods::{self, Convert};
+use crate::methods::{self, Convert, Prepared};
 use crate::{Error, Result};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -52,20 +52,26 @@ pub(super) enum Recipe {
     Copy(schema::TensorRef),
     Merge {
         merge: Box<schema::Merge>,
-        /// Parameters of each operand, the weight among them.
-        parameters: Vec<Map<String, Value>>,
+        /// Its method, with the parameters checked.
+        method: Prepared,
     },
 }
 
 impl Recipe {
-    pub(super) fn new(operation: schema::Operation) -> Self {
-        match operation {
-            schema::Operation::Copy(source) => Self::Copy(source),
-            schema::Operation::Merge(merge) => {
-                let parameters = merge.operands.iter().map(operand_parameters).collect();
-                Self::Merge { merge, parameters }
-            }
-        }
+    /// Checks the parameters of a method once for all tensors that are merged alike.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if they do not fit; `number` is the operation's in the table.
+    pub(super) fn new(number: usize, operation: schema::Operation) -> Result<Self> {
+        let merge = match operation {
+            schema::Operation::Copy(source) => return Ok(Self::Copy(source)),
+            schema::Operation::Merge(merge) => merge,
+        };
+        let parameters: Vec<_> = merge.operands.iter().map(operand_parameters).collect();
+        let (name, shared, base) = (&merge.method, &merge.parameters, merge.base.is_some());
+        let method = methods::check(name, shared, &parameters, base)
+            .map_err(|problem| Error::Plan(format!("operation {number}: {problem}")))?;
+        Ok(Self::Merge { merge, method })
     }
 }
 
@@ -155,18 +161,16 @@ impl<'a> Resolver<'a> {
                     dtype: self.output_float(dtype)?,
                 }))
             }
-            Recipe::Merge { merge, parameters } => {
+            Recipe::Merge { merge, method } => {
                 let operands = merge.operands.iter().map(|weighted| &weighted.operand);
                 let operands = operands
                     .chain(&merge.base)
                     .map(|operand| self.operand(operand, shape))
                     .collect::<Result<Vec<_>>>()?;
                 let has_base = merge.base.is_some();
-                let (name, shared) = (&merge.method, &merge.parameters);
-                let method = methods::build(name, shared, parameters, has_base, self.name, shape)
-                    .map_err(|problem| {
-                    Error::Plan(format!("tensor `{}`: {problem}", self.name))
-                })?;
+                let method = method
+                    .method(self.name, shape)
+                    .map_err(|problem| Error::Plan(format!("tensor `{}`: {problem}", self.name)))?;
                 let dtype = self.output_float(dtype)?;
                 Ok(Operation::Compute(Computation { method, operands, has_base, dtype }))
             }
