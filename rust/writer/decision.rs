@@ -8,6 +8,8 @@ use super::placement::Place;
 use super::publication::{self, MAKING, MOVES, Moves};
 use super::record::{Overwrite, RECORD, RECORD_PARTIAL, Record};
 use crate::{Error, Result};
+use std::ffi::OsString;
+use std::path::Path;
 
 /// What the caller wants.
 #[derive(Debug, Clone, Copy)]
@@ -137,19 +139,30 @@ fn unfinished(place: &Place, inputs: &Inputs) -> Result<Option<Record>> {
     Ok(None)
 }
 
-/// Refuses what is no job directory, before anything is made in it.
+/// Refuses what is no job directory, before anything is made in it. The lock is not held: others may begin and end there
+/// meanwhile. Since a job's lock comes first and goes last, one listing with something else and without it is no job's.
 pub(super) fn check_usable(place: &Place) -> Result<()> {
     let Some(metadata) = disk::look(&place.job)? else { return Ok(()) };
     if !metadata.is_dir() {
         let problem = format!("needs {} for the merge, which is no directory", place.job.display());
         return Err(Error::output(&place.output, format!("{problem}; move it away")));
     }
-    if is_begun(place) { Ok(()) } else { check_empty(place) }
+    let names = publication::entries(&place.job)?;
+    let known = |name: &OsString| [LOCK, RECORD, MOVES].iter().any(|&known| name == known);
+    match names.first() {
+        Some(name) if !names.iter().any(known) => Err(of_something_else(place, Path::new(name))),
+        _ => Ok(()),
+    }
+}
+
+fn of_something_else(place: &Place, name: &Path) -> Error {
+    let (job, name) = (place.job.display(), name.display());
+    let problem = format!("needs {job} for the merge, which holds {name} of something else");
+    Error::output(&place.output, format!("{problem}; move it away"))
 }
 
 /// Refuses a job directory that holds anything besides what a job that was just begun leaves.
-fn check_empty(place: &Place) -> Result<()> {
-    let refuse = |what: String| Err(Error::output(&place.output, what));
+pub(super) fn check_empty(place: &Place) -> Result<()> {
     for (name, directory) in disk::walk(&place.job)? {
         let known = match name.to_str() {
             Some(LOCK | RECORD_PARTIAL) => !directory,
@@ -157,11 +170,7 @@ fn check_empty(place: &Place) -> Result<()> {
             _ => false,
         };
         if !known {
-            return refuse(format!(
-                "needs {} for the merge, which holds {} of something else; move it away",
-                place.job.display(),
-                name.display()
-            ));
+            return Err(of_something_else(place, &name));
         }
     }
     Ok(())

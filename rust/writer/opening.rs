@@ -63,8 +63,7 @@ fn try_to_enter(found: &Place, made: &mut Vec<PathBuf>) -> Result<(Place, Lock)>
 impl Entered {
     /// Goes out again; a job directory without a job goes too.
     pub(super) fn leave(self) {
-        let usable = decision::check_usable(&self.place).is_ok();
-        if usable && !decision::is_begun(&self.place) {
+        if decision::check_empty(&self.place).is_ok() {
             drop(publication::discard(&self.place, self.lock));
         }
         placement::remove_empty(&self.made);
