@@ -33,9 +33,9 @@ tensor = {"name": "x", "dtype": "BF16", "shape": json.loads(sys.argv[3]), "merge
 shards = [{"file": "out.safetensors", "tensors": [tensor]}]
 plan = _engine.Plan(json.dumps({"version": 1, "sources": sources, "shards": shards}))
 before = peak()
-output = _engine.Output(directory / "out", overwrite=True)
-plan.execute(output, threads=2, tile_bytes=1 << 20)
-output.finish()
+job = _engine.JobDirectory(directory / "out", identity="test", overwrite="exchange")
+plan.execute(job, threads=2, tile_bytes=1 << 20)
+job.close()
 print(peak() - before)
 """
 
