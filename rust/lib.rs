@@ -8,7 +8,7 @@
 //! 3. [`kernels`] convert between dtypes and blend, with one scalar twin for every SIMD version.
 //! 4. [`difference`]: blocks of the difference of two stored matrices, for an analysis before there is a plan.
 //! 5. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
-//! 6. [`writer`]: tiles go to partial files, which are synced and renamed; a journal remembers what is committed.
+//! 6. [`writer`]: an output is made in a job directory, shard by shard, and gets its name when it is whole.
 //!
 //! `bindings`, behind the feature `python`, is the only user of PyO3.
 
