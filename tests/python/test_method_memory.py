@@ -37,9 +37,9 @@ shards = [{"file": "out.safetensors", "tensors": [tensor]}]
 operations = [{"merge": merge}]
 plan = _engine.Plan(json.dumps({"version": 2, "sources": sources, "operations": operations, "shards": shards}))
 before = peak()
-output = _engine.Output(directory / "out", overwrite=True)
-plan.execute(output, threads=2, tile_bytes=1 << 20)
-output.finish()
+job = _engine.JobDirectory(directory / "out", identity="test", overwrite="exchange")
+plan.execute(job, threads=2, tile_bytes=1 << 20)
+job.close()
 print(peak() - before)
 """
 
