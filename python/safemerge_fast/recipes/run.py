@@ -115,9 +115,7 @@ def read_recipe(file: Path, run: Mapping[str, Any]) -> RunSettings:
     given = {name: value for name, value in run.items() if value is not None}
     if "recipe" not in document:
         for recipe in recipes().values():
-            found: RunSettings | None = (
-                None if recipe.read is None else recipe.read(str(file), document, given)
-            )
+            found: RunSettings | None = None if recipe.read is None else recipe.read(str(file), document, given)
             if found is not None:
                 return found
     name = document.pop("recipe", None)
