@@ -13,7 +13,7 @@ from ...plan.values import Entry, Scalar
 from ...plan.values import Parameters as Given
 from .document import Document
 from .models import Participant
-from .slices import Input, Section
+from .slices import Input, Part, Section
 
 __all__ = ["Operations"]
 
@@ -84,6 +84,7 @@ class _Merge:
 
     Attributes:
         section: The section.
+        models: Its inputs and its base.
         shared: Finds the parameters that all of its inputs share.
         own: Finds those of each input.
         varies: Whether values depend on the tensor.
@@ -91,6 +92,7 @@ class _Merge:
     """
 
     section: Section
+    models: tuple[Participant, ...]
     shared: _Lookup
     own: tuple[_Lookup, ...]
     varies: bool
@@ -125,44 +127,37 @@ class Operations:
             self._copies[model.role] = copy_of(Operand(model.role, OWN_NAME))
         return self._copies[model.role]
 
-    def merged(
-        self, section: Section, name: str, t: float, asked: Sequence[str], stored: Mapping[str, str]
-    ) -> Operation:
+    def merged(self, part: Part, place: int, stored: Mapping[str, str]) -> Operation:
         """What all inputs of a section have for an output tensor, merged.
 
         Args:
-            section: The section.
-            name: The output tensor's name.
-            t: Its layer's place in the section, from 0 to 1.
-            asked: The name that it has in each input's own counting of layers, which filters see.
+            part: The part that the tensor is in.
+            place: Its place there.
             stored: What each input and the base call it, by label.
 
         Raises:
             PlanError: A parameter is missing for it.
             AdapterError: An adapter does to it what the method cannot take.
         """
+        section, name, t = part.section, part.names[place], part.places[place]
         merge = self._merges.get(id(section)) or self._begin(section)
-        plain = all(
-            stored[item.participant.label] == name and name not in item.participant.adapted
-            for item in section.all_inputs
-        )
+        models = merge.models
+        plain = all(stored[model.label] == name and name not in model.adapted for model in models)
         if plain and not merge.varies and merge.made:
             return next(iter(merge.made.values()))
+        # Filters see the name that a tensor has in each model's own counting of layers.
         values = (
             merge.shared.values(name, t),
-            *(lookup.values(own, t) for lookup, own in zip(merge.own, asked, strict=True)),
+            *(
+                lookup.values(part.asked[item.participant.label][place], t)
+                for lookup, item in zip(merge.own, section.inputs, strict=True)
+            ),
         )
         if not plain:
-            terms = {
-                item.participant.label: item.participant.terms(stored[item.participant.label])
-                for item in section.all_inputs
-            }
+            terms = {model.label: model.terms(stored[model.label]) for model in models}
             return self._compose(merge, name, values, terms)
         if values not in merge.made:
-            terms = {
-                item.participant.label: (Term(Operand(item.participant.role, OWN_NAME)),)
-                for item in section.all_inputs
-            }
+            terms = {model.label: (Term(Operand(model.role, OWN_NAME)),) for model in models}
             merge.made[values] = self._compose(merge, name, values, terms)
         return merge.made[values]
 
@@ -192,7 +187,8 @@ class Operations:
             _Lookup(self.method, "operand", (item.parameters, *outer), self._place_of_parameters(item))
             for item in section.inputs
         )
-        merge = _Merge(section, shared, own, any(lookup.varies for lookup in (shared, *own)))
+        models = tuple(item.participant for item in section.all_inputs)
+        merge = _Merge(section, models, shared, own, any(lookup.varies for lookup in (shared, *own)))
         self._merges[id(section)] = merge
         return merge
 

@@ -70,7 +70,7 @@ def find_tensors(
     for part in parts:
         finder.add(part)
     rows = finder.rows
-    if not stacked:
+    if not stacked and sections[0].layers is not None:
         order = {name: place for place, name in enumerate(host.tensors)}
         rows.sort(key=lambda row: order[row.name])
     unused = finder.unused(sections)
@@ -101,15 +101,20 @@ class _Finder:
         """Adds the tensors of a part; errors are those of find_tensors."""
         models = {item.participant.label: item.participant for item in part.section.all_inputs}
         found = [self._found(part, model) for model in models.values()]
-        # Nearly all tensors have one name everywhere, and share what says so.
-        roles = tuple(label for label, model in models.items() if model.adapter is None)
-        for place, names in enumerate(zip(*found, strict=True)):
-            stored = {label: name for label, name in zip(models, names, strict=True) if name is not None}
-            self._add(part, place, models, stored, roles)
-        for model, column in zip(models.values(), found, strict=True):
-            self._used.setdefault(model.role, set()).update(
-                name for name in column if name is not None and name not in model.replaced
+        labels = tuple(models)
+        for place, (name, *names) in enumerate(zip(part.names, *found, strict=True)):
+            # Nearly all tensors have one name everywhere, and share what says so.
+            stored: Mapping[str, str] = (
+                SameName(name, labels)
+                if names.count(name) == len(labels)
+                else {
+                    label: theirs for label, theirs in zip(labels, names, strict=True) if theirs is not None
+                }
             )
+            self._add(part, place, models, stored)
+        for model, column in zip(models.values(), found, strict=True):
+            used = {name for name in column if name is not None}
+            self._used.setdefault(model.role, set()).update(used - model.replaced)
 
     def unused(self, sections: Sequence[Section]) -> dict[str, tuple[str, ...]]:
         """Names of each model's tensors that nothing is made of."""
@@ -129,12 +134,7 @@ class _Finder:
         return [found.get(name) for name in asked]
 
     def _add(
-        self,
-        part: Part,
-        place: int,
-        models: Mapping[str, Participant],
-        stored: Mapping[str, str],
-        roles: tuple[str, ...],
+        self, part: Part, place: int, models: Mapping[str, Participant], stored: Mapping[str, str]
     ) -> None:
         """Adds one output tensor.
 
@@ -143,7 +143,6 @@ class _Finder:
             place: Its place there.
             models: All inputs by label.
             stored: The name of what each input has for it, by label.
-            roles: The labels of inputs without adapters.
         """
         name, section = part.names[place], part.section
         copied: str | None = None
@@ -156,41 +155,39 @@ class _Finder:
         anchor = section.anchor.participant.label
         label = anchor if anchor in stored else next(iter(stored))
         owner, tensor = models[label], models[label].tensors[stored[label]]
-        for other, theirs in stored.items():
-            _check_alike(name, label, tensor, other, models[other].tensors[theirs])
+        shape, dtype = tensor.shape, tensor.dtype
+        for other in stored:
+            if other != label:
+                _check_alike(name, label, shape, dtype, other, models[other].tensors[stored[other]])
         if not part.layered and owner is not self._host and name in self._host.tensors:
-            _check_alike(name, label, tensor, self._host.label, self._host.tensors[name])
-        if copied is None and (tensor.dtype not in FLOATS or 0 in tensor.shape):
+            _check_alike(name, label, shape, dtype, self._host.label, self._host.tensors[name])
+        if copied is None and (dtype not in FLOATS or 0 in shape):
             copied = label
-            reason = f"copied: {tensor.dtype if 0 not in tensor.shape else 'empty'} cannot be merged"
+            reason = "copied: empty" if 0 in shape else f"copied: {dtype} cannot be merged"
             self.notes += _differing(name, owner, models, stored)
         if copied is None:
-            asked = [part.asked[item.participant.label][place] for item in section.inputs]
-            operation = self._made.merged(section, name, part.places[place], asked, stored)
+            operation = self._made.merged(part, place, stored)
             if operation.is_copy:
                 reason = "copied unchanged"
         else:
             operation = self._made.copied(name, models[copied], stored[copied])
         self.operations[name] = operation
-        plain = {role: stored[role] for role in roles if role in stored}
-        same = len(plain) == len(roles) and all(theirs == name for theirs in plain.values())
+        adapters = [other for other in stored if models[other].adapter is not None]
         self.rows.append(
             Row(
                 name=name,
                 file=tensor.file,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                names=SameName(name, roles) if same else plain,
+                dtype=dtype,
+                shape=shape,
+                names={other: stored[other] for other in stored if other not in adapters}
+                if adapters
+                else stored,
                 module_type=module_type(name, classify(tensor, owner.decoder_layers)),
                 layer=layer_of(name),
                 analysed=False,
                 transposed=False,
                 reason=reason,
-                adapted={
-                    other: models[other].terms(theirs)
-                    for other, theirs in stored.items()
-                    if models[other].adapter is not None
-                },
+                adapted={other: models[other].terms(stored[other]) for other in adapters},
             )
         )
 
@@ -212,20 +209,20 @@ def _sole(part: Part, place: int, stored: Mapping[str, str], missing: Input, met
     )
 
 
-def _check_alike(name: str, label: str, tensor: TensorInfo, other: str, theirs: TensorInfo) -> None:
+def _check_alike(
+    name: str, label: str, shape: tuple[int, ...], dtype: str, other: str, theirs: TensorInfo
+) -> None:
     """Refuses a counterpart of another shape, or of a kind that cannot be averaged with this one."""
-    if theirs.shape != tensor.shape:
+    if theirs.shape != shape:
         hint = (
             "give all models one vocabulary first (resize_token_embeddings)"
-            if theirs.shape[1:] == tensor.shape[1:]
+            if theirs.shape[1:] == shape[1:]
             else "give models of one architecture and size"
         )
+        raise PairingError(f"{name} has shape {shape} in {label} but {theirs.shape} in {other}; {hint}")
+    if (theirs.dtype in FLOATS) != (dtype in FLOATS):
         raise PairingError(
-            f"{name} has shape {tensor.shape} in {label} but {theirs.shape} in {other}; {hint}"
-        )
-    if (theirs.dtype in FLOATS) != (tensor.dtype in FLOATS):
-        raise PairingError(
-            f"{name} is {tensor.dtype} in {label} but {theirs.dtype} in {other}; give models that store it alike"
+            f"{name} is {dtype} in {label} but {theirs.dtype} in {other}; give models that store it alike"
         )
 
 
