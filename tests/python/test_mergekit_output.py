@@ -92,7 +92,7 @@ def test_the_files_are_the_base_s_or_the_first_model_s(models: dict[str, Path], 
         assert document["inputs"]["b"]["spec"] == str(models["b"])
         card = (out / "README.md").read_text()
         assert '"merge_method": "linear"' in card
-        assert "A merge of `a`, `b` by the method linear" in card.replace("`b`, `a`", "`a`, `b`")
+        assert "A merge of `a`, `b` by the method `linear`" in card.replace("`b`, `a`", "`a`, `b`")
         assert "\n- mergekit\n" in card
 
 

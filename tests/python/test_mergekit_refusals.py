@@ -53,6 +53,10 @@ def weight(value: Any) -> dict[str, Any]:
             r"models\[0\]\.model should be a model.*not \{'path': 'a'\}",
         ),
         (
+            {"merge_method": "linear", "models": [{"model": "a", 1: None}]},
+            r"models\[0\]\.1: a model has no field 1",
+        ),
+        (
             {"merge_method": "linear", "models": [{"model": "a", "layer_range": [0, 1]}]},
             r"models\[0\]\.layer_range: a model has no field 'layer_range'",
         ),
@@ -209,7 +213,8 @@ def assert_refused(
     with pytest.raises(error, match=message) as caught:
         merged(tmp_path, **document)
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("merged-*"))
+    # Nor the hidden directory of a job.
+    assert not list(tmp_path.glob("merged-*")) + list(tmp_path.glob(".merged-*"))
 
 
 def test_models_that_do_not_fit(models: dict[str, Path], tmp_path: Path) -> None:

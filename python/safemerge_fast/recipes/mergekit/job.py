@@ -115,10 +115,8 @@ class MergekitJob(Job[MergekitSettings]):
         self.unused = tensors.unused
         self._host = host.model
         self._config = stacked_configuration(host, layers) if layers else None
-        self._sentence = (
-            f"A merge of {', '.join(f'{{{role}}}' for role in self.models)} by the method {document.method.name}, as a "
-            f"configuration in mergekit's format says"
-        )
+        roles = ", ".join(f"{{{role}}}" for role in self.models)
+        self._sentence = f"A merge of {roles} by the method `{document.method.name}`, as a configuration in mergekit's format says"
         size = document.max_shard_size or (_STACKED_SHARD_SIZE if stacked else None)
         # Rows of slices may be of other models than the host.
         whole = all(section.layers is None for section in sections)

@@ -247,10 +247,9 @@ class Stack:
     def layer(self, name: str) -> int | None:
         """The layer that a tensor is in, or None for what is no part of the stack."""
         number, dot, _ = name.removeprefix(self.prefix).partition(".")
-        if not name.startswith(self.prefix) or not dot or not number.isdecimal():
-            return None
+        index = _index(number) if name.startswith(self.prefix) and dot else None
         # Past the last layer lie those that predict further tokens.
-        return int(number) if int(number) < self.count else None
+        return index if index is not None and index < self.count else None
 
     def tail(self, name: str) -> str:
         """What follows the layer's number in the name of a tensor of the stack."""
@@ -287,12 +286,14 @@ def _find_stack(names: Iterable[str], stated: int | None) -> Stack | None:
         layer for name in names if (layer := layer_of(name)) is not None and not _TOWER.search(name)
     }:
         prefix, _, number = layer.rpartition(".")
-        indices.setdefault(f"{prefix}.", set()).add(int(number))
-    stacks = [
-        Stack(prefix, stated or len(found))
-        for prefix, found in indices.items()
-        if found >= set(range(stated or len(found)))
-    ]
+        if (index := _index(number)) is not None:
+            indices.setdefault(f"{prefix}.", set()).add(index)
+    stacks = []
+    for prefix, found in indices.items():
+        count = stated or len(found)
+        # A configuration may state more than a range can hold.
+        if count <= len(found) and found >= set(range(count)):
+            stacks.append(Stack(prefix, count))
     return stacks[0] if len(stacks) == 1 else None
 
 
@@ -300,6 +301,11 @@ def follows_layers(name: str) -> bool:
     """Whether a tensor outside the layers comes after them: the last norm, and the head."""
     module = name.rpartition(".")[0] or name
     return _PRECEDES.search(name) is None and _FOLLOWS.match(module.rpartition(".")[2]) is not None
+
+
+def _index(number: str) -> int | None:
+    """A layer's number; None for what is none: names come from anywhere."""
+    return int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else None
 
 
 def _stated_layers(config: Mapping[str, Any]) -> int | None:
