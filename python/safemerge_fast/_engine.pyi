@@ -318,16 +318,6 @@ class Checkpoint:
             CheckpointError: A shard is gone.
         """
     def rows(self, name: str, start: int, stop: int) -> Rows: ...
-    def matrix(self, name: str) -> Matrix:
-        """Finds a tensor that is a matrix of floats; reads nothing of it.
-
-        Args:
-            name: A 2-D tensor of dtype BF16, F16, F32 or F64.
-
-        Raises:
-            CheckpointError: There is no such tensor.
-            PlanError: It is not such a matrix.
-        """
     def release(self, name: str) -> None: ...
 
 @final
@@ -350,6 +340,18 @@ class Matrix:
     def __new__(
         cls, name: str, *, sources: Mapping[str, Checkpoint], terms: Sequence[Mapping[str, Any]] | str
     ) -> Matrix: ...
+    @staticmethod
+    def stored(checkpoint: Checkpoint, name: str) -> Matrix:
+        """Finds a tensor that is a matrix of floats; reads nothing of it.
+
+        Args:
+            checkpoint: What holds it.
+            name: A 2-D tensor of dtype BF16, F16, F32 or F64.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+            PlanError: It is not such a matrix.
+        """
     @property
     def shape(self) -> tuple[int, int]: ...
     @property

@@ -1,9 +1,8 @@
 //! `Checkpoint`: headers, and rows and matrices of mapped tensors.
 
-use super::difference::Matrix;
 use super::error::{detached, to_python};
 use crate::checkpoint::{self, InputFile, ReadBackend, Shard, TensorEntry, TensorId};
-use crate::difference;
+use crate::plan::GivenSources;
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -243,11 +242,6 @@ impl Checkpoint {
         detached(py, || self.find_rows(name, start, stop))
     }
 
-    fn matrix(&self, py: Python<'_>, name: &str) -> PyResult<Matrix> {
-        let inner = difference::Matrix::stored(&self.inner, name);
-        Ok(Matrix::new(inner.map_err(|error| to_python(py, &error))?))
-    }
-
     fn release(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         let release = || {
             let (shard, entry) = self.inner.locate(name)?;
@@ -288,4 +282,11 @@ impl Checkpoint {
         file.read(range, &mut bytes)?;
         Ok(Rows { bytes: RowBytes::Read(bytes) })
     }
+}
+
+/// Open checkpoints by role, for the engine.
+pub(super) fn given(sources: &BTreeMap<String, Bound<'_, Checkpoint>>) -> GivenSources {
+    let shared =
+        sources.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.get().inner)));
+    shared.collect()
 }

@@ -5,6 +5,7 @@ mod difference;
 mod error;
 mod interruption;
 mod job;
+mod json;
 mod methods;
 mod pattern;
 mod plan;

@@ -1,16 +1,15 @@
 //! `Plan` and `Progress`: validation, execution and verification; and their results.
 
-use super::checkpoint::Checkpoint;
-use super::difference::given;
+use super::checkpoint::{Checkpoint, given};
 use super::error::{detached, interruptible, to_python};
 use super::job::JobDirectory;
+use super::json::json_bytes;
 use crate::checkpoint::ReadBackend;
 use crate::kernels::Kernels;
 use crate::merge::{self, stream, verify};
 use crate::writer::WriteMode;
 use crate::{Error, Result, plan};
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -116,35 +115,6 @@ pub struct Verification {
     bytes_checked: usize,
     bytes_total: usize,
     mismatches: Vec<Mismatch>,
-}
-
-/// The bytes of JSON that is given as text, as bytes, or as the plain data that it stands for.
-pub(super) fn json_bytes(value: &Bound<'_, PyAny>) -> PyResult<Json> {
-    if let Ok(text) = value.extract::<PyBackedStr>() {
-        return Ok(Json::Text(text));
-    }
-    if let Ok(bytes) = value.extract::<PyBackedBytes>() {
-        return Ok(Json::Bytes(bytes));
-    }
-    let text = value.py().import("json")?.call_method1("dumps", (value,))?;
-    Ok(Json::Text(text.extract::<PyBackedStr>()?))
-}
-
-/// JSON that Python holds.
-pub(super) enum Json {
-    Text(PyBackedStr),
-    Bytes(PyBackedBytes),
-}
-
-impl std::ops::Deref for Json {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Text(text) => text.as_bytes(),
-            Self::Bytes(bytes) => bytes,
-        }
-    }
 }
 
 /// A validated plan: what every output tensor is made of.

@@ -1,9 +1,8 @@
 //! How much memory an execution takes at most: what each worker holds, and what workers share of the tensors they are in.
 
 use super::loader::LEFT_BLOCK;
-use super::stream::TILE_ALIGNMENT;
 use super::windows::AHEAD;
-use super::work::{CHUNK, SUB_TILE};
+use super::work::{CHUNK, SUB_TILE, TILE_ALIGNMENT};
 use crate::checkpoint::ReadBackend;
 use crate::plan::{Computation, Operand, Operation, OutputTensor, Plan, PlannedShard};
 use crate::{Error, Result};

@@ -4,6 +4,7 @@ use super::Progress;
 use super::memory::Demand;
 use super::queue::{Item, Queue};
 use super::tile::{NonFinite, TileFiller};
+use super::work::{DEFAULT_TILE, TILE_ALIGNMENT};
 use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
@@ -14,11 +15,6 @@ use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
-
-/// Tiles and input windows of this size are where mapped reads and direct writes reach their full speed.
-pub const DEFAULT_TILE: usize = 4 << 20;
-/// Tiles must be whole blocks of any disk that takes direct writes.
-pub const TILE_ALIGNMENT: usize = 4096;
 
 /// How to execute. None of it changes the output's bytes.
 #[derive(Debug, Clone)]

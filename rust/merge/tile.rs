@@ -151,7 +151,7 @@ impl TileFiller {
         };
         let facts = match &tensor.observation {
             Some(observation) => observation.facts(stopped)?,
-            None => computation.method.start().into(),
+            None => computation.method.start(),
         };
         let job = Job { file, tensor, computation, facts: &facts, stopped };
         self.compute_part(&job, bytes.clone(), out)?;

@@ -13,7 +13,7 @@ import torch
 from conftest import write_safetensors
 from torch import Tensor
 
-from safemerge_fast._engine import Block, Checkpoint
+from safemerge_fast._engine import Block, Checkpoint, Matrix
 from safemerge_fast.analysis.blocks import Difference, Mapped, Workspace
 from safemerge_fast.checkpoint.model import Model
 from safemerge_fast.errors import CheckpointError, PlanError
@@ -138,8 +138,8 @@ def test_arrays_keep_a_block_alive_and_are_aligned() -> None:
 
 
 def test_a_block_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    a = model(tmp_path, "a", gauss(1, torch.float32, (4, 6))).headers.matrix("w")
-    b = model(tmp_path, "b", gauss(2, torch.float32, (6, 4))).headers.matrix("w")
+    a = Matrix.stored(model(tmp_path, "a", gauss(1, torch.float32, (4, 6))).headers, "w")
+    b = Matrix.stored(model(tmp_path, "b", gauss(2, torch.float32, (6, 4))).headers, "w")
     assert (a.shape, b.shape) == ((4, 6), (6, 4))
     block = Block(24)
     array = np.asarray(block)
@@ -165,9 +165,9 @@ def test_a_block_refuses_what_does_not_fit(tmp_path: Path) -> None:
 def test_a_matrix_is_2d_and_of_floats(tmp_path: Path) -> None:
     headers = model(tmp_path, "a", gauss(1, torch.float32, (4, 6))).headers
     with pytest.raises(PlanError, match=r"`before`.*not a matrix of floats"):
-        headers.matrix("before")
+        Matrix.stored(headers, "before")
     with pytest.raises(CheckpointError, match="no tensor `x`"):
-        headers.matrix("x")
+        Matrix.stored(headers, "x")
 
 
 def test_threads_with_workspaces_of_their_own_read_the_same(tmp_path: Path) -> None:

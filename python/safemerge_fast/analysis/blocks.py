@@ -184,7 +184,7 @@ class Mapped:
         self.name = name
         self.dtype = info.dtype
         self.shape: tuple[int, int] = (info.shape[0], info.shape[1])
-        self.stored = model.headers.matrix(name)
+        self.stored = _engine.Matrix.stored(model.headers, name)
         self._headers = model.headers
         self._touched = 0
         array = np.asarray(model.headers.rows(name, 0, self.shape[0]))

@@ -200,8 +200,8 @@ fn a_shard_that_equals_an_input_is_cloned_where_blocks_can_be_shared() {
                         "copy": {"source": "first", "tensor": "b"}}]}],
     });
     let plan = Plan::from_json(&plan.to_string()).unwrap();
-    assert!(plan.shards()[0].equal_input().unwrap().is_some());
-    assert!(plan.shards()[1].equal_input().unwrap().is_none());
+    assert!(plan.equal_input(&plan.shards()[0]).unwrap().is_some());
+    assert!(plan.equal_input(&plan.shards()[1]).unwrap().is_none());
     let job = open_job(&pair.path("out")).unwrap();
     let shards = plan.select(None).unwrap();
     let done = |options: &Options| {
