@@ -59,12 +59,12 @@ def carry_out(settings: RunSettings) -> Report:
         written = contents.write(directory, settings, tell)
         for source, name in companions:
             directory.copy_file(source, name)
-        for name, data in contents.small_files():
-            directory.write_file(name, data)
+        for name, pieces in contents.small_files():
+            directory.write_pieces(name, pieces)
         report = _report(job, directory, contents, measurement, written, started)
         directory.write_file(CARD_FILE, job.card(report).encode())
         report = replace(report, files=_files(directory))
-        directory.write_file(REPORT_FILE, report.encode())
+        directory.write_pieces(REPORT_FILE, report.pieces())
         require_unchanged(job.models)
         directory.publish()
     except BaseException:
@@ -115,7 +115,9 @@ def read_recipe(file: Path, run: Mapping[str, Any]) -> RunSettings:
     given = {name: value for name, value in run.items() if value is not None}
     if "recipe" not in document:
         for recipe in recipes().values():
-            found: RunSettings | None = None if recipe.read is None else recipe.read(str(file), document, given)
+            found: RunSettings | None = (
+                None if recipe.read is None else recipe.read(str(file), document, given)
+            )
             if found is not None:
                 return found
     name = document.pop("recipe", None)
