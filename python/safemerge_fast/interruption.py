@@ -1,10 +1,11 @@
 """Ctrl-C and SIGTERM: one line and exit code 130, within a fifth of a second, whatever is under way.
 
 Three things that can be under way, and what stops them:
-- imports, before anything has begun: the handler ends the process itself;
+- imports: the handler ends the process itself, since libraries that are loading turn KeyboardInterrupt into errors of
+  their own;
 - Python and the engine, which looks for signals between tiles: the handler raises KeyboardInterrupt;
-- one long call of another library: a thread of the engine ends the process. What is on disk is then as after a kill,
-  which --resume continues from.
+- one long call of another library: a thread of the engine ends the process.
+Where the process is ended, what is on disk is as after a kill, which --resume continues from.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ __all__ = ["EXIT_CODE", "end_at_once", "expect", "leave", "raise_here", "said", 
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_PLAIN = "interrupted"
 
 
 class _State:
     """What the handlers know of the process, of which there is one."""
 
     received = False
+    message = "interrupted"
     watchdog: Watchdog | None = None
 
 
@@ -45,16 +46,18 @@ def raise_here() -> None:
     from ._engine import Watchdog
 
     watchdog = _State.watchdog = Watchdog()
-    watchdog.set_message(_PLAIN)
+    watchdog.set_message(_State.message)
     os.set_blocking(watchdog.fileno(), False)
     signal.set_wakeup_fd(watchdog.fileno(), warn_on_full_buffer=False)
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
+    sys.unraisablehook = _see_to_it
 
 
 def expect(message: str) -> None:
     """Sets what is said of an interruption from here on, without `error: `."""
+    _State.message = message
     if _State.watchdog is not None:
         _State.watchdog.set_message(message)
 
@@ -87,14 +90,34 @@ def leave(code: int) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    said()
     try:
-        os.write(2, f"error: {_PLAIN}\n".encode())
+        # Progress bars hide the cursor.
+        clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
+        os.write(2, f"{clear}error: {_State.message}\n".encode())
     finally:
         os._exit(EXIT_CODE)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     _State.received = True
+    if _is_importing(frame):
+        _end(number, frame)
     if _State.watchdog is not None:
         _State.watchdog.answer()
     raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _see_to_it(problem: sys.UnraisableHookArgs) -> None:
+    """Ends the process if KeyboardInterrupt was lost, in a finalizer or another place that cannot raise."""
+    if _State.received and problem.exc_type is KeyboardInterrupt:
+        _end(signal.SIGINT, None)
+    sys.__unraisablehook__(problem)
