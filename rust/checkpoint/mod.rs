@@ -6,6 +6,7 @@ mod header_json;
 mod identity;
 mod index;
 mod json;
+mod limits;
 mod lookup;
 mod mapping;
 mod reader;
@@ -15,6 +16,7 @@ mod weight_map;
 pub use header::{Header, TensorEntry};
 pub use identity::{FileIdentity, StatedIdentity};
 pub(crate) use index::check_file_name;
+pub use limits::MOST_TENSORS;
 pub use mapping::MappedFile;
 pub use reader::{InputFile, ReadBackend};
 pub use regular::file_digest;
@@ -26,9 +28,6 @@ use reader::OpenFiles;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use weight_map::WeightMap;
-
-/// Tensors of a checkpoint at most.
-pub const MOST_TENSORS: usize = 1_000_000;
 
 /// One shard: its name within the checkpoint and its validated header.
 #[derive(Debug)]

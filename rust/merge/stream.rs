@@ -4,7 +4,7 @@ use super::Progress;
 use super::memory::Demand;
 use super::queue::{Item, Queue};
 use super::tile::{NonFinite, TileFiller};
-use super::work::TILE_ALIGNMENT;
+use super::work::{DEFAULT_TILE, TILE_ALIGNMENT};
 use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
@@ -15,9 +15,6 @@ use std::fs::File;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
-
-/// Tiles and input windows of this size are where mapped reads and direct writes reach their full speed.
-pub const DEFAULT_TILE: usize = 4 << 20;
 
 /// How to execute. None of it changes the output's bytes.
 #[derive(Debug, Clone)]

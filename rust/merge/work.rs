@@ -4,6 +4,9 @@ use crate::dtype::Float;
 use crate::plan::layout::Layout;
 use std::ops::Range;
 
+/// Tiles and input windows of this size are where mapped reads and direct writes reach their full speed.
+pub const DEFAULT_TILE: usize = 4 << 20;
+
 /// Tiles must be whole blocks of any disk that takes direct writes.
 pub(super) const TILE_ALIGNMENT: usize = 4096;
 
