@@ -1,25 +1,34 @@
-"""Reads what a plan says of each tensor, with what it leaves out."""
+"""Reads plans as they are written, without the package under test."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def planned_operations(output: str | Path) -> dict[str, dict[str, Any]]:
-    """The operation of every tensor of an output by name; operands that name no tensor name it."""
-    plan = json.loads((Path(output) / "safemerge_plan.json").read_text())
-    found = {}
-    for shard in plan["shards"]:
-        for tensor in shard["tensors"]:
-            # Entries are shared, so that each tensor gets a copy of its own.
-            operation = json.loads(json.dumps(plan["operations"][tensor["operation"]]))
-            merge = operation.get("merge", {})
-            operands = [weighted["operand"] for weighted in merge.get("operands", ())]
-            operands += [operation["copy"]] if "copy" in operation else []
-            operands += [merge["base"]] if "base" in merge else []
-            for operand in operands:
-                operand.setdefault("tensor", tensor["name"])
-            found[tensor["name"]] = operation
-    return found
+def operations(plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The operation of every output tensor by its name; many share one."""
+    return {
+        tensor["name"]: plan["operations"][tensor["operation"]]
+        for shard in plan["shards"]
+        for tensor in shard["tensors"]
+    }
+
+
+def reads(operand: Mapping[str, Any], own_name: str) -> list[tuple[str, str]]:
+    """All (source, tensor) that an operand reads; one that names no tensor reads that of the output's name."""
+    parts: list[Mapping[str, Any]] = [{"tensor": own_name, **operand}]
+    parts += [operand[name] for name in ("rows", "magnitude") if name in operand]
+    parts += [product[factor] for product in operand.get("low_rank", ()) for factor in ("a", "b")]
+    return [(part["source"], part["tensor"]) for part in parts]
+
+
+def all_reads(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """All (source, tensor) that a plan reads."""
+    for name, operation in operations(plan).items():
+        merge = operation.get("merge", {})
+        operands = [argument["operand"] for argument in merge.get("operands", ())]
+        operands += [operation["copy"]] if "copy" in operation else []
+        operands += [merge["base"]] if "base" in merge else []
+        for operand in operands:
+            yield from reads(operand, name)

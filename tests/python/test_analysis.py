@@ -90,7 +90,18 @@ def write(directory: Path, triple: Triple, *, padded: bool = True) -> dict[str, 
 
 def row(*, transposed: bool = False) -> Row:
     names = {role: "w" for role in ("base", "aligned", "finetuned")}
-    return Row("w", "model.safetensors", "F32", (0, 0), names, "w", None, True, transposed, "projection")
+    return Row(
+        name="w",
+        file="model.safetensors",
+        dtype="F32",
+        shape=(0, 0),
+        names=names,
+        module_type="w",
+        layer=None,
+        analysed=True,
+        transposed=transposed,
+        reason="projection",
+    )
 
 
 def score(

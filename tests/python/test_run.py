@@ -14,7 +14,7 @@ from lora import load_checkpoint, write_lora
 import safemerge_fast
 import safemerge_fast._engine
 from safemerge_fast import FoldConfiguration, MergeConfiguration, PlanError, fold, merge
-from safemerge_fast.recipes.document import read_recipe
+from safemerge_fast.recipes.run import read_recipe
 
 
 def write(path: Path, **document: Any) -> Path:
