@@ -18,11 +18,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._engine import Watchdog
 
-__all__ = ["EXIT_CODE", "end_at_once", "expect", "leave", "raise_here", "said", "was_received"]
+__all__ = [
+    "EXIT_CODE",
+    "end_at_once",
+    "expect_job",
+    "expect_nothing",
+    "leave",
+    "message",
+    "raise_here",
+    "said",
+    "was_received",
+]
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PLAIN = "interrupted"
+_RESUMABLE = "interrupted; what is committed stays, continue with --resume"
 
 
 class _State:
@@ -30,6 +41,7 @@ class _State:
 
     received = False
     watchdog: Watchdog | None = None
+    message = _PLAIN
 
 
 def end_at_once() -> None:
@@ -45,7 +57,7 @@ def raise_here() -> None:
     from ._engine import Watchdog
 
     watchdog = _State.watchdog = Watchdog()
-    watchdog.set_message(_PLAIN)
+    watchdog.set_message(_State.message)
     os.set_blocking(watchdog.fileno(), False)
     signal.set_wakeup_fd(watchdog.fileno(), warn_on_full_buffer=False)
     for number in _SIGNALS:
@@ -53,10 +65,19 @@ def raise_here() -> None:
             signal.signal(number, _raise)
 
 
-def expect(message: str) -> None:
-    """Sets what is said of an interruption from here on, without `error: `."""
-    if _State.watchdog is not None:
-        _State.watchdog.set_message(message)
+def expect_job() -> None:
+    """From here on there is something that --resume continues from."""
+    _expect(_RESUMABLE)
+
+
+def expect_nothing() -> None:
+    """From here on there is nothing to continue from."""
+    _expect(_PLAIN)
+
+
+def message() -> str:
+    """What is said of an interruption, without `error: `."""
+    return _State.message
 
 
 def was_received() -> bool:
@@ -84,6 +105,12 @@ def leave(code: int) -> None:
             # It is closed, or nobody reads it.
             continue
     os._exit(code)
+
+
+def _expect(message: str) -> None:
+    _State.message = message
+    if _State.watchdog is not None:
+        _State.watchdog.set_message(message)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

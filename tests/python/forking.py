@@ -24,14 +24,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import IO, Any
+from typing import IO
 
-__all__ = ["Done", "Run", "Server", "fault_points"]
+__all__ = ["Done", "Run", "Server", "fault_engine", "fault_points"]
 
 _BUILT = Path(__file__).parents[2] / "target" / "faults" / "release" / "libsafemerge_fast.so"
-_ENGINE = "safemerge_fast._engine"
-
+_NAME = "safemerge_fast._engine"
 _WORDS = tuple(sys.argv)
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 # Long enough for any run here on a busy machine; what takes longer hangs.
 _HANGS = 60.0
 
@@ -153,7 +153,7 @@ class Server:
 class _Child:
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.streams: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]
+        self.streams: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
         self.code: int | None = None
         self.started = time.perf_counter()
         self.pid = os.fork()
@@ -207,6 +207,11 @@ def _become(run: Run, streams: Sequence[int]) -> None:
     sys.argv = ["safemerge-fast", *run.words]
     if len(_WORDS) > 1:
         load_engine(_WORDS[1])
+    from safemerge_fast import interruption
+
+    # A signal that came before waits for the handlers: Python's own start is not what is tested.
+    interruption.end_at_once()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD_BACK)
     exec(run.before, {})
     from safemerge_fast.__main__ import main
 
@@ -245,4 +250,5 @@ def _import_what_takes_long() -> None:
 
 if __name__ == "__main__":
     _import_what_takes_long()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     _serve()

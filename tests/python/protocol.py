@@ -1,4 +1,4 @@
-"""Outputs of every kind, what they are when nothing disturbs their making, and what may stand there after a disturbance."""
+"""Outputs of every kind: what they are if nothing disturbs their making, and what may stand there if it is disturbed."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def comparable(files: Files) -> dict[str, Any]:
 
 @contextmanager
 def quick_directory(factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory in memory if the system has such a place, which all may pass through; nobody here waits for a disk."""
+    """A directory in memory if the system has such a place, so that nobody waits for a disk."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield factory.mktemp("world")

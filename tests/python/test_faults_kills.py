@@ -1,4 +1,4 @@
-"""A kill at each step of the output protocol: the old output or the new one stands there, and --resume ends the same."""
+"""A kill at each step of the output protocol: the old output or the new one stands there; --resume ends the same."""
 
 from __future__ import annotations
 
