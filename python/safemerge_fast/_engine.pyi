@@ -1,6 +1,6 @@
 """The Rust engine: headers, mapped tensors, plans and their execution. Knows nothing of safety."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, final
 
@@ -510,6 +510,8 @@ class JobDirectory:
     def written(self) -> list[WrittenFile]: ...
     def write_file(self, name: str, data: bytes) -> None:
         """Writes a small file of the output, durably."""
+    def write_pieces(self, name: str, pieces: Iterable[bytes]) -> None:
+        """Writes a file of the output piece by piece, durably; what the iterator raises is raised."""
     def copy_file(self, source: str | PathLike[str], name: str) -> None:
         """Copies a regular file into the output, durably."""
     def append(self, name: str, data: bytes) -> None:

@@ -1,10 +1,11 @@
 """Ctrl-C and SIGTERM: one line and exit code 130, within a fifth of a second, whatever is under way.
 
 Three things that can be under way, and what stops them:
-- imports, before anything has begun: the handler ends the process itself;
+- imports: the handler ends the process itself, since libraries that are loading turn KeyboardInterrupt into errors of
+  their own;
 - Python and the engine, which looks for signals between tiles: the handler raises KeyboardInterrupt;
-- one long call of another library: a thread of the engine ends the process. What is on disk is then as after a kill,
-  which --resume continues from.
+- one long call of another library: a thread of the engine ends the process.
+Where the process is ended, what is on disk is as after a kill, which --resume continues from.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class _State:
     """What the handlers know of the process, of which there is one."""
 
     received = False
-    watchdog: Watchdog | None = None
     message = _PLAIN
+    watchdog: Watchdog | None = None
 
 
 def end_at_once() -> None:
@@ -63,21 +64,28 @@ def raise_here() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
-
-
-def expect_job() -> None:
-    """From here on there is something that --resume continues from."""
-    _expect(_RESUMABLE)
+    sys.unraisablehook = _see_to_it
 
 
 def expect_nothing() -> None:
-    """From here on there is nothing to continue from."""
+    """From here on an interruption leaves nothing that could be resumed, and does not advise it."""
     _expect(_PLAIN)
+
+
+def expect_job() -> None:
+    """From here on an interruption leaves a job that --resume goes on with, and says so."""
+    _expect(_RESUMABLE)
 
 
 def message() -> str:
     """What is said of an interruption, without `error: `."""
     return _State.message
+
+
+def _expect(message: str) -> None:
+    _State.message = message
+    if _State.watchdog is not None:
+        _State.watchdog.set_message(message)
 
 
 def was_received() -> bool:
@@ -107,21 +115,35 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def _expect(message: str) -> None:
-    _State.message = message
-    if _State.watchdog is not None:
-        _State.watchdog.set_message(message)
-
-
 def _end(number: int, frame: FrameType | None) -> None:
+    said()
     try:
-        os.write(2, f"error: {_PLAIN}\n".encode())
+        # Progress bars hide the cursor.
+        clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
+        os.write(2, f"{clear}error: {_State.message}\n".encode())
     finally:
         os._exit(EXIT_CODE)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     _State.received = True
+    if _is_importing(frame):
+        _end(number, frame)
     if _State.watchdog is not None:
         _State.watchdog.answer()
     raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _see_to_it(problem: sys.UnraisableHookArgs) -> None:
+    """Ends the process if KeyboardInterrupt was lost, in a finalizer or another place that cannot raise."""
+    if _State.received and problem.exc_type is KeyboardInterrupt:
+        _end(signal.SIGINT, None)
+    sys.__unraisablehook__(problem)

@@ -1,6 +1,6 @@
 //! `JobDirectory`: an output in the making, locked.
 
-use super::error::detached;
+use super::error::{detached, to_python};
 use crate::checkpoint;
 use crate::writer::{self, Overwrite};
 use crate::{Error, Result};
@@ -129,6 +129,26 @@ impl JobDirectory {
 
     fn write_file(&self, py: Python<'_>, name: &str, data: &[u8]) -> PyResult<()> {
         detached(py, || self.get()?.write_file(name, data))
+    }
+
+    fn write_pieces(&self, name: &str, pieces: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = pieces.py();
+        let mut pieces = pieces.try_iter()?;
+        // What the iterator raises is raised here; the engine only needs to know that there is nothing more.
+        let mut raised = None;
+        let written = self.get().and_then(|job| {
+            job.write_pieces(name, &mut || match pieces.next()?.and_then(|piece| piece.extract()) {
+                Ok(piece) => Some(Ok(piece)),
+                Err(error) => {
+                    raised = Some(error);
+                    Some(Err(Error::Interrupted))
+                }
+            })
+        });
+        match raised {
+            Some(error) => Err(error),
+            None => written.map_err(|error| to_python(py, &error)),
+        }
     }
 
     fn copy_file(&self, py: Python<'_>, source: PathBuf, name: &str) -> PyResult<()> {

@@ -270,6 +270,23 @@ impl JobDirectory {
         self.place_file(name, bytes.len() as u64, |file, put| put(file, bytes))
     }
 
+    /// Writes a file that is made piece by piece, as [`JobDirectory::write_file`] writes one; `next` gives the pieces.
+    ///
+    /// # Errors
+    /// As [`JobDirectory::write_file`], and what `next` says.
+    pub fn write_pieces(
+        &self,
+        name: &str,
+        next: &mut dyn FnMut() -> Option<Result<Vec<u8>>>,
+    ) -> Result<()> {
+        self.place_file(name, 0, |file, put| {
+            while let Some(piece) = next() {
+                put(file, &piece?)?;
+            }
+            Ok(())
+        })
+    }
+
     /// Copies a regular file into the output durably, as [`JobDirectory::write_file`] writes one.
     ///
     /// # Errors

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_fast import CheckpointError, PlanError
@@ -25,6 +25,9 @@ from safemerge_fast.documents import (
     require_regular,
 )
 from safemerge_fast.yaml_documents import parse_yaml, read_yaml
+
+# Beside other work on the machine any call may take long.
+relaxed = settings(deadline=None)
 
 plain = st.recursive(
     st.none()
@@ -48,6 +51,7 @@ def refusal(parse: Callable[..., object], text: bytes | str) -> str:
     return ""
 
 
+@relaxed
 @given(plain)
 def test_reads_what_json_writes(document: object) -> None:
     for ascii_only in (True, False):
@@ -56,6 +60,7 @@ def test_reads_what_json_writes(document: object) -> None:
         assert parse_json(text.encode(), PlanError, subject="x", nonfinite=True) == document
 
 
+@relaxed
 @given(
     st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
 )
@@ -166,12 +171,14 @@ fields = st.recursive(
 )
 
 
+@relaxed
 @given(fields, st.booleans())
 def test_reads_what_yaml_writes(document: object, flow: bool) -> None:
     text = yaml.safe_dump(document, default_flow_style=flow)
     assert parse_yaml(text, PlanError, subject="x") == document
 
 
+@relaxed
 @given(st.text("ab: -#'\"\n{}[]&*!|>%@?,<0129.~", max_size=40) | st.text(max_size=40))
 def test_any_text_is_yaml_or_one_sentence(text: str) -> None:
     message = refusal(parse_yaml, text)

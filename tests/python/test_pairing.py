@@ -174,7 +174,7 @@ def test_include_and_exclude() -> None:
 
 @pytest.mark.parametrize("flag", ["include", "exclude"])
 def test_refuses_a_malformed_pattern(flag: str) -> None:
-    with pytest.raises(PairingError, match=rf"--{flag} \( is not a regular expression"):
+    with pytest.raises(PairingError, match=rf"--{flag}: '\(' is not a regular expression"):
         pair(models(LLAMA), **{flag: "("})
 
 

@@ -76,3 +76,34 @@ def test_signals(world: World, name: str, number: signal.Signals) -> None:
             case.check_resumed()
 
     world.each(range(SIGNALS), check)
+
+
+@pytest.mark.parametrize(
+    ("where", "advised"),
+    [
+        # What is under way when the signal comes: nothing is begun yet, or there is something to go on from.
+        ("safemerge_fast.recipes.run.input_paths", False),
+        ("safemerge_fast.recipes.safemerge.job.SafemergeJob.contents", False),
+        ("safemerge_fast.recipes.run._files", True),
+    ],
+)
+def test_resume_is_advised_when_there_is_something_to_resume(world: World, where: str, advised: bool) -> None:
+    module, _, name = where.rpartition(".")
+    owner = module if not module.endswith("SafemergeJob") else module.rpartition(".")[0]
+    before = (
+        f"import importlib, os, signal\nowner = importlib.import_module({owner!r})\n"
+        + ("owner = owner.SafemergeJob\n" if owner != module else "")
+        + f"original = owner.{name}\n"
+        "def stopped(*arguments, **options):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(*arguments, **options)\n"
+        f"owner.{name} = stopped\n"
+    )
+    case = world.case("scored", world.path / "advice" / name, "--overwrite", old="single")
+    done = case.work("--overwrite", before=before)
+    assert (done.code, done.stderr) == (130, RESUMABLE if advised else "error: interrupted\n")
+    assert case.is_old()
+    if advised:
+        case.check_resumed()
+    else:
+        assert [path.name for path in case.output.parent.iterdir()] == ["out"]

@@ -57,6 +57,7 @@ class _Commands(click.Group):
             The exit code, if standalone_mode is false; else the process ends with it.
         """
         run: Callable[..., Any] = super().main
+        interruption.expect_nothing()
         try:
             result = run(*args, standalone_mode=False, **extra)
             # The code of ctx.exit; commands return nothing.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
     from ..checkpoint.model import Model
     from ..pairing.rows import Row
+
+# Lines of JSON that are written together.
+_LINES = 10_000
 
 
 @click.command("inspect")
@@ -35,7 +39,7 @@ def command(*, terminal: Terminal, model: str) -> None:
         return
     rows = pair({"finetuned": opened}).rows
     document = _document(opened, rows)
-    terminal.result(lambda: write_document(document, levels=2), *_lines(document))
+    terminal.result(lambda: _json_pieces(document, opened, rows), *_lines(document))
 
 
 def _adapter_document(adapter: Adapter) -> dict[str, Any]:
@@ -103,34 +107,46 @@ def _change(module: Mapping[str, Any]) -> str:
 
 
 def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
-    """All that is shown, as JSON can hold it."""
+    """All that is shown but the single tensors, as JSON can hold it."""
     identity = model.headers.identity()
-    sizes = {tensor.name: tensor.nbytes for tensor in model.headers.tensors}
+    of_file = Counter(row.file for row in rows)
     return {
         "path": str(model.path),
         "model_type": model.config.get("model_type"),
         "index": model.headers.index,
-        "parameters": sum(math.prod(row.shape) for row in rows),
-        "bytes": sum(sizes.values()),
+        "parameters": model.headers.parameters,
+        "bytes": model.headers.nbytes,
+        "count": len(rows),
         "files": [
-            {"file": file, "bytes": identity[file].size, "tensors": sum(row.file == file for row in rows)}
+            {"file": file, "bytes": identity[file].size, "tensors": of_file[file]}
             for file in model.headers.files
         ],
         "dtypes": dict(Counter(row.dtype for row in rows)),
         "module_types": _module_types(rows),
-        "tensors": [
-            {
-                "name": row.name,
-                "dtype": row.dtype,
-                "shape": list(row.shape),
-                "file": row.file,
-                "bytes": sizes[row.name],
-                "module_type": row.module_type,
-                "analysed": row.analysed,
-            }
-            for row in rows
-        ],
     }
+
+
+def _json_pieces(document: Mapping[str, Any], model: Model, rows: tuple[Row, ...]) -> Iterator[str]:
+    """The document with a line for each tensor, in pieces: there may be a million."""
+    from ..documents import write_document
+
+    yield write_document(document, levels=2).rstrip()[:-1].rstrip() + ',\n  "tensors": ['
+    lines: list[str] = []
+    for place, row in enumerate(rows):
+        line = {
+            "name": row.name,
+            "dtype": row.dtype,
+            "shape": list(row.shape),
+            "file": row.file,
+            "bytes": model.headers.tensor(row.name).nbytes,
+            "module_type": row.module_type,
+            "analysed": row.analysed,
+        }
+        lines.append((",\n    " if place else "\n    ") + json.dumps(line, ensure_ascii=False))
+        if len(lines) == _LINES:
+            yield "".join(lines)
+            lines.clear()
+    yield "".join(lines) + "\n  ]\n}\n"
 
 
 def _module_types(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
@@ -163,7 +179,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
     kind = printable(document["model_type"] or "unknown model type")
     yield (
         f"{kind}, {document['parameters']:,} parameters, {format_size(document['bytes'])}, "
-        f"{len(document['tensors'])} tensors ({dtypes})"
+        f"{document['count']} tensors ({dtypes})"
     )
     files = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     files.add_column("file", overflow="fold")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,10 +37,12 @@ class Terminal:
         self._verbose = verbose
         self._no_progress = no_progress
 
-    def result(self, to_json: Callable[[], str], *parts: Any) -> None:
-        """Prints a command's result to stdout: the JSON document, or else rich tables and text."""
+    def result(self, to_json: Callable[[], str | Iterable[str]], *parts: Any) -> None:
+        """Prints a command's result to stdout: the JSON document, whole or in pieces, or else rich tables and text."""
         if self._as_json:
-            click.echo(to_json(), nl=False)
+            document = to_json()
+            for piece in (document,) if isinstance(document, str) else document:
+                click.echo(piece, nl=False)
             return
         if self._quiet:
             return

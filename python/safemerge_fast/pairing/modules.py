@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from .._engine import TensorInfo
@@ -71,6 +72,9 @@ def layer_of(name: str) -> str | None:
     return None if match is None else match[0]
 
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
 def classify(tensor: TensorInfo, layers: int | None) -> str:
     """Says why a tensor is left out of the analysis by default.
 
@@ -82,25 +86,30 @@ def classify(tensor: TensorInfo, layers: int | None) -> str:
         A noun for reports ("norm", "embedding", …), or PROJECTION for a 2-D float weight that is none of
         these.
     """
-    name, leaf = tensor.name, _leaf(tensor.name)
-    decoder = _DECODER_LAYER.match(name)
+    name, shape = tensor.name, tensor.shape
+    decoder = None if layers is None else _DECODER_LAYER.match(name)
+    past = decoder is not None and layers is not None and int(decoder["index"]) >= layers
+    # Layers and experts differ by their numbers only, so that a model has few kinds of names.
+    return _classify(_NUMBER.sub("0", name), tensor.dtype, len(shape), 0 in shape, past)
+
+
+@lru_cache(maxsize=4096)
+def _classify(name: str, dtype: str, dimensions: int, empty: bool, past: bool) -> str:
+    """What classify says of a tensor, but for the numbers in its name; `past` is whether it lies past the layers."""
+    leaf = _leaf(name)
     # The first that holds is the reason.
     reasons = (
-        (tensor.dtype not in FLOATS, f"not a float tensor ({tensor.dtype})"),
-        (0 in tensor.shape, "empty tensor"),
-        (
-            _MTP.search(name) is not None
-            or (decoder is not None and layers is not None and int(decoder["index"]) >= layers),
-            "multi-token prediction (MTP)",
-        ),
+        (dtype not in FLOATS, f"not a float tensor ({dtype})"),
+        (empty, "empty tensor"),
+        (past or _MTP.search(name) is not None, "multi-token prediction (MTP)"),
         (name.endswith("bias"), "bias"),
         (_NORM.search(leaf) is not None, "norm"),
         (layer_of(name) is None and _HEAD.search(name) is not None, "head"),
         (_EMBEDDING.search(leaf) is not None, "embedding"),
         (_ROUTER.search(name) is not None, "router"),
         (_CONVOLUTION.search(name) is not None, "convolution"),
-        (len(tensor.shape) == 3 and _EXPERT.search(name) is not None, "fused experts"),
-        (len(tensor.shape) != 2, f"{len(tensor.shape)}-D tensor"),
+        (dimensions == 3 and _EXPERT.search(name) is not None, "fused experts"),
+        (dimensions != 2, f"{dimensions}-D tensor"),
         (not name.endswith(".weight"), "not a weight matrix"),
     )
     return next((reason for holds, reason in reasons if holds), PROJECTION)

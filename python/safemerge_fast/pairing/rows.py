@@ -5,16 +5,17 @@ Tensors are matched by name, never by position. Only headers and configurations 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import msgspec
 
-from .._engine import TensorInfo
+from .._engine import Checkpoint, TensorInfo
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
+from ..patterns import compile_pattern
 from .adapter_terms import adapter_notes, adapter_terms
 from .modules import (
     PROJECTION,
@@ -30,6 +31,7 @@ from .operand import Operand, Term
 from .tied import embedding_name, is_head, ties_head
 
 __all__ = [
+    "Counterparts",
     "Pairing",
     "Row",
     "SameName",
@@ -70,6 +72,8 @@ class SameName(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._roles)
 
+
+_Value = TypeVar("_Value")
 
 _NOT_ADAPTED: Mapping[str, tuple[Term, ...]] = {}
 
@@ -135,7 +139,13 @@ class Pairing:
     notes: tuple[str, ...]
 
 
-def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: str | None = None) -> Pairing:
+def pair(
+    models: Mapping[str, Model],
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    analyse: bool = True,
+) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
 
     An adapter stands for the aligned model with some of its tensors changed. If the fine-tuned model is one,
@@ -145,9 +155,10 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
         models: Models by role; "finetuned" must be among them, and "aligned" if one is an adapter. Names are
             matched as match_names does; besides, a tied head that the fine-tuned model stores and another
             role does not is that role's embedding.
-        include: Regular expression (re.search) on names: analyses what is left out by default, if it is 2-D
+        include: Regular expression on names: analyses what is left out by default, if it is 2-D
             float.
-        exclude: Regular expression (re.search) on names: leaves out what it matches, whatever include says.
+        exclude: Regular expression on names: leaves out what it matches, whatever include says.
+        analyse: Whether anything is to be analysed; without, tensors that do not fit are kept.
 
     Returns:
         The pairing.
@@ -163,45 +174,48 @@ def pair(models: Mapping[str, Model], *, include: str | None = None, exclude: st
     # What rows are made from: the fine-tuned model, or the one that it is an adapter of.
     anchor = models["aligned" if "finetuned" in adapted else "finetuned"]
     tensors = in_file_order(anchor)
-    selection = _Selection(include, exclude, tensors)
+    selection = _Selection(include, exclude)
     others = {
         role: models[role] for role in ROLES if role in models and role not in adapted and role != anchor.role
     }
-    matches: dict[str, dict[str, str]] = {}
+    matches: dict[str, Counterparts] = {}
     for role, model in others.items():
-        matches[role], found = counterparts([tensor.name for tensor in tensors], model)
+        matches[role], found = counterparts(anchor.headers, model)
         notes += found
     layers = decoder_layers(anchor.config)
+    shared = _Shared((anchor.role, *others))
     rows: list[Row] = []
     unfit: list[str] = []
     kept: list[str] = []
     for tensor in tensors:
+        own = tensor.name
         kind = classify(tensor, layers)
-        reason = selection.reason(tensor, kind)
-        if reason == PROJECTION and "finetuned" in adapted and tensor.name not in adapted["finetuned"]:
-            reason = _not_adapted(tensor.name, adapted)
-        analysed = reason == PROJECTION
-        names, faults = {anchor.role: tensor.name}, []
+        reason = selection.reason(tensor, own, kind)
+        if reason == PROJECTION and "finetuned" in adapted and own not in adapted["finetuned"]:
+            reason = _not_adapted(own, adapted)
+        analysed = analyse and reason == PROJECTION
+        names: dict[str, str] = {anchor.role: own}
+        faults = []
         for role, model in others.items():
-            name = matches[role].get(tensor.name)
+            name = matches[role].get(own)
             fault = "missing" if name is None else _difference(tensor, model.headers.tensor(name))
             if name is None or fault is not None:
                 faults.append(f"{fault} in {role}")
             else:
                 names[role] = name
         if faults:
-            sentence = f"{tensor.name} is {_shape(tensor)} in {anchor.role} but {' and '.join(faults)}"
+            sentence = f"{own} is {_shape(tensor)} in {anchor.role} but {' and '.join(faults)}"
             (unfit if analysed else kept).append(sentence)
             reason = f"{reason}, {', '.join(faults)}"
         rows.append(
             Row(
-                name=tensor.name,
-                file=tensor.file,
-                dtype=tensor.dtype,
-                shape=tuple(tensor.shape),
-                names=names,
-                module_type=module_type(tensor.name, kind),
-                layer=layer_of(tensor.name),
+                name=own,
+                file=shared(tensor.file),
+                dtype=shared(tensor.dtype),
+                shape=shared(tensor.shape),
+                names=shared.names(own, names),
+                module_type=shared(module_type(own, kind)),
+                layer=shared(layer_of(own)),
                 analysed=analysed,
                 transposed=_is_transposed(tensor, anchor, adapted),
                 reason=reason,
@@ -234,15 +248,16 @@ def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
     """
     adapted = adapter_terms(adapter, model)
     layers = decoder_layers(model.config)
+    shared = _Shared((model.role,))
     rows = tuple(
         Row(
             name=tensor.name,
-            file=tensor.file,
-            dtype=tensor.dtype,
-            shape=tuple(tensor.shape),
+            file=shared(tensor.file),
+            dtype=shared(tensor.dtype),
+            shape=shared(tensor.shape),
             names={model.role: tensor.name},
-            module_type=module_type(tensor.name, classify(tensor, layers)),
-            layer=layer_of(tensor.name),
+            module_type=shared(module_type(tensor.name, classify(tensor, layers))),
+            layer=shared(layer_of(tensor.name)),
             analysed=False,
             transposed=is_stored_transposed(tensor, model.config),
             reason="adapted" if tensor.name in adapted else "not adapted",
@@ -296,86 +311,139 @@ def _is_transposed(tensor: TensorInfo, anchor: Model, adapted: _Adapted) -> bool
     return is_stored_transposed(tensor, anchor.config)
 
 
-def counterparts(names: Sequence[str], other: Model) -> tuple[dict[str, str], list[str]]:
+class _Shared:
+    """Gives one object for equal values, so that a hundred thousand rows hold few."""
+
+    def __init__(self, roles: tuple[str, ...]) -> None:
+        """Starts with no value known.
+
+        Args:
+            roles: The roles that a tensor may have a name in.
+        """
+        self._known: dict[Any, Any] = {}
+        self._roles = roles
+
+    def __call__(self, value: _Value) -> _Value:
+        """The first value that was equal to this one."""
+        found: _Value = self._known.setdefault(value, value)
+        return found
+
+    def names(self, own: str, names: dict[str, str]) -> Mapping[str, str]:
+        """The same names, in less memory where they are all one."""
+        if any(name != own for name in names.values()):
+            return names
+        return SameName(own, self(tuple(names)))
+
+
+class Counterparts:
+    """The names that one model's tensors have in another model: mostly their own."""
+
+    def __init__(self, headers: Checkpoint, renamed: Mapping[str, str]) -> None:
+        """Holds what differs.
+
+        Args:
+            headers: The other model's.
+            renamed: Names that are others there.
+        """
+        self._headers = headers
+        self._renamed = renamed
+
+    def get(self, name: str) -> str | None:
+        """The counterpart of a name, or None."""
+        return name if name in self._headers else self._renamed.get(name)
+
+
+def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Counterparts, list[str]]:
     """Maps names of one model's tensors to another model's; and says what was not an exact match.
 
     Args:
-        names: Names of the one model; a head that the other does not store because it ties it is the embedding.
+        names: Names of the one model, or its headers; a head that the other does not store because it ties it is the
+            embedding.
         other: The other model.
 
     Returns:
         The counterpart of each name that has one, and notes.
     """
     notes = []
-    found = match_names(names, [tensor.name for tensor in other.headers.tensors])
-    renamed = [name for name, match in found.items() if name != match]
-    if renamed:
-        notes.append(
-            f"{len(renamed)} tensors have other names in {other.role}, "
-            f"such as {found[renamed[0]]} for {renamed[0]}"
-        )
-    # Names of a part of a model may be without its embedding.
-    embedding = embedding_name(found)
-    tied = (
-        embedding_name(tensor.name for tensor in other.headers.tensors)
-        if embedding is None
-        else found[embedding]
-    )
-    for name in names:
-        if name in found or tied is None or not is_head(name):
-            continue
-        if ties_head(other.config):
-            found[name] = tied
+    all_names = names if isinstance(names, Sequence) else names.names
+    headers = other.headers
+    lost = [name for name in all_names if name not in headers]
+    renamed: dict[str, str] = {}
+    if lost:
+        known = set(all_names)
+        left = [name for name in headers.names if name not in known]
+        renamed = match_names(lost, left)
+        if renamed:
+            first = next(iter(renamed))
             notes.append(
-                f"{name} is not stored in {other.role}, which ties it to {tied}; that is taken for it"
+                f"{len(renamed)} tensors have other names in {other.role}, such as {renamed[first]} for {first}"
             )
-    return found, notes
+    heads = [name for name in lost if name not in renamed and is_head(name)]
+    if heads and ties_head(other.config):
+        # Names of a part of a model may be without its embedding.
+        embedding = embedding_name(name for name in all_names if name in headers or name in renamed)
+        tied = embedding_name(headers.names) if embedding is None else renamed.get(embedding, embedding)
+        for name in heads:
+            if tied is not None:
+                renamed[name] = tied
+                notes.append(
+                    f"{name} is not stored in {other.role}, which ties it to {tied}; that is taken for it"
+                )
+    return Counterparts(headers, renamed), notes
 
 
 class _Selection:
     """Applies --include and --exclude, and remembers what they did."""
 
-    def __init__(self, include: str | None, exclude: str | None, tensors: Sequence[TensorInfo]) -> None:
-        self._include = _compile("--include", include)
-        self._exclude = _compile("--exclude", exclude)
-        self._notes: list[str] = []
+    def __init__(self, include: str | None, exclude: str | None) -> None:
+        self._include = _Pattern("--include", include)
+        self._exclude = _Pattern("--exclude", exclude)
         self._impossible: list[str] = []
-        for flag, pattern in (("--include", self._include), ("--exclude", self._exclude)):
-            if pattern is not None and not any(pattern.search(tensor.name) for tensor in tensors):
-                self._notes.append(f"{flag} {pattern.pattern} matches no tensor of the fine-tuned model")
 
-    def reason(self, tensor: TensorInfo, kind: str) -> str:
+    def reason(self, tensor: TensorInfo, name: str, kind: str) -> str:
         """Says why a tensor is left out of the analysis, or PROJECTION; kind is what classify says of it."""
-        if self._exclude is not None and self._exclude.search(tensor.name):
+        included = self._include.matches(name)
+        if self._exclude.matches(name):
             return kind if kind != PROJECTION else "excluded"
-        if kind == PROJECTION or self._include is None or not self._include.search(tensor.name):
+        if kind == PROJECTION or not included:
             return kind
         if is_float_matrix(tensor):
             return PROJECTION
-        self._impossible.append(f"{tensor.name} ({kind})")
+        self._impossible.append(f"{name} ({kind})")
         return kind
 
     def notes(self) -> list[str]:
-        """What a person should know of the patterns."""
-        if not self._impossible:
-            return self._notes
-        count, first = len(self._impossible), self._impossible[0]
-        return [*self._notes, f"--include matches {count} tensors that are not 2-D float, such as {first}"]
+        """What a person should know of the patterns; to be asked when all tensors were looked at."""
+        notes = [
+            f"{pattern.flag} {pattern.text} matches no tensor of the fine-tuned model"
+            for pattern in (self._include, self._exclude)
+            if pattern.text is not None and not pattern.has_matched
+        ]
+        if self._impossible:
+            count, first = len(self._impossible), self._impossible[0]
+            notes.append(f"--include matches {count} tensors that are not 2-D float, such as {first}")
+        return notes
 
 
-def _compile(flag: str, pattern: str | None) -> re.Pattern[str] | None:
-    if pattern is None:
-        return None
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise PairingError(f"{flag} {pattern} is not a regular expression: {error}") from error
+class _Pattern:
+    """A pattern that may not be given, and whether it ever matched."""
+
+    def __init__(self, flag: str, text: str | None) -> None:
+        self.flag = flag
+        self.text = text
+        self.has_matched = False
+        self._pattern = None if text is None else compile_pattern(flag, text, PairingError)
+
+    def matches(self, name: str) -> bool:
+        """Whether a part of the name matches."""
+        found = self._pattern is not None and self._pattern.search(name)
+        self.has_matched |= found
+        return found
 
 
 def in_file_order(model: Model) -> list[TensorInfo]:
     """Tensors by file, and by offset within a file, which is the order in which the headers list them."""
-    places = {file: place for place, file in enumerate(model.headers.files)}
-    return sorted(model.headers.tensors, key=lambda tensor: places[tensor.file])
+    return model.headers.tensors
 
 
 def _difference(mine: TensorInfo, other: TensorInfo) -> str | None:
@@ -393,11 +461,15 @@ def _shape(tensor: TensorInfo) -> str:
 
 def _unused(rows: Iterable[Row], others: Mapping[str, Model]) -> dict[str, tuple[str, ...]]:
     """Lists what no row uses, by role."""
-    used = {(role, name) for row in rows for role, name in row.names.items()}
-    return {
-        role: tuple(tensor.name for tensor in model.headers.tensors if (role, tensor.name) not in used)
-        for role, model in others.items()
-    }
+    rows = list(rows)
+    unused = {}
+    for role, model in others.items():
+        plain = sum(row.is_plain(role) for row in rows)
+        used = {row.names[role] for row in rows if role in row.names} if plain < len(model.headers) else set()
+        unused[role] = tuple(
+            name for name in (model.headers.names if plain < len(model.headers) else ()) if name not in used
+        )
+    return unused
 
 
 def _unused_adapted(rows: Iterable[Row], adapted: _Adapted) -> dict[str, tuple[str, ...]]:

@@ -6,6 +6,7 @@ The engine validates the data again and executes it; see `_engine.Plan`. Nothing
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ __all__ = ["PLAN_FILE", "Plan", "build_plan"]
 
 VERSION = 2
 """Version of the plan's format."""
+
+_PIECE = 1 << 20
 
 PLAN_FILE = "safemerge_plan.json"
 """Name of the plan within the output that it was executed into."""
@@ -73,45 +76,69 @@ class Plan:
             )
         return self._sizes[0]
 
-    def tensors(self) -> Iterator[tuple[Shard, Row, Operation]]:
-        """Every output tensor with its file and operation, in the order of the files."""
+    @property
+    def count(self) -> int:
+        """How many tensors there are."""
+        return sum(len(shard.rows) for shard in self.layout)
+
+    def tensors(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Shard, Row, Operation]]:
+        """Output tensors with their files and operations, in the order of the files.
+
+        Args:
+            start: How many to leave out at the beginning.
+            stop: Which one to stop before; None goes on to the end.
+        """
+        passed = 0
         for shard, numbers in zip(self.layout, self.numbers, strict=True):
-            for row, number in zip(shard.rows, numbers, strict=True):
-                yield shard, row, self.operations[number]
+            first = max(start - passed, 0)
+            last = len(numbers) if stop is None else min(stop - passed, len(numbers))
+            for place in range(first, last):
+                yield shard, shard.rows[place], self.operations[numbers[place]]
+            passed += len(numbers)
 
     def to_json(self) -> bytes:
-        """The plan as `_engine.Plan` takes it and as an output carries it: a line per tensor."""
-        out = bytearray(b'{"version": %d,\n"sources": ' % VERSION)
-        out += _encoder.encode(self._sources())
-        out += b',\n"operations": [\n'
-        out += b",\n".join(_encoder.encode(operation.to_plan()) for operation in self.operations)
-        out += b'],\n"shards": ['
-        for place, (shard, numbers) in enumerate(zip(self.layout, self.numbers, strict=True)):
-            out += b',\n{"file": ' if place else b'\n{"file": '
-            out += _encoder.encode(shard.file) + b', "metadata": {"format": "pt"}, "tensors": ['
-            for position, (row, number) in enumerate(zip(shard.rows, numbers, strict=True)):
-                out += b",\n" if position else b"\n"
-                _encoder.encode_into(self._planned(row, number), out, -1)
-            out += b"]}"
-        out += b"]}\n"
-        return bytes(out)
+        """The plan as `_engine.Plan` takes it."""
+        return b"".join(self.pieces())
 
-    def index_json(self) -> bytes | None:
-        """The index of a checkpoint with these files, as transformers 5 writes it; None for one file."""
-        if len(self.layout) == 1:
-            return None
+    def pieces(self) -> Iterator[bytes]:
+        """The same, piece by piece and with a line per tensor, as an output carries it."""
+        yield b'{"version": %d,\n"sources": %b,\n"operations": [\n' % (
+            VERSION,
+            _encoder.encode(self._sources()),
+        )
+        yield b",\n".join(_encoder.encode(operation.to_plan()) for operation in self.operations)
+        yield b'],\n"shards": ['
+        for place, (shard, numbers) in enumerate(zip(self.layout, self.numbers, strict=True)):
+            file = _encoder.encode(shard.file)
+            piece = bytearray(b",\n" if place else b"\n")
+            piece += b'{"file": %b, "metadata": {"format": "pt"}, "tensors": [' % file
+            for position, (row, number) in enumerate(zip(shard.rows, numbers, strict=True)):
+                piece += b",\n" if position else b"\n"
+                _encoder.encode_into(self._planned(row, number), piece, -1)
+                if len(piece) > _PIECE:
+                    yield bytes(piece)
+                    piece.clear()
+            yield bytes(piece) + b"]}"
+        yield b"]}\n"
+
+    def index_pieces(self) -> Iterator[bytes]:
+        """The index of a checkpoint with these files, as transformers 5 writes it, piece by piece."""
         parameters = sum(math.prod(row.shape) for shard in self.layout for row in shard.rows)
-        places = sorted((row.name, shard.file) for shard in self.layout for row in shard.rows)
-        out = bytearray(
-            b'{\n  "metadata": {\n    "total_parameters": %d,\n    "total_size": %d\n  },'
-            % (parameters, self.total_bytes)
+        yield b'{\n  "metadata": {\n    "total_parameters": %d,\n    "total_size": %d\n  },' % (
+            parameters,
+            self.total_bytes,
         )
-        out += b'\n  "weight_map": {\n'
-        out += b",\n".join(
-            b"    %b: %b" % (_encoder.encode(name), _encoder.encode(file)) for name, file in places
-        )
-        out += b"\n  }\n}\n"
-        return bytes(out)
+        yield b'\n  "weight_map": {'
+        places = [(row.name, number) for number, shard in enumerate(self.layout) for row in shard.rows]
+        places.sort()
+        files = [_encoder.encode(shard.file) for shard in self.layout]
+        for start in range(0, len(places), 10_000):
+            lines = (
+                b"\n    %b: %b" % (_encoder.encode(name), files[n])
+                for name, n in places[start : start + 10_000]
+            )
+            yield (b"," if start else b"") + b",".join(lines)
+        yield b"\n  }\n}\n"
 
     def _planned(self, row: Row, number: int) -> _PlannedTensor:
         operation = self.operations[number]
@@ -180,5 +207,5 @@ def build_plan(
                     kept.append(made)
                     known[id(made)] = number
             of_shard.append(number)
-        planned.append(of_shard)
+        planned.append(array("I", of_shard))
     return Plan(models, anchor, tuple(layout), dtype, tuple(numbers), tuple(planned))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
@@ -18,11 +18,10 @@ from ..execution.inputs import job_identity
 from ..execution.local import Written, check_plan, execute
 from ..pairing.rows import Row
 from ..plan.layout import INDEX_FILE, output_dtype
-from ..plan.operation import Operation
 from ..plan.plan import PLAN_FILE, Plan
 from ..progress import ProgressCallback
 from ..report.report import ModuleWarning, Report
-from ..report.tensors import TensorReport, tensor_report
+from ..report.tensors import TensorReport, TensorReports, tensor_report
 from ..settings import RunSettings, Settings, fields_of
 
 __all__ = ["CheckpointContents", "Contents", "Job", "Measurement", "Recipe", "entry"]
@@ -54,10 +53,10 @@ class Contents(Protocol):
     def write(self, directory: _engine.JobDirectory, run: RunSettings, tell: ProgressCallback) -> Written:
         """Writes the weights."""
 
-    def small_files(self) -> Iterator[tuple[str, bytes]]:
-        """Name and bytes of every small file."""
+    def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
+        """Name and bytes, in pieces, of every small file."""
 
-    def tensors(self, scores: Mapping[str, Score]) -> tuple[TensorReport, ...]:
+    def tensors(self, scores: Mapping[str, Score]) -> Sequence[TensorReport]:
         """What the report says of the tensors."""
 
     def adapter(self) -> Mapping[str, Any] | None:
@@ -238,35 +237,33 @@ class CheckpointContents:
         """Executes the plan."""
         return execute(self.plan, self._checked(), directory, run, tell)
 
-    def small_files(self) -> Iterator[tuple[str, bytes]]:
+    def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """The plan, config.json and the index."""
-        yield PLAN_FILE, self.plan.to_json()
+        yield PLAN_FILE, self.plan.pieces()
         configuration = configuration_file(self.host, self.plan.dtype, self.config)
         if configuration is not None:
-            yield "config.json", configuration
-        if (index := self.plan.index_json()) is not None:
-            yield INDEX_FILE, index
+            yield "config.json", (configuration,)
+        if len(self.plan.layout) > 1:
+            yield INDEX_FILE, self.plan.index_pieces()
 
-    def tensors(self, scores: Mapping[str, Score]) -> tuple[TensorReport, ...]:
+    def tensors(self, scores: Mapping[str, Score]) -> Sequence[TensorReport]:
         """A record per output tensor, in the order of the files."""
-        descriptions: dict[Operation, str] = {}
-        reports = []
-        for shard, row, operation in self.plan.tensors():
-            description = descriptions.get(operation)
-            if description is None:
-                description = descriptions[operation] = operation.describe()
-            reports.append(
-                tensor_report(
+        plan = self.plan
+        descriptions = {operation: operation.describe() for operation in plan.operations}
+
+        def make(start: int, stop: int) -> Iterator[TensorReport]:
+            for shard, row, operation in plan.tensors(start, stop):
+                yield tensor_report(
                     row,
                     file=shard.file,
-                    dtype=output_dtype(row, self.plan.dtype),
+                    dtype=output_dtype(row, plan.dtype),
                     operation=operation,
-                    description=description,
+                    description=descriptions[operation],
                     decision=self.decisions(row),
                     score=scores.get(row.name),
                 )
-            )
-        return tuple(reports)
+
+        return TensorReports(plan.count, make)
 
     def adapter(self) -> None:
         """It is none."""

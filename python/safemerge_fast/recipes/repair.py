@@ -49,7 +49,7 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
         """
         self.settings = settings
         self.models = open_roles(roles, access_of(settings))
-        pairing = pair(self.models)
+        pairing = pair(self.models, analyse=False)
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
         self.dtype = dtype
         self.max_shard_size = None if max_shard_size is None else int(max_shard_size)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import _engine
+from .. import _engine, interruption
 from ..documents import RECORD, read_bytes
 from ..errors import PlanError
 from ..execution.inputs import describe_inputs, input_paths, require_unchanged
@@ -49,6 +49,7 @@ def carry_out(settings: RunSettings) -> Report:
         resume=settings.resume,
         overwrite=settings.overwriting,
     )
+    interruption.expect_job()
     try:
         if directory.complete:
             directory.close()
@@ -59,17 +60,20 @@ def carry_out(settings: RunSettings) -> Report:
         written = contents.write(directory, settings, tell)
         for source, name in companions:
             directory.copy_file(source, name)
-        for name, data in contents.small_files():
-            directory.write_file(name, data)
+        for name, pieces in contents.small_files():
+            directory.write_pieces(name, pieces)
         report = _report(job, directory, contents, measurement, written, started)
         directory.write_file(CARD_FILE, job.card(report).encode())
         report = replace(report, files=_files(directory))
-        directory.write_file(REPORT_FILE, report.encode())
+        directory.write_pieces(REPORT_FILE, report.pieces())
         require_unchanged(job.models)
         directory.publish()
     except BaseException:
         # Also for Ctrl-C: what is measured and committed stays for --resume, under a hidden name.
         directory.close()
+        if not os.path.lexists(directory.path):
+            # Nothing was begun.
+            interruption.expect_nothing()
         raise
     return report
 
@@ -115,7 +119,9 @@ def read_recipe(file: Path, run: Mapping[str, Any]) -> RunSettings:
     given = {name: value for name, value in run.items() if value is not None}
     if "recipe" not in document:
         for recipe in recipes().values():
-            found: RunSettings | None = None if recipe.read is None else recipe.read(str(file), document, given)
+            found: RunSettings | None = (
+                None if recipe.read is None else recipe.read(str(file), document, given)
+            )
             if found is not None:
                 return found
     name = document.pop("recipe", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ REPORT_FILE = "safemerge_report.json"
 
 CARD_FILE = "README.md"
 """Name of the model card."""
+
+
+_PIECE = 1 << 20
 
 
 class OutputFile(msgspec.Struct, frozen=True):
@@ -118,7 +121,7 @@ class Report:
     bytes_written: int
     peak_memory_bytes: int
     shards: tuple[WrittenShard, ...]
-    tensors: tuple[TensorReport, ...]
+    tensors: Sequence[TensorReport]
     unused: Mapping[str, tuple[str, ...]]
     warnings: tuple[ModuleWarning, ...] = ()
     notes: tuple[str, ...] = ()
@@ -147,10 +150,10 @@ class Report:
 
     def to_json(self) -> str:
         """Writes the report as JSON that from_json reads; a line per tensor."""
-        return self.encode().decode()
+        return b"".join(self.pieces()).decode()
 
-    def encode(self) -> bytes:
-        """As to_json, in UTF-8."""
+    def pieces(self) -> Iterator[bytes]:
+        """As to_json, in UTF-8 and piece by piece: the whole may be larger than all that it tells of."""
         head = _Head(
             version=VERSION,
             job=_Job(self.identity),
@@ -174,12 +177,14 @@ class Report:
         )
         encoder = msgspec.json.Encoder(enc_hook=str)
         text = msgspec.json.format(encoder.encode(head), indent=2)
-        out = bytearray(text.rstrip()[:-1].rstrip() + b',\n  "tensors": [')
+        piece = bytearray(text.rstrip()[:-1].rstrip() + b',\n  "tensors": [')
         for place, tensor in enumerate(self.tensors):
-            out += b",\n    " if place else b"\n    "
-            encoder.encode_into(tensor, out, -1)
-        out += b"\n  ]\n}\n"
-        return bytes(out)
+            piece += b",\n    " if place else b"\n    "
+            encoder.encode_into(tensor, piece, -1)
+            if len(piece) > _PIECE:
+                yield bytes(piece)
+                piece.clear()
+        yield bytes(piece) + b"\n  ]\n}\n"
 
     @classmethod
     def from_json(

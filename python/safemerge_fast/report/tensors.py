@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import eq
+from typing import TYPE_CHECKING, overload
 
 import msgspec
 
@@ -18,7 +19,7 @@ from ..printable import printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ModuleCount", "TensorReport", "count_modules", "module_table", "tensor_report"]
+__all__ = ["ModuleCount", "TensorReport", "TensorReports", "count_modules", "module_table", "tensor_report"]
 
 
 class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -84,6 +85,46 @@ class ModuleCount(msgspec.Struct, frozen=True):
     kept: int
     median_rho: float | None
     median_rho_null: float | None
+
+
+class TensorReports(Sequence[TensorReport]):
+    """The records of all output tensors, made when they are looked at: models have a hundred thousand of them."""
+
+    def __init__(self, count: int, make: Callable[[int, int], Iterator[TensorReport]]) -> None:
+        """Holds how they are made.
+
+        Args:
+            count: How many there are.
+            make: Makes those from one number on until before another.
+        """
+        self._count = count
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[TensorReport]:
+        return self._make(0, self._count)
+
+    @overload
+    def __getitem__(self, index: int) -> TensorReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorReport, ...]: ...
+    def __getitem__(self, index: int | slice) -> TensorReport | tuple[TensorReport, ...]:
+        numbers = range(self._count)[index]
+        if isinstance(numbers, int):
+            return next(self._make(numbers, numbers + 1))
+        if numbers.step == 1:
+            return tuple(self._make(numbers.start, numbers.stop))
+        return tuple(self[number] for number in numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<records of {self._count} tensors>"
 
 
 def tensor_report(

@@ -113,9 +113,9 @@ class AdapterContents:
             (WrittenShard(ADAPTER_WEIGHTS, len(weights), seconds, "buffered"),), self.bytes_read, seconds
         )
 
-    def small_files(self) -> Iterator[tuple[str, bytes]]:
+    def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """adapter_config.json."""
-        yield ADAPTER_CONFIG, self.configuration(self._made[-1].rank)
+        yield ADAPTER_CONFIG, (self.configuration(self._made[-1].rank),)
 
     def configuration(self, rank: int) -> bytes:
         """The adapter_config.json of the adapter, whose products have that rank."""
