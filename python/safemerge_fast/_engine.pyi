@@ -268,9 +268,7 @@ class Rows:
 class Checkpoint:
     """The validated headers of a checkpoint directory or of one .safetensors file; data is opened when asked for."""
 
-    def __new__(
-        cls, path: str | PathLike[str], *, read_backend: str = "auto"
-    ) -> Checkpoint:
+    def __new__(cls, path: str | PathLike[str], *, read_backend: str = "auto") -> Checkpoint:
         """Reads and checks all headers; nothing of the tensors' data.
 
         Args:

@@ -23,10 +23,10 @@ from safemerge_fast.analysis.scores import Score
 from safemerge_fast.checkpoint.model import open_model
 from safemerge_fast.documents import write_document
 from safemerge_fast.pairing.rows import pair
-from safemerge_fast.report.tensors import TensorReport, count_modules, module_table
 from safemerge_fast.recipes import recipes
 from safemerge_fast.recipes.run import read_report
 from safemerge_fast.report.plot import write_plot
+from safemerge_fast.report.tensors import TensorReport, count_modules, module_table
 from safemerge_fast.settings import Settings
 
 

@@ -98,7 +98,9 @@ def score_low_rank(
     )
 
 
-def _update(models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]) -> tuple[_Update, Undefined | None]:
+def _update(
+    models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]
+) -> tuple[_Update, Undefined | None]:
     """Puts the factors side by side and brings Δ = B·A to C = B·L, in float64 on the CPU.
 
     Returns:
@@ -271,5 +273,7 @@ def _why_undefined(v: Difference, tensors: Sequence[Matrix], workspace: Workspac
         for tensor in tensors:
             if not tensor.is_finite(workspace.chunk_elements):
                 return Undefined(f"non-finite values in {tensor.role} tensor {tensor.name}", nonfinite=True)
-        return Undefined(f"non-finite values in float32 arithmetic on tensor {tensors[0].name}", nonfinite=True)
+        return Undefined(
+            f"non-finite values in float32 arithmetic on tensor {tensors[0].name}", nonfinite=True
+        )
     return Undefined("V is zero") if v.squares == 0.0 else None
