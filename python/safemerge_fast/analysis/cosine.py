@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Difference, Mapped, Matrix, Workspace
-from .composed import Composed
+from .blocks import Composed, Difference, Matrix, Workspace
 from .device import full_float32
 from .rounding import v_rounding
 from .scores import Score, Undefined
@@ -79,11 +78,11 @@ def score_module(
 
 
 def _matrix(models: Mapping[str, Model], row: Row, role: str) -> Matrix:
-    """A role's matrix: mapped if it is stored as such, else composed."""
+    """A role's matrix: as it is stored if it is that, else composed."""
     terms = row.terms[role]
     operand = terms[0].operand
     if len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain:
-        return Mapped(models[operand.source], operand.tensor)
+        return Matrix(models[operand.source], operand.tensor)
     return Composed(models, role, row.name, terms)
 
 

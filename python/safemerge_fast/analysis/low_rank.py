@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Difference, Mapped, Workspace, read_tensor
+from .blocks import Difference, Matrix, Workspace, read_tensor
 from .device import full_float32
 from .rounding import v_rounding
 from .scores import Score, Undefined
@@ -72,7 +72,7 @@ def score_low_rank(
     Returns:
         The score, as cosine.score_module would give it, but for an estimated ρ_null.
     """
-    aligned, base = Mapped(models["aligned"], row.names["aligned"]), Mapped(models["base"], row.names["base"])
+    aligned, base = Matrix(models["aligned"], row.names["aligned"]), Matrix(models["base"], row.names["base"])
     v = Difference(workspace, aligned, base, transposed=row.transposed, minuend_norm=True)
     update, undefined = _update(models, row, factors)
     rho: float | None = None
@@ -267,7 +267,7 @@ def _power_of_two(size: float) -> float:
     return math.ldexp(1.0, max(-126, min(126, -math.frexp(size)[1])))
 
 
-def _why_undefined(v: Difference, tensors: Sequence[Mapped], workspace: Workspace) -> Undefined | None:
+def _why_undefined(v: Difference, tensors: Sequence[Matrix], workspace: Workspace) -> Undefined | None:
     """Says why V gives no ρ, or returns None."""
     if not (math.isfinite(v.minuend_squares) and math.isfinite(v.squares)):
         for tensor in tensors:
