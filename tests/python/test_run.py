@@ -127,7 +127,7 @@ def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="nowhere.yml cannot be read: there is no such file"):
+    with pytest.raises(PlanError, match=r"nowhere\.yml cannot be read: there is no such file"):
         read_recipe(tmp_path / "nowhere.yml", {"output": "o"})
 
 

@@ -181,7 +181,7 @@ def needed(table: Mapping[str, Known]) -> dict[str, Any]:
     return {name: known.good for name, known in table.items() if known.default is ...}
 
 
-class Seen(SafemergeError):
+class SeenError(SafemergeError):
     """The settings have arrived."""
 
 
@@ -192,7 +192,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
     def open_job(settings: Settings) -> Any:
         arrived.append(settings)
-        raise Seen("seen")
+        raise SeenError("seen")
 
     known = {name: replace(recipe, open=open_job) for name, recipe in recipes().items()}
     monkeypatch.setattr("safemerge_fast.recipes.run.recipes", lambda: known)
@@ -311,7 +311,7 @@ def test_files_hold_the_settings_of_their_recipe(
         with pytest.raises(PlanError, match=rf"r\.yml sets {name}, which is given on the command line"):
             read_recipe(file, {"output": "out"})
         return
-    with pytest.raises(Seen):
+    with pytest.raises(SeenError):
         safemerge_fast.run(file, output="out")
     result = run("run", file, "-o", "out")
     assert (result.exit_code, result.stderr) == (3, "error: seen\n")
@@ -329,11 +329,11 @@ def test_what_is_given_beside_a_file_wins(name: str, tmp_path: Path, seen: list[
     given = RUN[name].good
     other = {"threads": 5, "memory_budget": "2GB", "read_backend": "mmap", "allow_nonfinite": False}[name]
     file = write(tmp_path / "r.yml", recipe="fold", model="m", adapter="a", **{name: other})
-    with pytest.raises(Seen):
+    with pytest.raises(SeenError):
         safemerge_fast.run(file, output="out", **{name: given})
     if name != "allow_nonfinite":
         assert run("run", file, "-o", "out", f"--{name.replace('_', '-')}", str(given)).exit_code == 3
-    with pytest.raises(Seen):
+    with pytest.raises(SeenError):
         safemerge_fast.run(file, output="out")
     held = [getattr(settings, name) for settings in seen]
     assert held[:-1] == [RUN[name].kept] * (len(held) - 1)
