@@ -18,13 +18,11 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import IO
 
 __all__ = ["Done", "Run", "Server", "fault_engine", "fault_points"]
 
@@ -153,20 +151,24 @@ class Server:
 class _Child:
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.streams: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        # Pipes: a limit on the size of files is none on what is said. One line fits into them.
+        pipes = [os.pipe() for _ in range(2)]
+        self.streams = [reader for reader, _ in pipes]
         self.code: int | None = None
         self.started = time.perf_counter()
         self.pid = os.fork()
         if self.pid == 0:
             # Whatever happens, the child never becomes a second server.
             try:
-                _become(run, [stream.fileno() for stream in self.streams])
+                _become(run, [writer for _, writer in pipes])
             except SystemExit as end:
                 os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
             except BaseException:
                 sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
                 os._exit(1)
             os._exit(0)
+        for _, writer in pipes:
+            os.close(writer)
 
     def ended(self) -> bool:
         """Whether it has come to its end; sends it the signal when its time has come."""
@@ -188,9 +190,8 @@ class _Child:
         """What came of it."""
         texts = []
         for stream in self.streams:
-            stream.seek(0)
-            texts.append(stream.read().decode(errors="replace"))
-            stream.close()
+            with open(stream, "rb") as file:
+                texts.append(file.read().decode(errors="replace"))
         return Done(self.code, *texts, time.perf_counter() - self.started)
 
 
@@ -198,6 +199,8 @@ def _become(run: Run, streams: Sequence[int]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, descriptor in enumerate([nothing, *streams]):
         os.dup2(descriptor, number)
+    # The server's own know where they were.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ["FAILPOINTS"] = run.points
     if run.file_limit is not None:
         # As a shell's ulimit -f: without SIGXFSZ, which Python ignores.

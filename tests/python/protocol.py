@@ -1,4 +1,4 @@
-"""Outputs of every kind: what they are if nothing disturbs their making, and what may stand there if it is disturbed."""
+"""Outputs of every kind: what they are if nothing disturbs their making, and what may stand there if it is."""
 
 from __future__ import annotations
 
