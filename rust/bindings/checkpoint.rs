@@ -1,9 +1,7 @@
-//! `Checkpoint`: headers, and rows and matrices of mapped tensors.
+//! `Checkpoint`: headers, and rows of tensors.
 
-use super::difference::Matrix;
 use super::error::{detached, to_python};
 use crate::checkpoint::{self, InputFile, ReadBackend, Shard, TensorEntry, TensorId};
-use crate::difference;
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -241,11 +239,6 @@ impl Checkpoint {
 
     fn rows(&self, py: Python<'_>, name: &str, start: usize, stop: usize) -> PyResult<Rows> {
         detached(py, || self.find_rows(name, start, stop))
-    }
-
-    fn matrix(&self, py: Python<'_>, name: &str) -> PyResult<Matrix> {
-        let inner = difference::Matrix::stored(&self.inner, name);
-        Ok(Matrix::new(inner.map_err(|error| to_python(py, &error))?))
     }
 
     fn release(&self, py: Python<'_>, name: &str) -> PyResult<()> {

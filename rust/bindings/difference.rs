@@ -1,18 +1,17 @@
 //! `Matrix` and `Block`: matrices and their differences in memory that numpy and torch see without a copy.
 
+use super::arguments::{json_bytes, shared_sources};
 use super::checkpoint::Checkpoint;
 use super::error::{detached, interruptible_within, to_python};
-use super::plan::json_bytes;
 use crate::difference::{self, Difference};
 use crate::kernels::Kernels;
-use crate::plan::{GivenSources, schema};
+use crate::plan::schema;
 use crate::{Error, Result};
 use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
 
 /// Alignment of a block in bytes: a cache line and the widest vector, so that no load of one crosses two lines.
 const ALIGNMENT: usize = 64;
@@ -21,12 +20,6 @@ const ALIGNMENT: usize = 64;
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct Matrix {
     inner: difference::Matrix,
-}
-
-impl Matrix {
-    pub(super) fn new(inner: difference::Matrix) -> Self {
-        Self { inner }
-    }
 }
 
 #[pymethods]
@@ -39,7 +32,7 @@ impl Matrix {
         sources: BTreeMap<String, Bound<'_, Checkpoint>>,
         terms: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
-        let sources = given(&sources);
+        let sources = shared_sources(&sources);
         let text = json_bytes(terms)?;
         let inner = detached(py, || {
             let terms: Vec<schema::WeightedOperand> =
@@ -51,6 +44,12 @@ impl Matrix {
         Ok(Self { inner })
     }
 
+    #[staticmethod]
+    fn stored(py: Python<'_>, checkpoint: &Checkpoint, name: &str) -> PyResult<Self> {
+        let inner = difference::Matrix::stored(&checkpoint.inner, name);
+        Ok(Self { inner: inner.map_err(|error| to_python(py, &error))? })
+    }
+
     #[getter]
     fn shape(&self) -> (usize, usize) {
         self.inner.shape()
@@ -60,6 +59,15 @@ impl Matrix {
     fn dtype(&self) -> String {
         let stored = self.inner.as_stored().map(|operand| operand.tensor.input.dtype.to_string());
         stored.unwrap_or_else(|| "F32".to_owned())
+    }
+
+    /// Whether it is a tensor in a mapped file, as it is stored.
+    #[getter]
+    fn mapped(&self, py: Python<'_>) -> PyResult<bool> {
+        detached(py, || match self.inner.as_stored() {
+            Some(operand) => Ok(operand.tensor.input.mapped()?.is_some()),
+            None => Ok(false),
+        })
     }
 
     #[pyo3(signature = (block, rows, columns, *, offset = 0))]
@@ -80,13 +88,6 @@ impl Matrix {
     fn release(&self) {
         self.inner.release();
     }
-}
-
-/// Open checkpoints by role, for the engine.
-pub(super) fn given(sources: &BTreeMap<String, Bound<'_, Checkpoint>>) -> GivenSources {
-    let shared =
-        sources.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.get().inner)));
-    shared.collect()
 }
 
 /// Writable float32 memory that the engine fills and that numpy.asarray takes without a copy.

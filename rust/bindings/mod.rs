@@ -1,5 +1,6 @@
 //! The Python surface, `safemerge_fast._engine`: few classes, coarse calls, the GIL released while work is done.
 
+mod arguments;
 mod checkpoint;
 mod difference;
 mod error;

@@ -1,7 +1,7 @@
 //! `Plan` and `Progress`: validation, execution and verification; and their results.
 
+use super::arguments::{json_bytes, shared_sources};
 use super::checkpoint::Checkpoint;
-use super::difference::given;
 use super::error::{detached, interruptible, to_python};
 use super::job::JobDirectory;
 use crate::checkpoint::ReadBackend;
@@ -10,7 +10,6 @@ use crate::merge::{self, stream, verify};
 use crate::writer::WriteMode;
 use crate::{Error, Result, plan};
 use pyo3::prelude::*;
-use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -118,35 +117,6 @@ pub struct Verification {
     mismatches: Vec<Mismatch>,
 }
 
-/// The bytes of JSON that is given as text, as bytes, or as the plain data that it stands for.
-pub(super) fn json_bytes(value: &Bound<'_, PyAny>) -> PyResult<Json> {
-    if let Ok(text) = value.extract::<PyBackedStr>() {
-        return Ok(Json::Text(text));
-    }
-    if let Ok(bytes) = value.extract::<PyBackedBytes>() {
-        return Ok(Json::Bytes(bytes));
-    }
-    let text = value.py().import("json")?.call_method1("dumps", (value,))?;
-    Ok(Json::Text(text.extract::<PyBackedStr>()?))
-}
-
-/// JSON that Python holds.
-pub(super) enum Json {
-    Text(PyBackedStr),
-    Bytes(PyBackedBytes),
-}
-
-impl std::ops::Deref for Json {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Text(text) => text.as_bytes(),
-            Self::Bytes(bytes) => bytes,
-        }
-    }
-}
-
 /// A validated plan: what every output tensor is made of.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct Plan {
@@ -164,7 +134,7 @@ impl Plan {
         read_backend: &str,
     ) -> PyResult<Self> {
         let json = json_bytes(json)?;
-        let sources = given(&sources.unwrap_or_default());
+        let sources = shared_sources(&sources.unwrap_or_default());
         let inner =
             detached(py, || plan::Plan::open(&json, ReadBackend::named(read_backend)?, &sources))?;
         Ok(Self { inner })

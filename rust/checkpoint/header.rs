@@ -2,8 +2,9 @@
 
 use super::header_json::{Described, Parser};
 use super::identity::FileIdentity;
+use super::limits::{MOST_DIMENSIONS, MOST_TENSORS};
 use super::lookup::Lookup;
-use super::{MOST_TENSORS, regular};
+use super::regular;
 use crate::error::printable;
 use crate::{Error, Result};
 use safetensors::tensor::Dtype;
@@ -17,9 +18,6 @@ use std::path::Path;
 pub const LENGTH_BYTES: usize = 8;
 /// Longest header that readers accept.
 const LONGEST_HEADER: u64 = 100_000_000;
-/// Dimensions of a tensor at most; PyTorch and numpy allow no more.
-pub(super) const MOST_DIMENSIONS: usize = 64;
-
 /// One tensor of a shard, as its header describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorEntry<'a> {

@@ -1,7 +1,7 @@
 //! The JSON of a header, handed on tensor by tensor without a tree in between.
 
-use super::header::MOST_DIMENSIONS;
 use super::json::{Skipped, Text};
+use super::limits::MOST_DIMENSIONS;
 use crate::error::printable;
 use safetensors::tensor::Dtype;
 use serde::de::{

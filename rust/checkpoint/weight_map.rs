@@ -1,7 +1,7 @@
 //! The `weight_map` of an index, compact: a million names in one string, and each file's name once.
 
-use super::MOST_TENSORS;
 use super::json::{Skipped, Text};
+use super::limits::MOST_TENSORS;
 use super::lookup::Lookup;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use std::collections::HashMap;

@@ -1,7 +1,24 @@
 //! The loops themselves, written so that the compiler vectorises them for whatever features the caller has.
 
-use super::Product;
 use crate::dtype::{Float, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16, f64_to_f32};
+
+/// A span of one row of a product of two thin matrices.
+#[derive(Debug, Clone, Copy)]
+pub struct Product<'a> {
+    /// The row of the first matrix, `rank` elements.
+    pub coefficients: &'a [f32],
+    /// The second matrix, (rank, columns).
+    pub factor: &'a [f32],
+    /// Its columns.
+    pub columns: usize,
+    /// Column at which the span starts.
+    pub start: usize,
+    /// Multiplies the sum.
+    pub scale: f32,
+}
+
+/// Elements that [`super::Kernels::collect_between`] may write beyond the last one found.
+pub const COLLECT_MARGIN: usize = 16;
 
 /// Conversions of IEEE half, the one thing that the compiler does not vectorise by itself.
 pub(super) trait Half {

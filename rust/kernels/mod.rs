@@ -9,6 +9,8 @@ mod generic;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use generic::{COLLECT_MARGIN, Product};
+
 use crate::dtype::Float;
 use crate::{Error, Result};
 
@@ -58,24 +60,6 @@ impl Level {
         levels
     }
 }
-
-/// A span of one row of a product of two thin matrices.
-#[derive(Debug, Clone, Copy)]
-pub struct Product<'a> {
-    /// The row of the first matrix, `rank` elements.
-    pub coefficients: &'a [f32],
-    /// The second matrix, (rank, columns).
-    pub factor: &'a [f32],
-    /// Its columns.
-    pub columns: usize,
-    /// Column at which the span starts.
-    pub start: usize,
-    /// Multiplies the sum.
-    pub scale: f32,
-}
-
-/// Elements that [`Kernels::collect_between`] may write beyond the last one found.
-pub const COLLECT_MARGIN: usize = 16;
 
 /// Values, low, width and what is found; see [`Kernels::collect_between`].
 type CollectBetween = fn(&[f32], u32, u32, &mut [u32]) -> (usize, u32);

@@ -1,7 +1,6 @@
 //! The loops of [`super::generic`] compiled with AVX2 and with AVX-512, and half conversions by F16C.
 
-use super::generic::{self, Half, Portable};
-use super::{COLLECT_MARGIN, Product};
+use super::generic::{self, COLLECT_MARGIN, Half, Portable, Product};
 use crate::dtype::Float;
 use std::arch::x86_64::{
     _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,

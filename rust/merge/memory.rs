@@ -1,9 +1,8 @@
 //! How much memory an execution takes at most: what each worker holds, and what workers share of the tensors they are in.
 
 use super::loader::LEFT_BLOCK;
-use super::stream::TILE_ALIGNMENT;
 use super::windows::AHEAD;
-use super::work::{CHUNK, SUB_TILE};
+use super::work::{CHUNK, SUB_TILE, TILE_ALIGNMENT};
 use crate::checkpoint::ReadBackend;
 use crate::plan::{Computation, Operand, Operation, OutputTensor, Plan, PlannedShard};
 use crate::{Error, Result};
@@ -145,7 +144,11 @@ fn operand_bytes(operand: &Operand, elements: usize, mapped: bool) -> (usize, us
     }
     if let Some(magnitude) = &operand.magnitude {
         held += window(magnitude.tensor.input.range.len()) + columns * (float + size_of::<f64>());
-        shared += if magnitude.transpose { columns * float } else { 0 };
+        if magnitude.transpose {
+            shared += columns * float;
+        } else {
+            held += rows * float;
+        }
     }
     (held, shared)
 }

@@ -4,6 +4,7 @@ use super::Progress;
 use super::memory::Demand;
 use super::queue::{Item, Queue};
 use super::tile::{NonFinite, TileFiller};
+use super::work::{DEFAULT_TILE, TILE_ALIGNMENT};
 use super::workers;
 use crate::kernels::Kernels;
 use crate::plan::{Plan, PlannedShard};
@@ -15,17 +16,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Tiles and input windows of this size are where mapped reads and direct writes reach their full speed.
-pub const DEFAULT_TILE: usize = 4 << 20;
-/// Tiles must be whole blocks of any disk that takes direct writes.
-pub const TILE_ALIGNMENT: usize = 4096;
-
 /// How to execute. None of it changes the output's bytes.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Worker threads; see [`default_threads`].
     pub threads: usize,
-    /// Bytes of a tile, a multiple of [`TILE_ALIGNMENT`].
+    /// Bytes of a tile, a multiple of 4096.
     pub tile_bytes: usize,
     /// Most bytes that buffers, windows on inputs, factors and counters may take together; lowers `threads`, then
     /// `tile_bytes`.

@@ -2,8 +2,8 @@
 
 use super::Progress;
 use super::queue::{Item, Queue};
-use super::stream::DEFAULT_TILE;
 use super::tile::TileFiller;
+use super::work::DEFAULT_TILE;
 use super::workers;
 use crate::checkpoint::MappedFile;
 use crate::kernels::Kernels;

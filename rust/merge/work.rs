@@ -4,6 +4,12 @@ use crate::dtype::Float;
 use crate::plan::layout::Layout;
 use std::ops::Range;
 
+/// Tiles and input windows of this size are where mapped reads and direct writes reach their full speed.
+pub const DEFAULT_TILE: usize = 4 << 20;
+
+/// Tiles must be whole blocks of any disk that takes direct writes.
+pub(super) const TILE_ALIGNMENT: usize = 4096;
+
 /// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
 pub(super) const SUB_TILE: usize = 1024;
 

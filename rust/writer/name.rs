@@ -6,6 +6,9 @@ use std::path::{Component, Path};
 /// Name of a job directory that lies inside its output.
 pub(super) const INSIDE: &str = ".safemerge";
 
+/// Name of the list of moves by which such a job publishes its output.
+pub(super) const MOVES: &str = "publish.json";
+
 /// A file of an output: a relative path of plain components, joined by single slashes.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

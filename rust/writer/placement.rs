@@ -2,8 +2,7 @@
 
 use super::disk;
 use super::fault::Point;
-use super::name::INSIDE;
-use super::publication::MOVES;
+use super::name::{INSIDE, MOVES};
 use super::record::RECORD;
 use crate::{Error, Result};
 use std::ffi::OsString;

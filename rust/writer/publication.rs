@@ -9,6 +9,7 @@ use super::inputs::Inputs;
 use super::lock::{LOCK, Lock};
 use super::mark::{self, Mark, Standing};
 use super::name::FileName;
+pub(super) use super::name::MOVES;
 use super::placement::Place;
 use super::record::{RECORD, Record};
 use crate::{Error, Result};
@@ -23,8 +24,6 @@ pub(super) const MAKING: &str = "output";
 const OLD: &str = "old";
 /// The old output, while it is removed before the new one is there.
 const DOOMED: &str = "doomed";
-/// The list of moves.
-pub(super) const MOVES: &str = "publish.json";
 const MOVES_PARTIAL: &str = ".publish.json.partial";
 /// A hundred thousand names.
 const LARGEST: u64 = 64 << 20;
@@ -300,7 +299,8 @@ pub(super) fn job_files(place: &Place) -> Result<Vec<String>> {
     Ok(names.filter(|name| !is_reserved(name)).collect())
 }
 
-fn entries(directory: &Path) -> Result<Vec<OsString>> {
+/// The names in a directory.
+pub(super) fn entries(directory: &Path) -> Result<Vec<OsString>> {
     let failed = |error| Error::read(directory, error);
     let found = std::fs::read_dir(directory).map_err(failed)?;
     found.map(|entry| entry.map(|entry| entry.file_name()).map_err(failed)).collect()

@@ -99,6 +99,15 @@ class World:
                 model=str(quartet["aligned"]),
                 adapter=str(adapters["fine-adapter"]),
             ),
+            "mergekit": self._recipe(
+                "mergekit.yml",
+                merge_method="linear",
+                models=[
+                    {"model": str(quartet[role]), "parameters": {"weight": weight}}
+                    for role, weight in (("finetuned", 0.75), ("safe", 0.25))
+                ],
+                dtype="float32",
+            ),
         }
         for kind in self.words:
             output = self.path / kind / "out"

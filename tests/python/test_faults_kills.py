@@ -85,7 +85,7 @@ def test_every_point_is_known() -> None:
 # --- nothing stood there --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["measured", "scored", "single", "adapter", "fold"])
+@pytest.mark.parametrize("kind", ["measured", "scored", "single", "adapter", "fold", "mergekit"])
 def test_a_fresh_output(world: World, kind: str) -> None:
     points = at(["file.rename", *FRESH, *DISCARD])
     if kind == "measured":
@@ -124,7 +124,7 @@ def test_an_output_that_is_exchanged_for_another(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "old"),
-    [("adapter", "scored"), ("single", "adapter"), ("adapter", "adapter"), ("fold", "scored")],
+    [("adapter", "scored"), ("single", "adapter"), ("adapter", "adapter"), ("mergekit", "fold")],
 )
 def test_an_output_of_another_format_or_the_same(world: World, kind: str, old: str) -> None:
     place = world.path / "formats" / f"{kind}-{old}"
