@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from forking import fault_points
 from protocol import Case, World, job_of, mounted, standing
 
-POINTS = fault_points()
+from safemerge_fast import _engine
+
+POINTS = _engine.fault_points()
 pytestmark = pytest.mark.skipif(
-    not POINTS, reason="no engine with the feature `faults`; make faults builds one"
+    not POINTS, reason="the engine has no fail points; make test builds one that has"
 )
 
 KILLED = -9
