@@ -111,9 +111,9 @@ def test_directories_above_that_are_not_there_yet(world: World) -> None:
 
 
 def test_an_output_that_is_exchanged_for_another(world: World) -> None:
-    points = at([*OPENING, *SHARDS, *FILES, *EXCHANGE, *DISCARD]) + later(
-        "old.file", "file.rename", "commit.sync"
-    )
+    # Steps that know nothing of an older output are those of a fresh one.
+    names = ["lock.take", "record.rename", "journal.open", "shard.rename", "commit.sync", "file.rename"]
+    points = at([*names, *EXCHANGE, *DISCARD]) + later("old.file", "file.rename", "commit.sync")
     place = world.path / "exchange"
     world.each(
         points,
@@ -150,7 +150,7 @@ def test_a_file_system_that_cannot_exchange(world: World) -> None:
 
 @pytest.mark.parametrize("old", ["adapter", "single"])
 def test_an_output_that_is_replaced_in_place(world: World, old: str) -> None:
-    points = at([*DOOM, *SHARDS, "file.rename", *FRESH, *DISCARD]) + later("doom.file")
+    points = at([*DOOM, "shard.create", "commit.sync", "file.rename", *FRESH, *DISCARD]) + later("doom.file")
     place = world.path / "in-place" / old
 
     def check(point: str) -> None:
