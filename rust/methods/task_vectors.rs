@@ -8,7 +8,6 @@ use super::gram::difference;
 use super::linear::weights;
 use super::parameters::{FINITE, NOT_NEGATIVE, Spec, choice};
 use super::quantile::{Counter, Cut, Search};
-use super::vote::PART;
 use super::{Finding, Method, Request, Slice, Tally, TypedMethod};
 use crate::kernels::Kernels;
 use std::fmt::Debug;
@@ -153,6 +152,8 @@ impl Sparsify for KeepNone {
     }
 }
 
+/// Elements that are worked on from the difference to the result.
+pub(super) const PART: usize = 256;
 /// Below this a sum of magnitudes is not scaled to, as in mergekit.
 const LEAST_SUM: f64 = 1e-7;
 

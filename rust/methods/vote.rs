@@ -1,9 +1,7 @@
 //! From scaled task vectors and their sum to the result: plain, or of those elements that have the elected sign.
 
-use super::task_vectors::Family;
+use super::task_vectors::{Family, PART};
 
-/// Elements that are worked on from the difference to the result.
-pub(super) const PART: usize = 256;
 /// Below this a sum of weights does not divide.
 const LEAST_DIVISOR: f32 = 1e-8;
 
