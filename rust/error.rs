@@ -107,7 +107,8 @@ pub enum Error {
     /// The process has as many files open as it may.
     #[error(
         "cannot open {}: this process may have {limit} files open, and all are; raise the limit (ulimit -n), or use \
-         fewer --threads", printable(path)
+         fewer --threads",
+        printable(path)
     )]
     Descriptors {
         /// The file.

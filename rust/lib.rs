@@ -7,7 +7,7 @@
 //! 2. [`kernels`] convert between dtypes and blend, with one scalar twin for every SIMD version.
 //! 3. [`methods`]: how operands become one tensor, what their parameters are, and what they must know of whole tensors.
 //! 4. [`plan`]: the JSON is parsed, and everything it claims is checked against headers and methods.
-//! 5. [`writer`]: tiles go to partial files, which are synced and renamed; a journal remembers what is committed.
+//! 5. [`writer`]: an output is made in a job directory, shard by shard, and gets its name when it is whole.
 //! 6. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
 //! 7. [`difference`]: blocks of matrices and of their differences, for an analysis before there is a plan.
 //!

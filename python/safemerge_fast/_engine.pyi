@@ -268,9 +268,7 @@ class Rows:
 class Checkpoint:
     """The validated headers of a checkpoint directory or of one .safetensors file; data is opened when asked for."""
 
-    def __new__(
-        cls, path: str | PathLike[str], *, read_backend: Literal["auto", "mmap", "pread"] = "auto"
-    ) -> Checkpoint:
+    def __new__(cls, path: str | PathLike[str], *, read_backend: str = "auto") -> Checkpoint:
         """Reads and checks all headers; nothing of the tensors' data.
 
         Args:
@@ -345,18 +343,23 @@ class Matrix:
         """Finds a tensor that is a matrix of floats; reads nothing of it.
 
         Args:
-            checkpoint: What holds it.
+            checkpoint: Where it lies.
             name: A 2-D tensor of dtype BF16, F16, F32 or F64.
 
         Raises:
             CheckpointError: There is no such tensor.
             PlanError: It is not such a matrix.
         """
+
     @property
     def shape(self) -> tuple[int, int]: ...
     @property
     def dtype(self) -> str:
         """The stored dtype as safetensors names it; "F32" for a sum or what an adapter changes."""
+
+    @property
+    def mapped(self) -> bool:
+        """Whether it is a tensor in a mapped file, as it is stored; opens the file."""
 
     def read(self, block: Block, rows: tuple[int, int], columns: tuple[int, int], *, offset: int = 0) -> None:
         """Reads a block as float32, row after row, into memory from an element on. The GIL is released meanwhile.

@@ -19,17 +19,29 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ._engine import Watchdog
 
-__all__ = ["EXIT_CODE", "end_at_once", "expect", "leave", "raise_here", "said", "was_received"]
+__all__ = [
+    "EXIT_CODE",
+    "end_at_once",
+    "expect_job",
+    "expect_nothing",
+    "leave",
+    "message",
+    "raise_here",
+    "said",
+    "was_received",
+]
 
 EXIT_CODE = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PLAIN = "interrupted"
+_RESUMABLE = "interrupted; what is committed stays, continue with --resume"
 
 
 class _State:
     """What the handlers know of the process, of which there is one."""
 
     received = False
-    message = "interrupted"
+    message = _PLAIN
     watchdog: Watchdog | None = None
 
 
@@ -55,8 +67,22 @@ def raise_here() -> None:
     sys.unraisablehook = _see_to_it
 
 
-def expect(message: str) -> None:
-    """Sets what is said of an interruption from here on, without `error: `."""
+def expect_nothing() -> None:
+    """From here on an interruption leaves nothing that could be resumed, and does not advise it."""
+    _expect(_PLAIN)
+
+
+def expect_job() -> None:
+    """From here on an interruption leaves a job that --resume goes on with, and says so."""
+    _expect(_RESUMABLE)
+
+
+def message() -> str:
+    """What is said of an interruption, without `error: `."""
+    return _State.message
+
+
+def _expect(message: str) -> None:
     _State.message = message
     if _State.watchdog is not None:
         _State.watchdog.set_message(message)

@@ -58,6 +58,7 @@ class Kind(Enum):
     MODEL = "a model"
     SIZE = "a size like 5GB"
     PATTERN = "a regular expression"
+    DOCUMENT = "fields with values"
     CALLBACK = "a function"
 
 

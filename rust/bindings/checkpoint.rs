@@ -1,8 +1,7 @@
-//! `Checkpoint`: headers, and rows and matrices of mapped tensors.
+//! `Checkpoint`: headers, and rows of tensors.
 
 use super::error::{detached, to_python};
 use crate::checkpoint::{self, InputFile, ReadBackend, Shard, TensorEntry, TensorId};
-use crate::plan::GivenSources;
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -282,11 +281,4 @@ impl Checkpoint {
         file.read(range, &mut bytes)?;
         Ok(Rows { bytes: RowBytes::Read(bytes) })
     }
-}
-
-/// Open checkpoints by role, for the engine.
-pub(super) fn given(sources: &BTreeMap<String, Bound<'_, Checkpoint>>) -> GivenSources {
-    let shared =
-        sources.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.get().inner)));
-    shared.collect()
 }

@@ -1,8 +1,8 @@
 //! `Matrix` and `Block`: matrices and their differences in memory that numpy and torch see without a copy.
 
-use super::checkpoint::{Checkpoint, given};
+use super::arguments::{json_bytes, shared_sources};
+use super::checkpoint::Checkpoint;
 use super::error::{detached, interruptible_within, to_python};
-use super::json::json_bytes;
 use crate::difference::{self, Difference};
 use crate::kernels::Kernels;
 use crate::plan::schema;
@@ -32,7 +32,7 @@ impl Matrix {
         sources: BTreeMap<String, Bound<'_, Checkpoint>>,
         terms: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
-        let sources = given(&sources);
+        let sources = shared_sources(&sources);
         let text = json_bytes(terms)?;
         let inner = detached(py, || {
             let terms: Vec<schema::WeightedOperand> =
@@ -59,6 +59,15 @@ impl Matrix {
     fn dtype(&self) -> String {
         let stored = self.inner.as_stored().map(|operand| operand.tensor.input.dtype.to_string());
         stored.unwrap_or_else(|| "F32".to_owned())
+    }
+
+    /// Whether it is a tensor in a mapped file, as it is stored.
+    #[getter]
+    fn mapped(&self, py: Python<'_>) -> PyResult<bool> {
+        detached(py, || match self.inner.as_stored() {
+            Some(operand) => Ok(operand.tensor.input.mapped()?.is_some()),
+            None => Ok(false),
+        })
     }
 
     #[pyo3(signature = (block, rows, columns, *, offset = 0))]

@@ -1,11 +1,11 @@
 //! The Python surface, `safemerge_fast._engine`: few classes, coarse calls, the GIL released while work is done.
 
+mod arguments;
 mod checkpoint;
 mod difference;
 mod error;
 mod interruption;
 mod job;
-mod json;
 mod methods;
 mod pattern;
 mod plan;

@@ -1,9 +1,9 @@
 //! `Plan` and `Progress`: validation, execution and verification; and their results.
 
-use super::checkpoint::{Checkpoint, given};
+use super::arguments::{json_bytes, shared_sources};
+use super::checkpoint::Checkpoint;
 use super::error::{detached, interruptible, to_python};
 use super::job::JobDirectory;
-use super::json::json_bytes;
 use crate::checkpoint::ReadBackend;
 use crate::kernels::Kernels;
 use crate::merge::{self, stream, verify};
@@ -134,7 +134,7 @@ impl Plan {
         read_backend: &str,
     ) -> PyResult<Self> {
         let json = json_bytes(json)?;
-        let sources = given(&sources.unwrap_or_default());
+        let sources = shared_sources(&sources.unwrap_or_default());
         let inner =
             detached(py, || plan::Plan::open(&json, ReadBackend::named(read_backend)?, &sources))?;
         Ok(Self { inner })

@@ -264,22 +264,13 @@ impl Checkpoint {
         Error::NoTensor { path: self.path.clone(), tensor: name.to_owned() }
     }
 
-    /// Checks that size, times and inode of every shard are those seen when the checkpoint was opened.
-    ///
-    /// # Errors
-    /// Those of [`Shard::check_unchanged`].
-    pub fn check_unchanged(&self) -> Result<()> {
-        self.shards.iter().try_for_each(Shard::check_unchanged)
-    }
-
     /// As [`Checkpoint::get`], with the shard's number.
     ///
     /// # Errors
     /// [`Error::NoTensor`].
     pub fn locate(&self, name: &str) -> Result<(usize, TensorEntry<'_>)> {
         let id = self.id(name).ok_or_else(|| self.absent(name))?;
-        let shard = self.starts.partition_point(|&start| start <= id.0) - 1;
-        Ok((shard, self.entry(id).1))
+        Ok((shard_of(&self.starts, id.0), self.entry(id).1))
     }
 
     /// How the data is read.
@@ -297,12 +288,25 @@ impl Checkpoint {
         let Shard { path, header, .. } = &self.shards[shard];
         self.files.get(shard, path, &header.identity)
     }
+
+    /// Checks that size, times and inode of every shard are those seen when the checkpoint was opened.
+    ///
+    /// # Errors
+    /// Those of [`Shard::check_unchanged`].
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.shards.iter().try_for_each(Shard::check_unchanged)
+    }
 }
 
 /// The tensor with this number, of shards whose first ones have the numbers `starts`.
 fn entry_of<'a>(shards: &'a [Shard], starts: &[u32], number: u32) -> (&'a Shard, TensorEntry<'a>) {
-    // A shard without tensors starts where the next one does: the last of them is the one.
-    let shard = starts.partition_point(|&start| start <= number) - 1;
+    let shard = shard_of(starts, number);
     let place = (number - starts[shard]) as usize;
     (&shards[shard], shards[shard].header.tensor(place))
+}
+
+/// The number of the shard that holds the tensor with this number.
+fn shard_of(starts: &[u32], number: u32) -> usize {
+    // A shard without tensors starts where the next one does: the last of them is the one.
+    starts.partition_point(|&start| start <= number) - 1
 }

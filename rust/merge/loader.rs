@@ -67,8 +67,8 @@ pub(crate) struct OperandLoader {
     current: u64,
     /// Rows of the other factor of each product, by operand and product.
     left: HashMap<(usize, usize), LeftBlock>,
-    /// DoRA's factor of the row last asked for, by operand.
-    row_factor: HashMap<usize, (usize, f32)>,
+    /// DoRA's factors of the rows asked for so far, by operand; NaN where nobody has asked.
+    row_factors: HashMap<usize, Vec<f32>>,
     whole_row: Vec<f32>,
     windows: Windows,
 }
@@ -114,7 +114,7 @@ impl OperandLoader {
             kernels,
             current: 0,
             left: HashMap::new(),
-            row_factor: HashMap::new(),
+            row_factors: HashMap::new(),
             whole_row: Vec::new(),
             windows: Windows::default(),
         }
@@ -133,7 +133,7 @@ impl OperandLoader {
         if self.current != from.shared.id {
             self.current = from.shared.id;
             self.left.clear();
-            self.row_factor.clear();
+            self.row_factors.clear();
             self.windows.clear();
         }
         self.load_adapted(from, span.clone(), values)?;
@@ -303,10 +303,9 @@ impl OperandLoader {
 
     /// `magnitude / ‖row‖` of one row: it is loaded whole, wherever the span was cut.
     fn row_factor(&mut self, from: &Loading<'_>, magnitude: &Magnitude, row: usize) -> Result<f32> {
-        if let Some(&(known, factor)) = self.row_factor.get(&from.number)
-            && known == row
-        {
-            return Ok(factor);
+        let known = self.row_factors.get(&from.number).map_or(f32::NAN, |factors| factors[row]);
+        if !known.is_nan() {
+            return Ok(known);
         }
         let columns = from.operand.columns;
         let mut values = std::mem::take(&mut self.whole_row);
@@ -318,7 +317,8 @@ impl OperandLoader {
         self.load_plain(place, &magnitude.tensor, row..row + 1, &mut wanted)?;
         let factor = crate::dtype::f64_to_f32(f64::from(wanted[0]) / squares.sqrt());
         self.whole_row = values;
-        self.row_factor.insert(from.number, (row, factor));
+        let rows = from.operand.tensor.input.shape[0];
+        self.row_factors.entry(from.number).or_insert_with(|| vec![f32::NAN; rows])[row] = factor;
         Ok(factor)
     }
 

@@ -144,7 +144,11 @@ fn operand_bytes(operand: &Operand, elements: usize, mapped: bool) -> (usize, us
     }
     if let Some(magnitude) = &operand.magnitude {
         held += window(magnitude.tensor.input.range.len()) + columns * (float + size_of::<f64>());
-        shared += if magnitude.transpose { columns * float } else { 0 };
+        if magnitude.transpose {
+            shared += columns * float;
+        } else {
+            held += rows * float;
+        }
     }
     (held, shared)
 }

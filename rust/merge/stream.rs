@@ -21,7 +21,7 @@ use std::time::Instant;
 pub struct Options {
     /// Worker threads; see [`default_threads`].
     pub threads: usize,
-    /// Bytes of a tile, a multiple of [`TILE_ALIGNMENT`].
+    /// Bytes of a tile, a multiple of 4096.
     pub tile_bytes: usize,
     /// Most bytes that buffers, windows on inputs, factors and counters may take together; lowers `threads`, then
     /// `tile_bytes`.

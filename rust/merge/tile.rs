@@ -12,6 +12,9 @@ use crate::{Error, Result};
 use std::ops::Range;
 use std::path::PathBuf;
 
+/// Elements that an observe pass looks at together where it looks at all: what it hands on each time costs.
+const OBSERVED: usize = 4 * SUB_TILE;
+
 /// Elements after which a worker looks whether it is to stop: a chunk or a tile of a slow method takes long.
 const PATIENCE: usize = 1 << 16;
 
@@ -212,7 +215,9 @@ impl TileFiller {
         };
         let facts = &assignment.facts;
         let job = Job { file, tensor, computation, facts, stopped };
-        let step = method.row().unwrap_or(SUB_TILE).max(1);
+        // A sample is made of small pieces from many places.
+        let whole = if assignment.stride == 1 { OBSERVED } else { SUB_TILE };
+        let step = method.row().unwrap_or(whole).max(1);
         let mut watch = Watch::new(stopped);
         for start in elements.clone().step_by(step) {
             if !(start / step).is_multiple_of(assignment.stride) {

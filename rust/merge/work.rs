@@ -8,7 +8,7 @@ use std::ops::Range;
 pub const DEFAULT_TILE: usize = 4 << 20;
 
 /// Tiles must be whole blocks of any disk that takes direct writes.
-pub const TILE_ALIGNMENT: usize = 4096;
+pub(super) const TILE_ALIGNMENT: usize = 4096;
 
 /// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
 pub(super) const SUB_TILE: usize = 1024;

@@ -11,6 +11,9 @@ use std::time::Duration;
 /// How often the calling thread looks for an interruption.
 const POLL: Duration = Duration::from_millis(50);
 
+/// More threads than any machine has processors; their bookkeeping alone would take all memory.
+const MOST_THREADS: usize = 4096;
+
 /// Tells the others when its thread panics, so that nobody waits for what that thread had in hand.
 struct Alarm<'a>(&'a AtomicBool);
 
@@ -33,6 +36,11 @@ pub(super) fn run<State: Send>(
     start: impl Fn() -> Result<State> + Sync,
     work: impl Fn(&mut State, Item, &dyn Fn() -> bool) -> Result<()> + Sync,
 ) -> Result<Vec<State>> {
+    if threads > MOST_THREADS {
+        return Err(Error::Option(format!(
+            "{threads} worker threads were asked for; {MOST_THREADS} are the most, and a few more than processors are best"
+        )));
+    }
     let failure = Mutex::new(None);
     let fail = |error: Error| {
         let mut first = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

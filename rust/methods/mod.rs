@@ -26,6 +26,7 @@ mod table;
 mod task_arithmetic;
 mod task_vectors;
 mod ties;
+mod vote;
 
 pub use parameters::{Default, Kind, Parameter};
 pub use random::uniforms;

@@ -167,26 +167,12 @@ impl Search {
         }
     }
 
-    /// Counts some values.
-    pub(super) fn count(&self, kernels: &Kernels, values: &[f32], counts: &[AtomicU32]) {
-        let State::Counting(Bins { low, number, shift }, _) = self.state else { return };
-        let Some(([above, present], bins)) = counts.split_first_chunk::<EXTRA>() else { return };
-        let (mut higher, mut any) = (0_u32, 0_u32);
-        let mut recent = Recent::default();
-        let mut found = [0; PART + COLLECT_MARGIN];
-        for part in values.chunks(PART) {
-            let (count, above) = kernels.collect_between(part, low, number << shift, &mut found);
-            higher += above;
-            for &offset in &found[..count] {
-                any |= offset;
-                recent.add(offset >> shift, bins);
-            }
-        }
-        recent.flush(bins);
-        present.fetch_or(any, Ordering::Relaxed);
-        if higher > 0 {
-            above.fetch_add(higher, Ordering::Relaxed);
-        }
+    /// Counts values into `counts`, which are as many as [`Search::counts`] says; `None` if there is nothing to count.
+    pub(super) fn counter<'a>(&self, counts: &'a [AtomicU32]) -> Option<Counter<'a>> {
+        let State::Counting(bins, _) = self.state else { return None };
+        let ([above, present], counts) = counts.split_first_chunk::<EXTRA>()?;
+        let (recent, found) = (Recent::default(), [0; PART + COLLECT_MARGIN]);
+        Some(Counter { bins, above, present, counts, recent, found, higher: 0, any: 0 })
     }
 
     /// Draws the conclusion of a pass.
@@ -268,6 +254,44 @@ impl State {
     }
 }
 
+/// Counts values for a search.
+pub(super) struct Counter<'a> {
+    bins: Bins,
+    above: &'a AtomicU32,
+    present: &'a AtomicU32,
+    counts: &'a [AtomicU32],
+    recent: Recent,
+    /// Room for what is found among some values.
+    found: [u32; PART + COLLECT_MARGIN],
+    higher: u32,
+    any: u32,
+}
+
+impl Counter<'_> {
+    /// Counts some values.
+    pub(super) fn count(&mut self, kernels: &Kernels, values: &[f32]) {
+        let Bins { low, number, shift } = self.bins;
+        for part in values.chunks(PART) {
+            let found = &mut self.found;
+            let (count, above) = kernels.collect_between(part, low, number << shift, found);
+            self.higher += above;
+            for &offset in &found[..count] {
+                self.any |= offset;
+                self.recent.add(offset >> shift, self.counts);
+            }
+        }
+    }
+
+    /// Hands the counts on.
+    pub(super) fn finish(self) {
+        self.recent.flush(self.counts);
+        self.present.fetch_or(self.any, Ordering::Relaxed);
+        if self.higher > 0 {
+            self.above.fetch_add(self.higher, Ordering::Relaxed);
+        }
+    }
+}
+
 /// Counts that were not handed on yet. Differences of bf16 weights take few values, and workers that all increment the
 /// count of one of them would wait for each other.
 #[derive(Default)]
@@ -305,4 +329,4 @@ impl Recent {
 }
 
 /// Elements that are looked at together.
-const PART: usize = 1024;
+const PART: usize = 256;

@@ -47,6 +47,14 @@ pub fn uniforms(key: [u32; 2], stream: u32, first: usize, out: &mut [u32]) {
 #[expect(clippy::cast_possible_truncation, reason = "the hash takes both halves of the index")]
 pub(super) fn tie_breakers(key: [u32; 2], stream: u32, first: usize, out: &mut [u32]) {
     let salt = key[0] ^ stream.wrapping_mul(WEYL[0]);
+    if first as u64 + out.len() as u64 <= 1 << 32 {
+        // The high halves are zero; numbers of 32 bits are worked on twice as fast.
+        let start = first as u32;
+        for (place, number) in (0_u32..).zip(out) {
+            *number = hash(hash(start.wrapping_add(place) ^ salt) ^ key[1]);
+        }
+        return;
+    }
     for (number, element) in out.iter_mut().zip(first as u64..) {
         let high = ((element >> 32) as u32).wrapping_mul(WEYL[1]);
         *number = hash(hash(element as u32 ^ salt) ^ key[1] ^ high);

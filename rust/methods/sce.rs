@@ -189,7 +189,10 @@ impl TypedMethod for OfTensor {
         let variances = variances(kernels, &deltas, self.count, length);
         let differing = variances.iter().filter(|&&variance| variance != 0.0).count();
         tally.sums[0] += f64::from(u32::try_from(differing).unwrap_or(u32::MAX));
-        facts.search.count(kernels, &variances, tally.counts);
+        if let Some(mut counter) = facts.search.counter(tally.counts) {
+            counter.count(kernels, &variances);
+            counter.finish();
+        }
     }
 
     #[expect(

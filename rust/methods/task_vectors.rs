@@ -7,11 +7,14 @@
 use super::gram::difference;
 use super::linear::weights;
 use super::parameters::{FINITE, NOT_NEGATIVE, Spec, choice};
-use super::quantile::{Cut, Search};
+use super::quantile::{Counter, Cut, Search};
 use super::{Finding, Method, Request, Slice, Tally, TypedMethod};
 use crate::kernels::Kernels;
 use std::fmt::Debug;
 use std::sync::Arc;
+
+/// Elements that are worked on from the difference to the result.
+pub(super) const PART: usize = 256;
 
 /// The density of an operand's task vector.
 pub(super) const DENSITY: Spec<f64> = Spec::number(
@@ -87,6 +90,51 @@ pub(super) trait Sparsify: Debug + Send + Sync {
 
     /// Sets elements that fall out to zero, and scales the others if it knows how. `first` is the index of the first.
     fn apply(&self, kernels: &Kernels, cuts: [Cut; 2], first: usize, delta: &mut [f32]);
+
+    /// Makes the sparse task vector of a part of a model, scales it and adds it to `sums`.
+    fn add(&self, kernels: &Kernels, cuts: [Cut; 2], part: &Part<'_>, out: Added<'_>) {
+        let Added { scaled, sums } = out;
+        difference(kernels, part.model, part.base, scaled);
+        self.apply(kernels, cuts, part.first, scaled);
+        kernels.run(
+            #[inline(always)]
+            || {
+                for (value, sum) in scaled.iter_mut().zip(&mut *sums) {
+                    *value = part.scale(*value);
+                    *sum += *value;
+                }
+            },
+        );
+    }
+}
+
+/// A part of a model, and what its task vector is multiplied by.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part<'a> {
+    pub model: &'a [f32],
+    pub base: &'a [f32],
+    /// Index within the tensor of the first element.
+    pub first: usize,
+    /// What brings back the task vector's sum of magnitudes.
+    pub factor: f32,
+    pub weight: f32,
+}
+
+impl Part<'_> {
+    /// An element of the task vector, scaled.
+    #[inline(always)]
+    pub(super) fn scale(&self, value: f32) -> f32 {
+        value * self.factor * self.weight
+    }
+}
+
+/// Where scaled task vectors go; as long as the part.
+#[derive(Debug)]
+pub(super) struct Added<'a> {
+    /// The part's own.
+    pub scaled: &'a mut [f32],
+    /// The sum over all models.
+    pub sums: &'a mut [f32],
 }
 
 /// Keeps everything.
@@ -109,17 +157,15 @@ impl Sparsify for KeepNone {
 
 /// Below this a sum of magnitudes is not scaled to, as in mergekit.
 const LEAST_SUM: f64 = 1e-7;
-/// Below this a sum of weights does not divide.
-const LEAST_DIVISOR: f32 = 1e-8;
 
 /// Checked parameters of the whole family.
 #[derive(Debug, Clone)]
 pub(super) struct Family {
-    weights: Arc<[f32]>,
+    pub(super) weights: Arc<[f32]>,
     densities: Arc<[f64]>,
-    lambda: f32,
-    normalize: bool,
-    votes: bool,
+    pub(super) lambda: f32,
+    pub(super) normalize: bool,
+    pub(super) votes: bool,
     /// Whether sparse task vectors are scaled back to their sum of magnitudes.
     l1: bool,
 }
@@ -282,18 +328,26 @@ impl TypedMethod for TaskVectors {
             self.observe_l1(kernels, facts, slice, tally.sums);
             return;
         }
-        let mut delta = vec![0.0; slice.len()];
+        let base = slice.base.unwrap_or_default();
         let mut rest = tally.counts;
         for (operand, known) in slice.operands.iter().zip(facts) {
-            if known.counts() == 0 {
-                continue;
-            }
-            difference(kernels, operand, slice.base.unwrap_or_default(), &mut delta);
-            for search in &known.searches {
+            let mut counters = known.searches.map(|search| {
                 let (own, others) = rest.split_at(search.counts());
                 rest = others;
-                search.count(kernels, &delta, own);
+                search.counter(own)
+            });
+            if counters.iter().all(Option::is_none) {
+                continue;
             }
+            let mut delta = [0.0; PART];
+            for (model, base) in operand.chunks(PART).zip(base.chunks(PART)) {
+                let delta = &mut delta[..model.len()];
+                difference(kernels, model, base, delta);
+                for counter in counters.iter_mut().flatten() {
+                    counter.count(kernels, delta);
+                }
+            }
+            counters.into_iter().flatten().for_each(Counter::finish);
         }
     }
 
@@ -329,39 +383,32 @@ impl TypedMethod for TaskVectors {
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {
-        let length = slice.len();
-        let Family { weights, lambda, normalize, votes, .. } = &self.family;
-        let mut deltas = vec![0.0; weights.len() * length];
-        out.fill(0.0);
-        let each = deltas.chunks_exact_mut(length.max(1)).zip(facts).zip(&**weights).enumerate();
-        for (number, ((delta, known), &weight)) in each {
-            self.sparse(kernels, known.cuts(), slice, number, delta);
+        // Parts stay in the first-level cache from the difference to the result. A method of rows gets them whole.
+        let length = if self.row.is_some() { slice.len() } else { PART };
+        let mut scaled = vec![0.0; self.family.weights.len() * length.min(slice.len())];
+        let base = slice.base.unwrap_or_default();
+        let parts = out.chunks_mut(length.max(1)).zip(base.chunks(length.max(1)));
+        for (number, (out, base)) in parts.enumerate() {
+            let start = number * length;
+            let scaled = &mut scaled[..self.family.weights.len() * out.len()];
+            out.fill(0.0);
+            let each = scaled.chunks_exact_mut(out.len().max(1)).zip(facts).zip(slice.operands);
+            for (number, ((scaled, known), operand)) in each.enumerate() {
+                let part = Part {
+                    model: &operand[start..start + out.len()],
+                    base,
+                    first: slice.first + start,
+                    factor: known.factor,
+                    weight: self.family.weights[number],
+                };
+                let added = Added { scaled, sums: out };
+                self.sparsifiers[number].add(kernels, known.cuts(), &part, added);
+            }
             kernels.run(
                 #[inline(always)]
-                || {
-                    for (value, sum) in delta.iter_mut().zip(&mut *out) {
-                        *value = *value * known.factor * weight;
-                        *sum += *value;
-                    }
-                },
+                || self.family.conclude(scaled, base, out),
             );
         }
-        let base = slice.base.unwrap_or_default();
-        kernels.run(
-            #[inline(always)]
-            || {
-                if *votes {
-                    self.elect(&deltas, out);
-                } else if *normalize {
-                    let sum: f32 = weights.iter().sum();
-                    let divisor = if sum.abs() < LEAST_DIVISOR { 1.0 } else { sum };
-                    out.iter_mut().for_each(|sum| *sum /= divisor);
-                }
-                for (value, base) in out.iter_mut().zip(base) {
-                    *value = base + *value * lambda;
-                }
-            },
-        );
         Ok(())
     }
 }
@@ -383,38 +430,4 @@ fn sum_of_magnitudes(kernels: &Kernels, values: &[f32]) -> f64 {
             sums.iter().sum()
         },
     )
-}
-
-/// Elements whose divisors are held at a time.
-const PART: usize = 256;
-
-impl TaskVectors {
-    /// Replaces sums of all weighted deltas by those of the elected sign, normalised if asked for.
-    #[inline(always)]
-    fn elect(&self, deltas: &[f32], out: &mut [f32]) {
-        let length = out.len();
-        for (number, sums) in out.chunks_mut(PART).enumerate() {
-            let start = number * PART;
-            let mut elected = [0.0_f32; PART];
-            let mut divisors = [0.0_f32; PART];
-            for (sign, sum) in elected.iter_mut().zip(&*sums) {
-                *sign = if *sum >= 0.0 { 1.0 } else { -1.0 };
-            }
-            sums.fill(0.0);
-            for (delta, &weight) in deltas.chunks_exact(length).zip(&*self.family.weights) {
-                let delta = &delta[start..start + sums.len()];
-                let places = sums.iter_mut().zip(&mut divisors).zip(delta.iter().zip(&elected));
-                for ((sum, divisor), (value, sign)) in places {
-                    let agrees = value * sign > 0.0;
-                    *sum += if agrees { *value } else { 0.0 };
-                    *divisor += if agrees { weight } else { 0.0 };
-                }
-            }
-            if self.family.normalize {
-                for (sum, divisor) in sums.iter_mut().zip(&divisors) {
-                    *sum /= if *divisor == 0.0 { 1.0 } else { *divisor };
-                }
-            }
-        }
-    }
 }

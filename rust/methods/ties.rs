@@ -9,7 +9,9 @@ use super::parameters::parameters;
 use super::quantile::{self, Cut, Search, magnitude};
 use super::random::tie_breakers;
 use super::specification::{Base, Description, Flag, Given, Rule, Target};
-use super::task_vectors::{DENSITY, Family, LAMBDA, NORMALIZE, Rescale, SEED, Sparsify};
+use super::task_vectors::{
+    Added, DENSITY, Family, LAMBDA, NORMALIZE, Part, Rescale, SEED, Sparsify,
+};
 use super::{Method, random};
 use crate::kernels::Kernels;
 
@@ -92,8 +94,8 @@ pub(super) struct Band {
     stream: u32,
 }
 
-/// Elements whose random numbers are held at a time.
-const PART: usize = 256;
+/// Elements that are looked at together: in few of so many does one lie at the border.
+const PART: usize = 64;
 
 impl Band {
     pub(super) fn new(
@@ -107,22 +109,62 @@ impl Band {
         Self { elements, outer, inner, key, stream }
     }
 
-    /// Whether random numbers decide about any of the values.
-    #[inline(always)]
-    fn tied([outer, inner]: [Cut; 2], values: &[f32]) -> bool {
-        let at_border = |found, value: &f32| {
-            let bits = magnitude(*value);
-            found | u32::from(outer.draws(bits)) | u32::from(inner.draws(bits))
-        };
-        values.iter().fold(0, at_border) != 0
-    }
-
     /// The value, or zero if it lies outside the band.
     #[inline(always)]
     fn take([outer, inner]: [Cut; 2], value: f32, random: u32) -> f32 {
         let bits = magnitude(value);
         let taken = outer.takes(bits, random) & !inner.takes(bits, random);
         masked(value, taken)
+    }
+
+    /// 1 if random numbers decide about the value, else 0.
+    #[inline(always)]
+    fn draws([outer, inner]: [Cut; 2], value: f32) -> u32 {
+        let bits = magnitude(value);
+        u32::from(outer.draws(bits)) | u32::from(inner.draws(bits))
+    }
+
+    /// Random numbers of some elements, if they decide about any of them.
+    #[inline(always)]
+    fn numbers(&self, drawn: u32, first: usize, count: usize) -> [u32; PART] {
+        let mut numbers = [0; PART];
+        if drawn != 0 {
+            tie_breakers(self.key, self.stream, first, &mut numbers[..count]);
+        }
+        numbers
+    }
+
+    /// As [`Sparsify::add`], of at most [`PART`] elements; so many are worked on in registers.
+    #[inline(always)]
+    fn add_few(&self, cuts: [Cut; 2], part: &Part<'_>, out: Added<'_>) {
+        let Added { scaled, sums } = out;
+        let mut drawn = 0;
+        for ((value, model), base) in scaled.iter_mut().zip(part.model).zip(part.base) {
+            *value = model - base;
+            drawn |= Self::draws(cuts, *value);
+        }
+        let numbers = self.numbers(drawn, part.first, scaled.len());
+        for ((value, sum), &random) in scaled.iter_mut().zip(sums).zip(&numbers) {
+            *value = part.scale(Self::take(cuts, *value, random));
+            *sum += *value;
+        }
+    }
+
+    /// As [`Sparsify::add`].
+    #[inline(always)]
+    fn add_all(&self, cuts: [Cut; 2], part: &Part<'_>, out: Added<'_>) {
+        let (models, model) = part.model.as_chunks::<PART>();
+        let (bases, base) = part.base.as_chunks::<PART>();
+        let (all_scaled, scaled) = out.scaled.as_chunks_mut::<PART>();
+        let (all_sums, sums) = out.sums.as_chunks_mut::<PART>();
+        let mut first = part.first;
+        for ((model, base), (scaled, sums)) in
+            models.iter().zip(bases).zip(all_scaled.iter_mut().zip(all_sums))
+        {
+            self.add_few(cuts, &Part { model, base, first, ..*part }, Added { scaled, sums });
+            first += PART;
+        }
+        self.add_few(cuts, &Part { model, base, first, ..*part }, Added { scaled, sums });
     }
 }
 
@@ -145,15 +187,26 @@ impl Sparsify for Band {
         kernels.run(
             #[inline(always)]
             || {
-                for (number, part) in delta.chunks_mut(PART).enumerate() {
-                    let mut numbers = [0; PART];
-                    if Self::tied(cuts, part) {
-                        let numbers = &mut numbers[..part.len()];
-                        tie_breakers(self.key, self.stream, first + number * PART, numbers);
-                    }
-                    for (value, &random) in part.iter_mut().zip(&numbers) {
+                for (number, values) in delta.chunks_mut(PART).enumerate() {
+                    let drawn = values.iter().fold(0, |any, &v| any | Self::draws(cuts, v));
+                    let numbers = self.numbers(drawn, first + number * PART, values.len());
+                    for (value, &random) in values.iter_mut().zip(&numbers) {
                         *value = Self::take(cuts, *value, random);
                     }
+                }
+            },
+        );
+    }
+
+    fn add(&self, kernels: &Kernels, [outer, inner]: [Cut; 2], part: &Part<'_>, out: Added<'_>) {
+        kernels.run(
+            #[inline(always)]
+            || {
+                // Without an inner border, what compares with it is compiled away.
+                if inner == Cut::NOTHING {
+                    self.add_all([outer, Cut::NOTHING], part, out);
+                } else {
+                    self.add_all([outer, inner], part, out);
                 }
             },
         );

@@ -1,5 +1,5 @@
 //! Plans: what every tensor of an output is made of, as data, parsed ([`schema`]), laid out in files ([`layout`]) and
-//! checked against the inputs (`resolve`, `plan`).
+//! checked against the inputs (`sources`, `resolve`, `plan`).
 
 mod inputs;
 pub mod layout;
@@ -7,9 +7,11 @@ pub mod layout;
 mod plan;
 mod resolve;
 pub mod schema;
+mod sources;
 
 pub use inputs::{
     Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, OutputTensor, Rows,
 };
 pub use plan::{Plan, PlannedShard};
-pub use resolve::{GivenSources, resolve_sum};
+pub use resolve::resolve_sum;
+pub use sources::GivenSources;

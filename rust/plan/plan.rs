@@ -2,9 +2,10 @@
 
 use super::inputs::{Operation, OutputTensor};
 use super::layout::{Entry, Layout};
-use super::resolve::{GivenSources, Recipe, Resolver, Source, Sources};
+use super::resolve::{Recipe, Resolver};
 use super::schema;
-use crate::checkpoint::{Checkpoint, InputFile, ReadBackend};
+use super::sources::{GivenSources, Sources, open_source};
+use crate::checkpoint::{InputFile, ReadBackend};
 use crate::{Error, Result};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -87,7 +88,10 @@ impl Plan {
             sources.insert(name.clone(), open_source(source, given.get(name), backend)?);
         }
         let digests = plan.operations.iter().map(digest_of).collect::<Result<Vec<_>>>()?;
-        let recipes: Vec<Recipe> = plan.operations.into_iter().map(Recipe::new).collect();
+        let operations = plan.operations.into_iter().enumerate();
+        let recipes = operations
+            .map(|(number, operation)| Recipe::new(number, operation))
+            .collect::<Result<Vec<_>>>()?;
         let mut names = HashSet::new();
         let mut files = HashSet::new();
         let mut shards = Vec::with_capacity(plan.shards.len());
@@ -248,45 +252,6 @@ fn wrong_version(version: u32) -> Error {
     } else {
         format!("its format has version {version}, this program reads version {known}; update it")
     })
-}
-
-/// Opens the files that a plan lists, or takes the checkpoint that is open, and compares each file with the identity it
-/// states. Of files that are opened the modification time may differ (copies and clones change it); the size and the
-/// header may not. A checkpoint that is open was looked at before: its files must still be what they were then.
-fn open_source(
-    source: &schema::Source,
-    given: Option<&Arc<Checkpoint>>,
-    backend: ReadBackend,
-) -> Result<Source> {
-    let checkpoint = match given {
-        Some(checkpoint) => Arc::clone(checkpoint),
-        None => Arc::new(Checkpoint::open_files(&source.path, source.files.keys(), backend)?),
-    };
-    let mut listed = vec![false; checkpoint.shards().len()];
-    let mut found = 0;
-    for (shard, listed) in checkpoint.shards().iter().zip(&mut listed) {
-        let Some(expected) = source.files.get(&shard.name) else { continue };
-        shard.header.identity.check_stated(&shard.path, expected)?;
-        if given.is_some() {
-            if shard.header.identity.mtime_ns != expected.mtime_ns {
-                let what = "it was modified";
-                return Err(Error::InputChanged { path: shard.path.clone(), what });
-            }
-            shard.check_unchanged()?;
-        }
-        *listed = true;
-        found += 1;
-    }
-    if found < source.files.len() {
-        let known: HashSet<&String> = checkpoint.shards().iter().map(|shard| &shard.name).collect();
-        let missing = source.files.keys().find(|file| !known.contains(file));
-        return Err(Error::Plan(format!(
-            "it reads {} of {}, which is no file of that checkpoint",
-            missing.map_or("", String::as_str),
-            checkpoint.path().display()
-        )));
-    }
-    Ok(Source { checkpoint, listed })
 }
 
 fn plan_shard(

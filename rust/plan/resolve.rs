@@ -3,28 +3,15 @@
 
 use super::inputs::{Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, Rows};
 use super::schema;
+use super::sources::{GivenSources, Source, Sources};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
-use crate::methods::{self, Convert};
+use crate::methods::{self, Convert, Prepared};
 use crate::{Error, Result};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-
-/// A checkpoint that a plan reads, and which of its shards it may.
-#[derive(Debug)]
-pub(super) struct Source {
-    pub checkpoint: Arc<Checkpoint>,
-    /// By the shard's number in the checkpoint.
-    pub listed: Vec<bool>,
-}
-
-/// Checkpoints that are open already, by the name of the source.
-pub type GivenSources = BTreeMap<String, Arc<Checkpoint>>;
-
-/// Sources by their name.
-pub(super) type Sources = BTreeMap<String, Source>;
 
 /// The operands of a weighted sum that is no tensor of an output, all of the shape of the first one's tensor; `name` is
 /// whose they are, for messages, and the tensor of operands that name none.
@@ -65,20 +52,26 @@ pub(super) enum Recipe {
     Copy(schema::TensorRef),
     Merge {
         merge: Box<schema::Merge>,
-        /// Parameters of each operand, the weight among them.
-        parameters: Vec<Map<String, Value>>,
+        /// Its method, with the parameters checked.
+        method: Prepared,
     },
 }
 
 impl Recipe {
-    pub(super) fn new(operation: schema::Operation) -> Self {
-        match operation {
-            schema::Operation::Copy(source) => Self::Copy(source),
-            schema::Operation::Merge(merge) => {
-                let parameters = merge.operands.iter().map(operand_parameters).collect();
-                Self::Merge { merge, parameters }
-            }
-        }
+    /// Checks the parameters of a method once for all tensors that are merged alike.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if they do not fit; `number` is the operation's in the table.
+    pub(super) fn new(number: usize, operation: schema::Operation) -> Result<Self> {
+        let merge = match operation {
+            schema::Operation::Copy(source) => return Ok(Self::Copy(source)),
+            schema::Operation::Merge(merge) => merge,
+        };
+        let parameters: Vec<_> = merge.operands.iter().map(operand_parameters).collect();
+        let (name, shared, base) = (&merge.method, &merge.parameters, merge.base.is_some());
+        let method = methods::check(name, shared, &parameters, base)
+            .map_err(|problem| Error::Plan(format!("operation {number}: {problem}")))?;
+        Ok(Self::Merge { merge, method })
     }
 }
 
@@ -168,18 +161,16 @@ impl<'a> Resolver<'a> {
                     dtype: self.output_float(dtype)?,
                 }))
             }
-            Recipe::Merge { merge, parameters } => {
+            Recipe::Merge { merge, method } => {
                 let operands = merge.operands.iter().map(|weighted| &weighted.operand);
                 let operands = operands
                     .chain(&merge.base)
                     .map(|operand| self.operand(operand, shape))
                     .collect::<Result<Vec<_>>>()?;
                 let has_base = merge.base.is_some();
-                let (name, shared) = (&merge.method, &merge.parameters);
-                let method = methods::build(name, shared, parameters, has_base, self.name, shape)
-                    .map_err(|problem| {
-                    Error::Plan(format!("tensor `{}`: {problem}", self.name))
-                })?;
+                let method = method
+                    .method(self.name, shape)
+                    .map_err(|problem| Error::Plan(format!("tensor `{}`: {problem}", self.name)))?;
                 let dtype = self.output_float(dtype)?;
                 Ok(Operation::Compute(Computation { method, operands, has_base, dtype }))
             }

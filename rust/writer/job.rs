@@ -1,12 +1,13 @@
 //! The job directory: who may write an output, what is already made of it, and how files become part of it.
 
+use super::decision::Request;
 use super::disk::{self, Steps};
 use super::fault::Point;
 use super::inputs::Inputs;
 use super::journal::{Entry, Journal};
 use super::lock::Lock;
 use super::name::FileName;
-use super::opening::{self, Request, Started};
+use super::opening::{self, Entered, Started};
 use super::placement::{self, Place, Placement};
 use super::publication::{self, MAKING, MOVES};
 use super::record::{Overwrite, Record};
@@ -19,8 +20,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How often a job directory may vanish under the hands of a job that begins.
-const MOST_TRIES: usize = 100;
 /// Bytes that a copy holds at a time.
 const COPY: usize = 1 << 20;
 /// Scores of the largest models take some tens of megabytes.
@@ -104,61 +103,27 @@ impl JobDirectory {
         let found = Place::find(output, placement)?;
         inputs.check_apart(&found.output, output)?;
         inputs.check_apart(&found.job, &found.job)?;
-        let mut made = Vec::new();
-        let mut tries = 0..MOST_TRIES;
-        loop {
-            // Another job that ends takes away what this one has just found.
-            let mut again = |error: &Error| error.is_not_found() && tries.next().is_some();
-            let (place, new) =
-                match opening::check_usable(&found).and_then(|()| found.clone().make()) {
-                    Err(error) if again(&error) => continue,
-                    found => found?,
-                };
-            made.extend(new);
-            let undo = |lock: Option<Lock>| {
-                match lock {
-                    Some(lock) if !opening::is_begun(&place) => {
-                        drop(publication::discard(&place, lock));
-                    }
-                    Some(_) => {}
-                    None => drop(std::fs::remove_dir(&place.job)),
-                }
-                placement::remove_empty(&made);
-            };
-            let lock = match opening::check_usable(&place)
-                .and_then(|()| Lock::take(&place.job, &place.output))
-            {
-                Ok(lock) => lock,
-                Err(error) if again(&error) => continue,
-                Err(error) => {
-                    undo(None);
-                    return Err(error);
-                }
-            };
-            let request = Request { identity, inputs: &inputs, resume, overwrite };
-            let started = match opening::start(&place, &request) {
-                Ok(started) => started,
-                Err(error) => {
-                    undo(Some(lock));
-                    return Err(error);
-                }
-            };
-            let mut state = State::default();
-            match started {
-                None => {
-                    publication::discard(&place, lock)?;
-                    state.complete = true;
-                }
-                Some(started) => {
-                    let own = started.own().map(|(name, size)| (name.clone(), (size, None)));
-                    state.written = own.collect();
-                    let Started { record, journal } = started;
-                    state.held =
-                        Some(Held { lock, record, journal, begun: false, has_room: false });
-                }
+        let entered = opening::enter(&found)?;
+        let request = Request { identity, inputs: &inputs, resume, overwrite };
+        let started = match opening::start(&entered.place, &request) {
+            Ok(started) => started,
+            Err(error) => {
+                entered.leave();
+                return Err(error);
             }
-            return Ok(Self { place, inputs, made, state: Mutex::new(state) });
+        };
+        let Entered { place, made, lock } = entered;
+        let mut state = State::default();
+        if let Some(started) = started {
+            let own = started.own().map(|(name, size)| (name.clone(), (size, None)));
+            state.written = own.collect();
+            let Started { record, journal } = started;
+            state.held = Some(Held { lock, record, journal, begun: false, has_room: false });
+        } else {
+            publication::discard(&place, lock)?;
+            state.complete = true;
         }
+        Ok(Self { place, inputs, made, state: Mutex::new(state) })
     }
 
     /// The output: absolute, links resolved.

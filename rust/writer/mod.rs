@@ -5,6 +5,7 @@
 //! under the output's name what stood there, or the whole new output, or nothing; and it can go on where it stopped.
 //! Where the output cannot be renamed (a mounted volume), the job directory lies inside it and files are moved up one by one.
 
+mod decision;
 mod disk;
 mod fault;
 mod inputs;

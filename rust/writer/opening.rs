@@ -1,175 +1,73 @@
-//! What to do with what stands under an output's name and in its job directory. The lock is held.
+//! Into a job directory: made, locked, decided upon, and prepared.
 
+use super::decision::{self, Decision, Request};
 use super::disk::{self, FileId};
 use super::fault::Point;
-use super::inputs::Inputs;
 use super::journal::Journal;
-use super::lock::LOCK;
-use super::mark::{self, Standing};
+use super::lock::Lock;
 use super::name::FileName;
-use super::placement::Place;
-use super::publication::{self, MAKING, MOVES, Moves};
-use super::record::{Overwrite, RECORD, RECORD_PARTIAL, Record};
+use super::placement::{self, Place};
+use super::publication::{self, MAKING};
+use super::record::{Overwrite, Record};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// What the caller wants.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Request<'a> {
-    pub identity: &'a str,
-    pub inputs: &'a Inputs,
-    pub resume: bool,
-    pub overwrite: Overwrite,
-}
+/// How often a job directory may vanish under the hands of a job that begins.
+const MOST_TRIES: usize = 100;
 
-/// What is to be done.
+/// A job directory with its lock.
 #[derive(Debug)]
-enum Decision {
-    /// Nothing: the output is there.
-    Complete,
-    /// A new job, in a job directory without an old one.
-    Begin { overwrite: Overwrite, replaced: Option<FileId> },
-    /// The job that lies there, its record as it was.
-    GoOn { record: Record, overwrite: Overwrite, replaced: Option<FileId> },
+pub(super) struct Entered {
+    pub place: Place,
+    /// Directories above that were made for it.
+    pub made: Vec<PathBuf>,
+    pub lock: Lock,
 }
 
-/// Decides, after it has ended what a killed publication left.
+/// Makes the job directory, if it is not there, and locks it.
 ///
 /// # Errors
-/// [`Error::Output`] with the way out; [`Error::Read`], [`Error::Write`].
-fn decide(place: &Place, request: &Request<'_>) -> Result<Decision> {
-    let output = &place.output;
-    request.inputs.check_files(&place.job, output)?;
-    let unfinished = unfinished(place, request.inputs)?;
-    let found = match mark::look(output, place.inside)? {
-        Standing::File => return Err(Error::output(output, "is a file; name a directory")),
-        Standing::Foreign(problem) => return Err(Error::output(output, problem)),
-        Standing::Absent | Standing::Empty => None,
-        Standing::Ours(mark) => {
-            request.inputs.check_files(output, output)?;
-            Some(mark)
-        }
-    };
-    let replaced = found.as_ref().map(|mark| mark.directory);
-    if let Some(record) = unfinished {
-        return go_on_or_begin(place, request, record, replaced);
-    }
-    let Some(mark) = found else {
-        return Ok(Decision::Begin { overwrite: request.overwrite, replaced });
-    };
-    if request.resume && mark.identity == request.identity {
-        if let Some(name) = mark.damage(output) {
-            let problem =
-                format!("lacks {name} as its report lists it; make it again with --overwrite");
-            // Overwriting was asked for: that is making it again.
-            if request.overwrite == Overwrite::No {
-                return Err(Error::output(output, problem));
+/// [`Error::Output`] if it is locked or something else; [`Error::DiskFull`], [`Error::Read`], [`Error::Write`].
+pub(super) fn enter(found: &Place) -> Result<Entered> {
+    let mut made = Vec::new();
+    let mut tries = 0..MOST_TRIES;
+    loop {
+        match try_to_enter(found, &mut made) {
+            Ok((place, lock)) => return Ok(Entered { place, made, lock }),
+            // Another job that ends takes away what this one has just found.
+            Err(error) if error.is_not_found() && tries.next().is_some() => {}
+            Err(error) => {
+                placement::remove_empty(&made);
+                return Err(error);
             }
-        } else {
-            return Ok(Decision::Complete);
         }
-    }
-    match (request.overwrite, request.resume) {
-        (Overwrite::No, true) => Err(Error::output(
-            output,
-            "is complete, and was made of other inputs or with other settings; replace it with --overwrite or choose \
-             another directory",
-        )),
-        (Overwrite::No, false) => Err(Error::output(
-            output,
-            "exists and is complete; pass --overwrite to replace it or choose another directory",
-        )),
-        (overwrite, _) => Ok(Decision::Begin { overwrite, replaced }),
     }
 }
 
-/// A job directory holds a job that was not finished.
-fn go_on_or_begin(
-    place: &Place,
-    request: &Request<'_>,
-    record: Record,
-    replaced: Option<FileId>,
-) -> Result<Decision> {
-    if request.resume {
-        // An overwriting job is resumed as one, without being told so again.
-        let overwrite = match request.overwrite {
-            Overwrite::No => record.overwrite,
-            asked => asked,
-        };
-        if overwrite == Overwrite::No && replaced.is_some() {
-            return Err(Error::output(
-                &place.output,
-                format!(
-                    "has appeared while its merge in {} was unfinished; move it away, or replace it with --overwrite",
-                    place.job.display()
-                ),
-            ));
-        }
-        return Ok(Decision::GoOn { record, overwrite, replaced });
-    }
-    if request.overwrite == Overwrite::No {
-        return Err(Error::output(
-            &place.output,
-            format!(
-                "has an unfinished merge in {}; continue it with --resume or start anew with --overwrite",
-                place.job.display()
-            ),
-        ));
-    }
-    publication::clear(place)?;
-    Ok(Decision::Begin { overwrite: request.overwrite, replaced })
-}
-
-/// The record of the unfinished job in a job directory, if one lies there. Finishes what is only to be cleaned up.
-fn unfinished(place: &Place, inputs: &Inputs) -> Result<Option<Record>> {
-    if place.inside
-        && let Some(moves) = Moves::read(&place.job)?
-    {
-        inputs.check_files(&place.output, &place.output)?;
-        moves.carry_out(place)?;
-        publication::clear(place)?;
-        return Ok(None);
-    }
-    if let Some(record) = Record::read(&place.job)? {
-        if place.inside || !publication::settle(place, &record, inputs)? {
-            return Ok(Some(record));
-        }
-        publication::clear(place)?;
-        return Ok(None);
-    }
-    check_empty(place)?;
-    Ok(None)
-}
-
-/// Refuses what is no job directory, before anything is made in it.
-pub(super) fn check_usable(place: &Place) -> Result<()> {
-    let Some(metadata) = disk::look(&place.job)? else { return Ok(()) };
-    if !metadata.is_dir() {
-        let problem = format!("needs {} for the merge, which is no directory", place.job.display());
-        return Err(Error::output(&place.output, format!("{problem}; move it away")));
-    }
-    if is_begun(place) { Ok(()) } else { check_empty(place) }
-}
-
-/// Refuses a job directory that holds anything besides what a job that was just begun leaves.
-fn check_empty(place: &Place) -> Result<()> {
-    let refuse = |what: String| Err(Error::output(&place.output, what));
-    for (name, directory) in disk::walk(&place.job)? {
-        let known = match name.to_str() {
-            Some(LOCK | RECORD_PARTIAL) => !directory,
-            Some(MAKING) => directory,
-            _ => false,
-        };
-        if !known {
-            return refuse(format!(
-                "needs {} for the merge, which holds {} of something else; move it away",
-                place.job.display(),
-                name.display()
-            ));
+fn try_to_enter(found: &Place, made: &mut Vec<PathBuf>) -> Result<(Place, Lock)> {
+    decision::check_usable(found)?;
+    let (place, new) = found.clone().make()?;
+    made.extend(new);
+    let locked =
+        decision::check_usable(&place).and_then(|()| Lock::take(&place.job, &place.output));
+    match locked {
+        Ok(lock) => Ok((place, lock)),
+        Err(error) => {
+            drop(std::fs::remove_dir(&place.job));
+            Err(error)
         }
     }
-    Ok(())
+}
+
+impl Entered {
+    /// Goes out again; a job directory without a job goes too.
+    pub(super) fn leave(self) {
+        if decision::check_empty(&self.place).is_ok() {
+            drop(publication::discard(&self.place, self.lock));
+        }
+        placement::remove_empty(&self.made);
+    }
 }
 
 /// A job that can be worked at.
@@ -193,23 +91,13 @@ impl Started {
 /// Decides, and prepares the job directory; `None` if the output is complete.
 ///
 /// # Errors
-/// As [`decide`], and [`Error::DiskFull`].
+/// As [`decision::decide`], and [`Error::DiskFull`].
 pub(super) fn start(place: &Place, request: &Request<'_>) -> Result<Option<Started>> {
-    match decide(place, request)? {
+    match decision::decide(place, request)? {
         Decision::Complete => Ok(None),
         Decision::Begin { overwrite, replaced } => {
             let begun = begin(place, request, overwrite, replaced);
-            begun.map(Some).map_err(|error| match error {
-                // A job that has no record cannot be resumed beside an older output.
-                Error::DiskFull { path, .. } if overwrite != Overwrite::No && !is_begun(place) => {
-                    let problem = format!(
-                        "cannot be begun, no space left for {}; free some space and run the same again",
-                        path.display()
-                    );
-                    Error::output(&place.output, problem)
-                }
-                error => error,
-            })
+            begun.map(Some).map_err(|error| not_begun(place, replaced, error))
         }
         Decision::GoOn { record, overwrite, replaced } => {
             go_on(place, request, record, overwrite, replaced).map(Some)
@@ -217,9 +105,22 @@ pub(super) fn start(place: &Place, request: &Request<'_>) -> Result<Option<Start
     }
 }
 
-/// Whether a job directory says of itself that it holds a job.
-pub(super) fn is_begun(place: &Place) -> bool {
-    [RECORD, MOVES].iter().any(|name| place.job.join(name).exists())
+/// Takes back what was prepared for a job that could not be begun. Beside an older output, a job with a record stays: there,
+/// --resume cannot begin anew.
+fn not_begun(place: &Place, replaced: Option<FileId>, error: Error) -> Error {
+    if replaced.is_none() {
+        drop(publication::clear(place));
+    }
+    match error {
+        Error::DiskFull { path, .. } if replaced.is_some() && !decision::is_begun(place) => {
+            let problem = format!(
+                "cannot be begun, no space left for {}; free some space and run the same again",
+                path.display()
+            );
+            Error::output(&place.output, problem)
+        }
+        error => error,
+    }
 }
 
 fn begin(

@@ -299,7 +299,8 @@ pub(super) fn job_files(place: &Place) -> Result<Vec<String>> {
     Ok(names.filter(|name| !is_reserved(name)).collect())
 }
 
-fn entries(directory: &Path) -> Result<Vec<OsString>> {
+/// The names in a directory.
+pub(super) fn entries(directory: &Path) -> Result<Vec<OsString>> {
     let failed = |error| Error::read(directory, error);
     let found = std::fs::read_dir(directory).map_err(failed)?;
     found.map(|entry| entry.map(|entry| entry.file_name()).map_err(failed)).collect()

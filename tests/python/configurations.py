@@ -12,8 +12,9 @@ from conftest import llama_config, write_checkpoint
 from lora import load_checkpoint
 
 from safemerge_fast import verify
-from safemerge_fast.recipes.document import read_recipe
-from safemerge_fast.recipes.mergekit.execution import MergekitConfiguration, MergekitReport, run_mergekit
+from safemerge_fast.recipes.mergekit.job import MergekitSettings
+from safemerge_fast.recipes.run import carry_out, read_recipe
+from safemerge_fast.report.report import Report
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 12, 16, 22
 
@@ -70,22 +71,22 @@ def write_llama(
     return write_checkpoint(path, {**tensors, **(more or {})}, config, shards=shards)
 
 
-def read(path: Path, output: Path | str = "out", /, **document: Any) -> MergekitConfiguration:
+def read(path: Path, output: Path | str = "out", /, **document: Any) -> MergekitSettings:
     """Writes a configuration to a file and reads it again."""
     path.write_text(yaml.safe_dump(plain(document), sort_keys=False))
-    configuration = read_recipe(path, output=str(output))
-    assert isinstance(configuration, MergekitConfiguration)
-    return configuration
+    settings = read_recipe(path, {"output": str(output)})
+    assert isinstance(settings, MergekitSettings)
+    return settings
 
 
-def merged(tmp_path: Path, /, **document: Any) -> tuple[dict[str, torch.Tensor], MergekitReport]:
+def merged(tmp_path: Path, /, **document: Any) -> tuple[dict[str, torch.Tensor], Report]:
     """Runs a configuration, verifies the output, and returns its tensors in float64, with the report."""
     number = len(list(tmp_path.glob("merged-*")))
     output = tmp_path / f"merged-{number}"
-    report = run_mergekit(read(tmp_path / "config.yml", output, **document))
+    report = carry_out(read(tmp_path / "config.yml", output, **document))
     verify(output)
     tensors = load_checkpoint(output)
-    assert {tensor["name"] for tensor in report.tensors} == set(tensors)
+    assert {tensor.name for tensor in report.tensors} == set(tensors)
     return {name: tensor.double() for name, tensor in tensors.items()}, report
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from protocol import World
     from torch import Tensor
 
 ROLES = ("base", "aligned", "finetuned", "safe")
@@ -252,3 +253,14 @@ def make_quartet() -> Callable[..., dict[str, Path]]:
 def quartet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A quartet with the default options, made once a session: read it, never change it."""
     return write_quartet(tmp_path_factory.mktemp("quartet"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Inputs and undisturbed outputs for tests that disturb the making of one; two servers fork the runs."""
+    from forking import Server, fault_engine
+    from protocol import World, quick_directory
+
+    engine = fault_engine()
+    with quick_directory(tmp_path_factory) as path, Server(engine) as one, Server(engine) as two:
+        yield World(path, [one, two])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,11 @@ def engine_merge(
         The merged tensors by name.
     """
     parsed = engine_plan(directory, method, operands, base, shared=shared, each=each, dtype=dtype)
-    output = _engine.Output(directory / "out", overwrite=True)
+    # No report tells that an earlier output is this program's, so that it would not be replaced.
+    shutil.rmtree(directory / "out", ignore_errors=True)
+    output = _engine.JobDirectory(directory / "out", identity="a test")
     parsed.execute(output, **options)
-    output.finish()
+    output.publish()
     merged = load_file(directory / "out" / "out.safetensors")
     checked = parsed.verify(directory / "out")
     assert checked.mismatches == []

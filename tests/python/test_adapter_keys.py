@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from plans import reads
 from tiny_adapter import KV, PREFIX, Q, factors, write_adapter, write_aligned
 
 from safemerge_fast import AdapterError
 from safemerge_fast.checkpoint.adapter import Adapter, open_adapter
 from safemerge_fast.checkpoint.model import Model
 from safemerge_fast.pairing.adapter_terms import adapter_notes, adapter_terms
-from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term, references
+from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ class TestKeys:
             name
             for group in terms.values()
             for term in group
-            for _, name in references(term.operand.to_plan())
+            for _, name in reads(term.operand.to_plan(), "")
         }
         assert used - {"model.embed_tokens.weight", f"{Q}.weight", f"{KV}.weight"} == set(tensors)
         assert terms["model.norm.weight"] == plain("model.norm.weight")

@@ -16,7 +16,8 @@ from invoke import run
 from safetensors.torch import load_file, save_file
 from test_peft import gpt2, llama, load, logits, merged, train
 
-from safemerge_fast import AdapterError, MergeReport, PlanError, VerificationError, merge, preview, verify
+from safemerge_fast import AdapterError, PlanError, Report, VerificationError, merge, preview, verify
+from safemerge_fast.recipes.run import read_report
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -51,7 +52,7 @@ class Roles(dict[str, Path]):
             self["safe"] = save_adapter(path / "safe", model, 2, safe)
 
 
-def merge_roles(roles: Mapping[str, Path], output: Path, **options: Any) -> MergeReport:
+def merge_roles(roles: Mapping[str, Path], output: Path, **options: Any) -> Report:
     return merge(**roles, output=output, **options)
 
 
@@ -137,11 +138,11 @@ def test_peft_loads_what_the_checkpoint_holds(tmp_path: Path, case: str, select:
 
     check_files(tmp_path / "adapter", report)
     assert verify(tmp_path / "adapter").bytes_checked == report.bytes_written
-    again = MergeReport.from_json((tmp_path / "adapter" / "safemerge_report.json").read_text())
+    again = read_report(tmp_path / "adapter")
     assert again.adapter == report.adapter
 
 
-def check_files(path: Path, report: MergeReport) -> None:
+def check_files(path: Path, report: Report) -> None:
     """Reads an adapter the way that servers do: one rank for all, alpha for scale, and no patterns."""
     config = json.loads((path / "adapter_config.json").read_text())
     tensors = load_file(path / "adapter_model.safetensors")

@@ -13,7 +13,7 @@ from conftest import write_safetensors
 from torch import Tensor
 
 from safemerge_fast.analysis import analyze_rows
-from safemerge_fast.analysis.blocks import Mapped, Workspace
+from safemerge_fast.analysis.blocks import Matrix, Workspace
 from safemerge_fast.analysis.cosine import score_module
 from safemerge_fast.analysis.device import full_float32, resolve_device
 from safemerge_fast.analysis.rounding import v_rounding
@@ -90,7 +90,18 @@ def write(directory: Path, triple: Triple, *, padded: bool = True) -> dict[str, 
 
 def row(*, transposed: bool = False) -> Row:
     names = {role: "w" for role in ("base", "aligned", "finetuned")}
-    return Row("w", "model.safetensors", "F32", (0, 0), names, "w", None, True, transposed, "projection")
+    return Row(
+        name="w",
+        file="model.safetensors",
+        dtype="F32",
+        shape=(0, 0),
+        names=names,
+        module_type="w",
+        layer=None,
+        analysed=True,
+        transposed=transposed,
+        reason="projection",
+    )
 
 
 def score(
@@ -184,7 +195,7 @@ def test_no_view_of_misaligned_data_is_made(tmp_path: Path) -> None:
     triple = rounded(gauss((6, 14)), torch.float32)
     for padded, read in ((True, "in place"), (False, "as a copy")):
         models = write(tmp_path / read, triple, padded=padded)
-        part = Mapped(models["base"], "w").chunk(slice(1, 4), slice(2, 9))
+        part = Matrix(models["base"], "w").chunk(slice(1, 4), slice(2, 9))
         assert part.data_ptr() % 4 == 0
         assert torch.equal(part, triple[0][1:4, 2:9])
         assert part.is_contiguous() == (read == "as a copy")

@@ -11,8 +11,7 @@ import pytest
 from dense import is_projection, load
 
 import safemerge_fast
-from safemerge_fast import PlanError, analyze, merge, preview
-from safemerge_fast.recipes.safemerge.configuration import MergeConfiguration
+from safemerge_fast import MergeConfiguration, PlanError, analyze, merge, preview
 
 
 def test_preview_counts_what_the_merge_then_does(quartet: dict[str, Path], tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 from conftest import write_safetensors
 from torch import Tensor
 
-from safemerge_fast._engine import Block, Checkpoint, Matrix
-from safemerge_fast.analysis.blocks import Difference, Mapped, Workspace
+from safemerge_fast._engine import Block, Checkpoint
+from safemerge_fast._engine import Matrix as EngineMatrix
+from safemerge_fast.analysis.blocks import Difference, Matrix, Workspace
 from safemerge_fast.checkpoint.model import Model
 from safemerge_fast.errors import CheckpointError, PlanError
 
@@ -43,7 +44,7 @@ def difference(
     padded: bool = True,
 ) -> Difference:
     minuend, subtrahend = (
-        Mapped(model(directory, role, tensor, padded=padded), "w")
+        Matrix(model(directory, role, tensor, padded=padded), "w")
         for role, tensor in (("left", left), ("right", right))
     )
     return Difference(workspace, minuend, subtrahend, transposed=transposed, minuend_norm=True)
@@ -115,7 +116,7 @@ def test_pages_are_given_back_within_a_large_block(tmp_path: Path, monkeypatch: 
     v = difference(tmp_path, x, y, Workspace(CPU, chunk_elements=8192))
     released: list[str] = []
     monkeypatch.setattr(
-        Mapped, "release", lambda self: released.append(self.role) or setattr(self, "_touched", 0)
+        Matrix, "release", lambda self: released.append(self.role) or setattr(self, "_touched", 0)
     )
     v.block(slice(0, 64), slice(0, 8192), "block")
     assert released == ["left", "right"] * 2
@@ -138,8 +139,8 @@ def test_arrays_keep_a_block_alive_and_are_aligned() -> None:
 
 
 def test_a_block_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    a = Matrix.stored(model(tmp_path, "a", gauss(1, torch.float32, (4, 6))).headers, "w")
-    b = Matrix.stored(model(tmp_path, "b", gauss(2, torch.float32, (6, 4))).headers, "w")
+    a = EngineMatrix.stored(model(tmp_path, "a", gauss(1, torch.float32, (4, 6))).headers, "w")
+    b = EngineMatrix.stored(model(tmp_path, "b", gauss(2, torch.float32, (6, 4))).headers, "w")
     assert (a.shape, b.shape) == ((4, 6), (6, 4))
     block = Block(24)
     array = np.asarray(block)
@@ -165,9 +166,9 @@ def test_a_block_refuses_what_does_not_fit(tmp_path: Path) -> None:
 def test_a_matrix_is_2d_and_of_floats(tmp_path: Path) -> None:
     headers = model(tmp_path, "a", gauss(1, torch.float32, (4, 6))).headers
     with pytest.raises(PlanError, match=r"`before`.*not a matrix of floats"):
-        Matrix.stored(headers, "before")
+        EngineMatrix.stored(headers, "before")
     with pytest.raises(CheckpointError, match="no tensor `x`"):
-        Matrix.stored(headers, "x")
+        EngineMatrix.stored(headers, "x")
 
 
 def test_threads_with_workspaces_of_their_own_read_the_same(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_threads_with_workspaces_of_their_own_read_the_same(tmp_path: Path) -> N
 
     def read(number: int) -> None:
         v = Difference(
-            Workspace(CPU, chunk_elements=9000), *(Mapped(one, "w") for one in models), transposed=False
+            Workspace(CPU, chunk_elements=9000), *(Matrix(one, "w") for one in models), transposed=False
         )
         for start in range(0, 600, 60):
             found = v.block(slice(start, start + 60), slice(0, 900), "block")

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from safemerge_fast import merge
 from safemerge_fast.checkpoint.model import open_model
+from safemerge_fast.recipes.run import read_report
 from safemerge_fast.report.public_names import hub_name
 
 
@@ -56,9 +57,7 @@ def test_a_directory_that_looks_like_a_hub_name_has_none(
 
 
 def test_the_table_counts_as_the_report_does(output: Path) -> None:
-    from safemerge_fast import MergeReport
-
-    report = MergeReport.from_json((output / "safemerge_report.json").read_text())
+    report = read_report(output)
     text = (output / "README.md").read_text()
     found = {
         match[1]: tuple(map(int, match.groups()[1:]))

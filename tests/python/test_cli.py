@@ -119,7 +119,9 @@ def test_json_is_all_that_stdout_holds(quartet, tmp_path: Path) -> None:
     plan = run(*merge_words(quartet, output, "--json", "--dry-run", "--scores", tmp_path / "s.json"))
     report = run(*merge_words(quartet, output, "--json", "--scores", tmp_path / "s.json"))
     assert json.loads(report.stdout) == json.loads((output / "safemerge_report.json").read_text())
-    assert json.loads(plan.stdout)["merged"] == sum(t["merged"] for t in json.loads(report.stdout)["tensors"])
+    assert json.loads(plan.stdout)["merged"] == sum(
+        t.get("merged", False) for t in json.loads(report.stdout)["tensors"]
+    )
     shown = json.loads(run("inspect", output, "--json").stdout)
     assert (
         shown["parameters"]

@@ -35,7 +35,11 @@ directory = Path(sys.argv[1])
 def plan_of(operations, shards, names, **options):
     sources = {name: _engine.Checkpoint(directory / name, **options) for name in names}
     stated = {
-        name: {"path": source.path, "files": source.identity()} for name, source in sources.items()
+        name: {
+            "path": source.path,
+            "files": {file: facts.to_dict() for file, facts in source.identity().items()},
+        }
+        for name, source in sources.items()
     }
     document = {"version": 2, "sources": stated, "operations": operations, "shards": shards}
     return sources, json.dumps(document)
@@ -88,9 +92,9 @@ parsing = status("VmHWM") - before
 after = settled()
 del text
 before_execution = settled()
-output = _engine.Output(directory / "out")
+output = _engine.JobDirectory(directory / "out", identity="a test")
 plan.execute(output, threads=2)
-output.finish()
+output.publish()
 execution = status("VmHWM") - before_execution
 print(json.dumps({"parsing": parsing, "plan": after - before, "execution": execution}))
 """
@@ -133,9 +137,9 @@ shards = [
 backend = sys.argv[5]
 sources, text = plan_of(json.loads(sys.argv[2]), shards, names, read_backend=backend)
 plan = _engine.Plan(text, sources=sources)
-output = _engine.Output(directory / f"out-{backend}")
+output = _engine.JobDirectory(directory / f"out-{backend}", identity="a test")
 facts = plan.execute(output, threads=16)
-output.finish()
+output.publish()
 found = plan.verify(directory / f"out-{backend}", threads=16)
 open_files = len(list(Path("/proc/self/fd").iterdir()))
 print(json.dumps({
@@ -175,7 +179,7 @@ def test_many_files_of_many_models_need_few_descriptors(tmp_path: Path, backend:
 TOO_MANY = """
 sources, text = plan_of(json.loads(sys.argv[2]), json.loads(sys.argv[3]), ["model0"], read_backend="pread")
 plan = _engine.Plan(text, sources=sources)
-output = _engine.Output(directory / "out")
+output = _engine.JobDirectory(directory / "out", identity="a test")
 resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
 held = []
 try:
@@ -213,9 +217,9 @@ sources, text = plan_of(
 plan = _engine.Plan(text, sources=sources)
 free, bound = plan.memory(threads=16), plan.memory(threads=16, **options)
 before = settled()
-output = _engine.Output(directory / sys.argv[4])
+output = _engine.JobDirectory(directory / sys.argv[4], identity="a test")
 plan.execute(output, threads=16, **options)
-output.finish()
+output.publish()
 print(json.dumps({"free": free, "bound": bound, "grown": status("VmHWM") - before}))
 """
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_safetensors
+from msgspec.structs import replace as with_fields
 from torch import Tensor
 
 from safemerge_fast._engine import Checkpoint
@@ -50,7 +51,7 @@ def row(shape: tuple[int, int], finetuned: tuple[Term, ...], *, transposed: bool
         analysed=True,
         transposed=transposed,
         reason="projection",
-        terms={"finetuned": finetuned},
+        adapted={"finetuned": finetuned},
     )
 
 
@@ -308,7 +309,7 @@ def test_a_replaced_tensor_and_a_sum_of_terms(tmp_path: Path) -> None:
 def test_both_forms_in_one_analysis_come_in_order(tmp_path: Path) -> None:
     setting = Setting(tmp_path, (96, 80), more={"other": 0.02 * gauss(96, 80, seed=60).float()})
     thin, dense = setting.row(), setting.row(Operand("finetuned", "other"))
-    rows = [replace(thin if number % 3 else dense, name=f"{number}") for number in range(20)]
+    rows = [with_fields(thin if number % 3 else dense, name=f"{number}") for number in range(20)]
     told: list[str] = []
     threads = torch.get_num_threads()
     found = list(analyze_rows(setting.models, rows, device="cpu", on_module=told.append))
@@ -329,7 +330,7 @@ def test_an_analysis_that_is_given_up_leaves_no_thread(tmp_path: Path) -> None:
 
     setting = Setting(tmp_path, (96, 80))
     scores = analyze_rows(
-        setting.models, [replace(setting.row(), name=str(n)) for n in range(50)], device="cpu"
+        setting.models, [with_fields(setting.row(), name=str(n)) for n in range(50)], device="cpu"
     )
     next(scores)
     del scores
@@ -353,7 +354,7 @@ def test_agrees_with_the_dense_path_on_a_folded_weight(tmp_path: Path) -> None:
     setting = Setting(tmp_path, (96, 130))
     folded = (setting.aligned + setting.delta).float()
     models = {**setting.models, "finetuned": model(tmp_path / "folded", "finetuned", {WEIGHT: folded})}
-    ((_, dense),) = analyze_rows(models, [replace(setting.row(Operand("finetuned", WEIGHT)))], device="cpu")
+    ((_, dense),) = analyze_rows(models, [setting.row(Operand("finetuned", WEIGHT))], device="cpu")
     thin = setting.score()
     assert thin.rho == pytest.approx(dense.rho, abs=1e-6)
     assert np.isclose(thin.delta_norm, dense.delta_norm, rtol=1e-5)

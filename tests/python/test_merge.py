@@ -24,8 +24,8 @@ from dense import (
 )
 from safetensors.torch import load_file
 
-import safemerge_fast
 from safemerge_fast import ProgressEvent, merge, verify
+from safemerge_fast.recipes.run import read_report
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_leaves_no_trace_of_the_work(done) -> None:
 
 def test_the_report_states_what_was_measured(quartet: dict[str, Path], done) -> None:
     output, report = done
-    assert safemerge_fast.MergeReport.from_json((output / "safemerge_report.json").read_text()) == report
+    assert read_report(output) == report
     base, aligned, finetuned = (load(quartet[role]) for role in ("base", "aligned", "finetuned"))
     for tensor in report.tensors:
         if not is_projection(tensor.name):

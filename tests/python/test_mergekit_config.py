@@ -12,7 +12,7 @@ import pytest
 from configurations import assert_close, merged, tensors_of, write_llama
 from invoke import run
 
-from safemerge_fast.recipes.mergekit.values import interpolate
+from safemerge_fast.plan.values import interpolate
 
 Q = "self_attn.q_proj.weight"
 UP = "mlp.up_proj.weight"
@@ -186,8 +186,8 @@ def test_a_base_that_is_not_listed_joins_the_models(a: Path, b: Path, tmp_path: 
         )
         expected = mine[layer(1, Q)] + 0.125 * (theirs[layer(1, Q)] - mine[layer(1, Q)])
         assert_close(found[layer(1, Q)], expected)
-        operations = {tensor["name"]: tensor["operation"] for tensor in report.tensors}
-        assert operations[layer(1, Q)] == "task_arithmetic (lambda 0.5, normalize false): a; 0.25 b"
+        operations = {tensor.name: tensor.operation for tensor in report.tensors}
+        assert operations[layer(1, Q)] == "task_arithmetic (lambda 0.5): a; 0.25 b"
 
 
 def test_the_base_of_a_slice(a: Path, b: Path, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_the_command(a: Path, b: Path, tmp_path: Path) -> None:
     )
     result = run("run", config, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("merged: 48 of 48 tensors computed, the others copied, in ")
+    assert result.stdout.startswith("mergekit: 48 of 48 tensors computed, the others copied, in ")
     assert run("run", config, "-o", tmp_path / "out").exit_code == 5
     assert run("run", config, "-o", tmp_path / "out", "--overwrite", "-q").output == ""
     assert run("verify", tmp_path / "out").exit_code == 0

@@ -19,7 +19,8 @@ from configurations import (
 from lora import update, write_lora
 
 from safemerge_fast import AdapterError, PlanError
-from safemerge_fast.recipes.mergekit.references import read_reference
+from safemerge_fast.recipes.mergekit.document import read_document
+from safemerge_fast.recipes.mergekit.models import read_reference
 
 Q, UP = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"
 MODULES = {f"model.layers.{layer}.self_attn.q_proj": (HIDDEN, HIDDEN) for layer in range(3)} | {
@@ -55,8 +56,8 @@ def test_adapters_in_a_sum_read_their_model_once(models: dict[str, Path], tmp_pa
     for name in a:
         delta = (update(models["lora"], name) + 3 * update(models["other"], name)) / 8
         assert_close(found[name], (a[name] + b[name]) / 2 + delta)
-    operations = {tensor["name"]: tensor["operation"] for tensor in report.tensors}
-    assert operations[Q] == ("linear (normalize false): 0.5 (a + 0.5·B·A(lora) + 1.5·B·A(other)), 0.5 b")
+    operations = {tensor.name: tensor.operation for tensor in report.tensors}
+    assert operations[Q] == ("linear: 0.5 (a + 0.5·B·A(lora) + 1.5·B·A(other)) + 0.5 b")
     assert set(report.inputs) == {"a", "b", "lora", "other"}
 
 
@@ -83,9 +84,10 @@ def test_adapters_in_methods_with_a_base(models: dict[str, Path], tmp_path: Path
     for name in a:
         assert_close(found[name], a[name] + update(models["lora"], name))
     plan = json.loads((Path(report.output) / "safemerge_plan.json").read_text())
-    planned = {tensor["name"]: tensor for tensor in plan["shards"][0]["tensors"]}
-    assert planned[Q]["merge"]["base"]["source"] == "a"
-    assert planned[Q]["merge"]["base"]["low_rank"][0]["a"]["source"] == "lora"
+    number = next(tensor["operation"] for tensor in plan["shards"][0]["tensors"] if tensor["name"] == Q)
+    base = plan["operations"][number]["merge"]["base"]
+    assert base["source"] == "a"
+    assert base["low_rank"][0]["a"]["source"] == "lora"
 
 
 def test_passthrough_of_an_adapter_folds_it(models: dict[str, Path], tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_tensors_that_are_not_float(models: dict[str, Path], tmp_path: Path) -> 
     )
     assert found["ids"].tolist() == [0, 1, 2, 3]
     assert not found["flag"].any()
-    operations = {tensor["name"]: (tensor["dtype"], tensor["operation"]) for tensor in report.tensors}
+    operations = {tensor.name: (tensor.dtype, tensor.operation) for tensor in report.tensors}
     assert operations["ids"] == ("I64", "copy: b")
     assert operations["none"] == ("BF16", "copy: b")
     assert [note for note in report.notes if "cannot be merged" in note] == [
@@ -283,7 +285,8 @@ def test_buffers_that_models_compute_are_copied(tmp_path: Path) -> None:
 
 
 def test_models_are_opened_only_when_the_document_is_sound(tmp_path: Path) -> None:
-    configuration = read(
-        tmp_path / "config.yml", merge_method="passthrough", models=[{"model": "nowhere/at-all"}]
-    )
-    assert configuration.document.slices[0].sources[0].model.model == "nowhere/at-all"
+    document = {"merge_method": "passthrough", "models": [{"model": "nowhere/at-all"}]}
+    settings = read(tmp_path / "config.yml", **document)
+    assert settings.config == document
+    (source,) = read_document("config.yml", settings.config).slices[0].sources
+    assert source.model.model == "nowhere/at-all"

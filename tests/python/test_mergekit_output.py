@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from configurations import HIDDEN, assert_close, merged, read, tensors_of, write_llama
 from lora import load_checkpoint, write_lora
 
 from safemerge_fast import CheckpointError, PairingError, PlanError
-from safemerge_fast.recipes.document import read_recipe
-from safemerge_fast.recipes.mergekit.execution import MergekitConfiguration, run_mergekit
+from safemerge_fast.recipes.run import carry_out, read_recipe
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -88,11 +88,12 @@ def test_the_files_are_the_base_s_or_the_first_model_s(models: dict[str, Path], 
         document = json.loads((out / "safemerge_report.json").read_text())
         assert document == json.loads(report.to_json())
         assert document["recipe"] == "mergekit"
-        assert document["configuration"]["merge_method"] == "linear"
+        assert document["configuration"]["config"]["merge_method"] == "linear"
         assert document["inputs"]["b"]["spec"] == str(models["b"])
         card = (out / "README.md").read_text()
-        assert "merge_method: linear" in card
-        assert "A merge of `" in card
+        assert '"merge_method": "linear"' in card
+        assert "A merge of `a`, `b` by the method `linear`" in card.replace("`b`, `a`", "`a`, `b`")
+        assert "\n- mergekit\n" in card
 
 
 @pytest.mark.parametrize(("source", "expected"), [("base", "b"), ("a", "a"), ("b", "b"), (None, "b")])
@@ -257,13 +258,11 @@ def test_an_interrupted_run_is_resumed(models: dict[str, Path], tmp_path: Path) 
     out = tmp_path / "out"
     document = both(models, max_shard_size="2KB")
     with pytest.raises(KeyboardInterrupt):
-        run_mergekit(read(tmp_path / "config.yml", out, **document), interrupt)
+        carry_out(msgspec.structs.replace(read(tmp_path / "config.yml", out, **document), progress=interrupt))
     assert not (out / "config.json").exists()
     assert not (out / "model.safetensors.index.json").exists()
     _, whole = merged(tmp_path, **document)
-    resumption = read_recipe(tmp_path / "config.yml", output=str(out), resume=True)
-    assert isinstance(resumption, MergekitConfiguration)
-    resumed = run_mergekit(resumption)
+    resumed = carry_out(read_recipe(tmp_path / "config.yml", {"output": str(out), "resume": True}))
     assert len(resumed.shards) > 3
     for file in Path(whole.output).glob("*.safetensors"):
         assert (out / file.name).read_bytes() == file.read_bytes()
@@ -288,7 +287,7 @@ def test_values_that_are_not_finite(models: dict[str, Path], tmp_path: Path) -> 
         merged(tmp_path, **document)
     found, report = merged(tmp_path, **document, allow_nonfinite=True)
     assert found["x.bias"].isinf().all()
-    assert any("holds NaN or infinity" in note for note in report.notes)
+    assert any("holds NaN or infinity" in warning.message for warning in report.warnings)
 
 
 def test_transformers_loads_stacked_layers(models: dict[str, Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from configurations import HIDDEN, merged, plain, read, write_llama
 from invoke import run
 
 from safemerge_fast import PairingError, PlanError, SafemergeError
+from safemerge_fast.recipes.mergekit.document import read_document
 
 LINEAR: dict[str, Any] = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}]}
 
@@ -38,7 +39,7 @@ def weight(value: Any) -> dict[str, Any]:
             "merge_method should be one of linear, .*not 'arcee_fusion'",
         ),
         ({**LINEAR, "merge_method": 3}, "merge_method should be one of"),
-        ({**LINEAR, "recipe": "fold"}, "fold has no field 'merge_method'"),
+        ({**LINEAR, "recipe": "fold"}, "fold has no setting 'merge_method'"),
         ({**LINEAR, "slices": [{}]}, "either models or slices, not both"),
         ({"merge_method": "linear"}, "either models or slices, not neither"),
         ({"merge_method": "linear", "models": []}, r"models should be a list of models, not \[\]"),
@@ -50,6 +51,10 @@ def weight(value: Any) -> dict[str, Any]:
         (
             {"merge_method": "linear", "models": [{"model": {"path": "a"}}]},
             r"models\[0\]\.model should be a model.*not \{'path': 'a'\}",
+        ),
+        (
+            {"merge_method": "linear", "models": [{"model": "a", 1: None}]},
+            r"models\[0\]\.1: a model has no field 1",
         ),
         (
             {"merge_method": "linear", "models": [{"model": "a", "layer_range": [0, 1]}]},
@@ -208,7 +213,8 @@ def assert_refused(
     with pytest.raises(error, match=message) as caught:
         merged(tmp_path, **document)
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("merged-*"))
+    # Nor the hidden directory of a job.
+    assert not list(tmp_path.glob("merged-*")) + list(tmp_path.glob(".merged-*"))
 
 
 def test_models_that_do_not_fit(models: dict[str, Path], tmp_path: Path) -> None:
@@ -350,6 +356,7 @@ def test_models_that_are_not_there(tmp_path: Path, models: dict[str, Path]) -> N
 
 def test_null_fields_are_as_if_left_out(tmp_path: Path) -> None:
     document = {**LINEAR, "slices": None, "base_model": None, "dtype": None, "tokenizer_source": None}
-    found = read(tmp_path / "config.yml", **document).document
+    settings = read(tmp_path / "config.yml", **document)
+    found = read_document("config.yml", settings.config)
     assert (found.base_model, found.dtype, found.tokenizer_source) == (None, "auto", None)
-    assert plain(found.written) == document
+    assert plain(settings.config) == document

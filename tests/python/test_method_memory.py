@@ -37,9 +37,9 @@ shards = [{"file": "out.safetensors", "tensors": [tensor]}]
 operations = [{"merge": merge}]
 plan = _engine.Plan(json.dumps({"version": 2, "sources": sources, "operations": operations, "shards": shards}))
 before = peak()
-output = _engine.Output(directory / "out", overwrite=True)
+output = _engine.JobDirectory(directory / sys.argv[4], identity="a test")
 plan.execute(output, threads=2, tile_bytes=1 << 20)
-output.finish()
+output.publish()
 print(peak() - before)
 """
 
@@ -86,7 +86,7 @@ def test_observations_are_bounded(
         entries = [{**entry, "parameters": {"density": 0.5}} for entry in entries]
     if method != "nuslerp":
         merge["base"] = operand("left")
-    values = [json.dumps({**merge, "operands": entries}), json.dumps([ROWS, COLUMNS])]
+    values = [json.dumps({**merge, "operands": entries}), json.dumps([ROWS, COLUMNS]), f"out-{method}"]
     command = [sys.executable, "-c", PROGRAM, str(inputs), *values]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,22 @@ from safemerge_fast.pairing.rows import Row, match_names, pair
 Shapes = Mapping[str, Sequence[int]]
 
 
+class Headers:
+    """Headers of a checkpoint that does not exist."""
+
+    def __init__(self, tensors: Mapping[str, SimpleNamespace]) -> None:
+        self.files = ["model.safetensors"]
+        self.names = list(tensors)
+        self.tensors = list(tensors.values())
+        self.tensor = tensors.__getitem__
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 def model(role: str, shapes: Shapes, config: dict[str, Any] | None = None, dtype: str = "BF16") -> Model:
     """A model of which only the headers exist; a name may be given as "name dtype"."""
     tensors = {}
@@ -28,10 +44,7 @@ def model(role: str, shapes: Shapes, config: dict[str, Any] | None = None, dtype
         tensors[name] = SimpleNamespace(
             name=name, dtype=own or dtype, shape=tuple(shape), file="model.safetensors", nbytes=1
         )
-    headers = SimpleNamespace(
-        files=["model.safetensors"], tensors=list(tensors.values()), tensor=tensors.__getitem__
-    )
-    return Model(role, role, Path(role), headers, config or {})  # type: ignore[arg-type]
+    return Model(role, role, Path(role), Headers(tensors), config or {})  # type: ignore[arg-type]
 
 
 def models(shapes: Shapes, config: dict[str, Any] | None = None, **others: Shapes) -> dict[str, Model]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from plans import all_reads
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from safemerge_fast import AdapterError, fold, verify
 from safemerge_fast.checkpoint.adapter import open_adapter
-from safemerge_fast.pairing.operand import references
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -120,12 +120,7 @@ def check(tmp_path: Path, record_property: Callable[[str, object], None]) -> Cal
 
 def _read_from_adapter(planned: dict[str, Any]) -> set[str]:
     """The adapter's tensors that a plan reads: all of them, or something was dropped."""
-    tensors = [tensor for shard in planned["shards"] for tensor in shard["tensors"]]
-    operands = [tensor["copy"] for tensor in tensors if "copy" in tensor]
-    operands += [
-        term["operand"] for tensor in tensors for term in tensor.get("merge", {}).get("operands", ())
-    ]
-    return {name for operand in operands for source, name in references(operand) if source == "adapter"}
+    return {name for source, name in all_reads(planned) if source == "adapter"}
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import operations
 from safetensors.torch import load_file
 
 from safemerge_fast import PairingError, PlanError, _engine
-from safemerge_fast.checkpoint.model import open_model
+from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.decision import Decision
 from safemerge_fast.pairing.rows import Row, pair
-from safemerge_fast.plan.shards import (
-    Blend,
-    Shard,
-    compose,
-    index_document,
-    lay_out,
-    output_dtype,
-    plan_document,
-    plan_shard,
-    tensor_bytes,
-)
+from safemerge_fast.plan.blend import Blend
+from safemerge_fast.plan.layout import Shard, lay_out, output_dtype, tensor_bytes
+from safemerge_fast.plan.plan import Plan, build_plan
 from safemerge_fast.recipes.safemerge.blend import safemerge
 from safemerge_fast.sizes import format_size, parse_size
 
@@ -137,96 +133,141 @@ class TestDtype:
 
 class TestOperations:
     BLEND = Blend("linear", {"normalize": False}, {"finetuned": 0.75, "safe": 0.25})
+    KEEP, MERGE = Decision(False, ""), Decision(True, "")
+
+    def plan(self, rows: Sequence[Row], merged: set[str], **options: Any) -> dict[str, Any]:
+        """The plan of one file, of models that no file is read of."""
+        models: Any = {
+            role: SimpleNamespace(headers=SimpleNamespace(path=f"/{role}", identity=dict))
+            for role in ("finetuned", "safe", "base")
+        }
+        plan = build_plan(
+            models,
+            [Shard("model.safetensors", tuple(rows))],
+            lambda row: self.BLEND.compose(row, self.MERGE if row.name in merged else self.KEEP),
+            anchor="finetuned",
+            **options,
+        )
+        return json.loads(plan.to_json())
 
     def test_says_copy_and_merge_by_each_role_s_own_name(self) -> None:
         rows = (row("kept"), row("changed", names={"finetuned": "changed", "safe": "prefix.changed"}))
-        decisions = {"kept": Decision(False, ""), "changed": Decision(True, "")}
-        planned = plan_shard(Shard("model.safetensors", rows), decisions, self.BLEND)
-        assert planned == {
-            "file": "model.safetensors",
-            "metadata": {"format": "pt"},
-            "tensors": [
+        assert self.plan(rows, {"changed"}) == {
+            "version": 2,
+            "sources": {role: {"path": f"/{role}", "files": {}} for role in ("finetuned", "safe")},
+            "operations": [
+                {"copy": {"source": "finetuned"}},
                 {
-                    "name": "kept",
-                    "dtype": "BF16",
-                    "shape": [4, 2],
-                    "copy": {"source": "finetuned", "tensor": "kept"},
-                },
-                {
-                    "name": "changed",
-                    "dtype": "BF16",
-                    "shape": [4, 2],
                     "merge": {
                         "method": "linear",
                         "parameters": {"normalize": False},
                         "operands": [
-                            {"operand": {"source": "finetuned", "tensor": "changed"}, "weight": 0.75},
+                            {"operand": {"source": "finetuned"}, "weight": 0.75},
                             {"operand": {"source": "safe", "tensor": "prefix.changed"}, "weight": 0.25},
                         ],
-                    },
+                    }
                 },
+            ],
+            "shards": [
+                {
+                    "file": "model.safetensors",
+                    "metadata": {"format": "pt"},
+                    "tensors": [{"name": "kept", "operation": 0}, {"name": "changed", "operation": 1}],
+                }
             ],
         }
 
-    def test_refuses_to_merge_with_a_tensor_that_is_not_there(self) -> None:
-        lonely = row("lonely", names={"finetuned": "lonely"})
-        with pytest.raises(PairingError, match=r"lonely .*the safe model has no tensor"):
-            plan_shard(Shard("f", (lonely,)), {"lonely": Decision(True, "")}, self.BLEND)
+    def test_tensors_that_are_alike_share_an_operation(self) -> None:
+        planned = self.plan([row(name) for name in "abcdef"], {"b", "e"})
+        numbers = [tensor["operation"] for tensor in planned["shards"][0]["tensors"]]
+        assert len(planned["operations"]) == 2
+        assert numbers == [0, 1, 0, 0, 1, 0]
+
+    def test_states_dtype_and_shape_where_the_finetuned_model_does_not(self) -> None:
+        (tensor,) = self.plan([row("a")], {"a"}, dtype="float32")["shards"][0]["tensors"]
+        assert tensor == {"name": "a", "operation": 0, "dtype": "F32", "shape": [4, 2]}
+        (tensor,) = self.plan([row("a", dtype="F32")], {"a"}, dtype="float32")["shards"][0]["tensors"]
+        assert tensor == {"name": "a", "operation": 0}
+
+    @pytest.mark.parametrize("missing", ["safe", "finetuned"])
+    def test_refuses_to_merge_with_a_tensor_that_is_not_there(self, missing: str) -> None:
+        names = {role: "lonely" for role in ("finetuned", "safe") if role != missing}
+        with pytest.raises(PairingError, match=rf"lonely .*the {missing} model has no tensor"):
+            self.BLEND.compose(row("lonely", names=names), self.MERGE)
 
     @given(alpha=st.floats(min_value=0.0, max_value=1.0))
     def test_safemerge_is_the_paper_s_sum_without_the_aligned_model(self, alpha: float) -> None:
-        weights = safemerge(alpha, safe_role="safe").weights
+        weights = safemerge(alpha, safe_role="safe", method="linear").weights
         aligned, finetuned, safe = 0.3, -1.7, 0.9
         paper = aligned + alpha * (finetuned - aligned) + (1 - alpha) * (safe - aligned)
         assert list(weights) == ["finetuned", "safe"]
         assert weights["finetuned"] * finetuned + weights["safe"] * safe == pytest.approx(paper, abs=1e-15)
 
     def test_describes_itself(self) -> None:
-        blend = safemerge(0.8, safe_role="aligned")
+        blend = safemerge(0.8, safe_role="aligned", method="linear")
         both = row("w", names={"finetuned": "w", "aligned": "w"})
-        merged, kept = (compose(both, Decision(merge, ""), blend).describe() for merge in (True, False))
+        merged, kept = (blend.compose(both, Decision(merge, "")).describe() for merge in (True, False))
         assert (merged, kept) == ("linear: 0.8 finetuned + 0.2 aligned", "copy: finetuned")
 
 
 class TestDocument:
-    def plan(self, quartet: dict[str, Path]) -> tuple[dict, list[dict]]:
+    def plan(
+        self, quartet: dict[str, Path], *, only: int | None = None, **options: Any
+    ) -> tuple[Mapping[str, Model], Plan]:
+        """A plan that merges all that is analysed; of one of its files only, if a number is given."""
         models = {role: open_model(role, path) for role, path in quartet.items()}
-        rows = pair(models).rows
-        decisions = {r.name: Decision(r.analysed, "") for r in rows}
-        blend = safemerge(0.5, safe_role="safe")
-        shards = [plan_shard(shard, decisions, blend) for shard in lay_out(rows)]
-        return models, shards
+        blend = safemerge(0.5, safe_role="safe", method="linear")
+        layout = lay_out(pair(models).rows, **options)
+        plan = build_plan(
+            models,
+            layout if only is None else [layout[only]],
+            lambda row: blend.compose(row, Decision(row.analysed, "")),
+            anchor="finetuned",
+        )
+        return models, plan
 
     def test_the_engine_accepts_it(self, quartet: dict[str, Path]) -> None:
-        models, shards = self.plan(quartet)
-        plan = _engine.Plan(json.dumps(plan_document(models, shards)))
-        assert plan.shards == [shard["file"] for shard in shards]
-        merged = {t["name"] for shard in shards for t in shard["tensors"] if "merge" in t}
+        models, made = self.plan(quartet)
+        plan = _engine.Plan(made.to_json())
+        assert plan.shards == made.files
+        document = json.loads(made.to_json())
+        merged = {name for name, operation in operations(document).items() if "merge" in operation}
         tensors = models["finetuned"].headers.tensors
+        assert {name for name in merged if not name.endswith("_proj.weight")} == set()
+        assert len(merged) == 21
         assert plan.bytes_read == sum(t.nbytes * (2 if t.name in merged else 1) for t in tensors)
 
     def test_one_shard_alone_is_the_same_work_as_within_the_whole(self, quartet: dict[str, Path]) -> None:
-        models, shards = self.plan(quartet)
-        whole = _engine.Plan(json.dumps(plan_document(models, shards)))
-        for shard in shards:
-            alone = _engine.Plan(json.dumps(plan_document(models, [shard])))
-            assert alone.shard_digest(shard["file"]) == whole.shard_digest(shard["file"])
+        _, made = self.plan(quartet)
+        whole = _engine.Plan(made.to_json())
+        assert len(made.files) == 3
+        for number, file in enumerate(made.files):
+            alone = _engine.Plan(self.plan(quartet, only=number)[1].to_json())
+            assert alone.shards == [file]
+            assert alone.shard_digest(file) == whole.shard_digest(file)
 
-    def test_lists_only_files_that_are_read(self, quartet: dict[str, Path]) -> None:
-        models, shards = self.plan(quartet)
-        sources = plan_document(models, shards[:1])["sources"]
+    def test_lists_only_models_that_are_read(self, quartet: dict[str, Path]) -> None:
+        sources = json.loads(self.plan(quartet)[1].to_json())["sources"]
         assert set(sources) == {"finetuned", "safe"}
-        file = shards[0]["file"]
         for role, source in sources.items():
             assert source["path"] == str(quartet[role])
-            assert set(source["files"]) == {file}
-            assert source["files"][file]["size"] == (quartet[role] / file).stat().st_size
+            assert {file: facts["size"] for file, facts in source["files"].items()} == {
+                path.name: path.stat().st_size for path in quartet[role].glob("*.safetensors")
+            }
+
+    def test_pieces_and_slices_are_parts_of_the_whole(self, quartet: dict[str, Path]) -> None:
+        _, made = self.plan(quartet, max_shard_size=50_000)
+        assert b"".join(made.pieces()) == made.to_json()
+        every = list(made.tensors())
+        assert made.count == len(every)
+        for start, stop in ((0, 0), (0, 1), (3, 9), (5, 32), (7, made.count), (made.count, None), (4, None)):
+            assert list(made.tensors(start, stop)) == every[start:stop]
 
     def test_index_says_what_torch_counts(self, quartet: dict[str, Path]) -> None:
-        _, shards = self.plan(quartet)
-        loaded = {shard["file"]: load_file(quartet["finetuned"] / shard["file"]) for shard in shards}
+        _, made = self.plan(quartet)
+        loaded = {file: load_file(quartet["finetuned"] / file) for file in made.files}
         tensors = [tensor for content in loaded.values() for tensor in content.values()]
-        index = index_document(shards)
+        index = json.loads(b"".join(made.index_pieces()))
         assert index["metadata"] == {
             "total_parameters": sum(tensor.numel() for tensor in tensors),
             "total_size": sum(tensor.nbytes for tensor in tensors),

@@ -159,7 +159,7 @@ def test_a_disk_that_cannot_be_written(quartet, tmp_path: Path) -> None:
 def test_an_output_that_another_merge_holds(quartet, tmp_path: Path) -> None:
     from safemerge_fast import _engine
 
-    holder = _engine.Output(tmp_path / "out")
+    holder = _engine.JobDirectory(tmp_path / "out", identity="test")
     try:
         for flags in ([], ["--resume"], ["--overwrite"]):
             result = run(*merge_words(quartet, tmp_path / "out", *flags))

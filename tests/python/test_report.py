@@ -8,20 +8,26 @@ import math
 import statistics
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from safemerge_fast import AnalysisError, MergeReport, OutputError, SafemergeError, merge
+from safemerge_fast import AnalysisError, OutputError, Report, SafemergeError, merge
+from safemerge_fast._engine import file_digest
 from safemerge_fast.analysis.scores import Score
 from safemerge_fast.checkpoint.model import open_model
 from safemerge_fast.documents import write_document
 from safemerge_fast.pairing.rows import pair
-from safemerge_fast.report.merge_report import TensorReport, count_modules, module_table
+from safemerge_fast.recipes import recipes
+from safemerge_fast.recipes.run import read_report
 from safemerge_fast.report.plot import write_plot
+from safemerge_fast.report.tensors import TensorReport, count_modules, module_table
+from safemerge_fast.settings import Settings
 
 
 def tensor(
@@ -57,47 +63,68 @@ tensors = st.lists(
 
 
 @pytest.fixture(scope="module")
-def report(quartet: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> MergeReport:
+def report(quartet: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
     return merge(**quartet, output=tmp_path_factory.mktemp("report") / "out")
 
 
+def settings_of(recipe: str, values: Mapping[str, Any]) -> Settings:
+    return recipes()[recipe].settings.from_dict(values)
+
+
 class TestJson:
-    def test_reads_back_what_it_wrote(self, report: MergeReport) -> None:
+    def test_reads_back_what_it_wrote(self, report: Report) -> None:
         text = report.to_json()
-        again = MergeReport.from_json(text)
+        again = Report.from_json(text, settings_of)
         assert again == report
         assert again.to_json() == text
+        assert again.configuration == report.configuration
+        assert list(again.tensors) == list(report.tensors)
 
-    def test_states_the_counts_for_readers_of_the_file(self, report: MergeReport) -> None:
+    def test_lies_in_the_output(self, report: Report) -> None:
+        output = Path(report.output)
+        assert read_report(output) == report
+        assert (output / "safemerge_report.json").read_text() == report.to_json()
+
+    def test_lists_every_file_with_its_size_and_digest(self, report: Report) -> None:
+        output = Path(report.output)
+        sizes = {path.name: path.stat().st_size for path in output.iterdir()}
+        del sizes["safemerge_report.json"]
+        assert {file.name: file.bytes for file in report.files} == sizes
+        for file in report.files:
+            # Weights are compared with the plan instead.
+            assert (file.digest is None) == file.name.endswith(".safetensors")
+            assert file.digest is None or file.digest == file_digest(output / file.name)
+
+    def test_states_the_counts_for_readers_of_the_file(self, report: Report) -> None:
         document = json.loads(report.to_json())
-        merged = Counter(entry["module_type"] for entry in document["tensors"] if entry["merged"])
+        merged = Counter(entry["module_type"] for entry in document["tensors"] if entry.get("merged"))
         assert {
             entry["module_type"]: entry["merged"] for entry in document["counts"] if entry["merged"]
         } == merged
         assert sum(merged.values()) == report.merged > 0
 
-    def test_has_no_nan(self, report: MergeReport) -> None:
+    def test_has_no_nan(self, report: Report) -> None:
         def refuse(constant: str) -> None:
             raise AssertionError(constant)
 
         json.loads(report.to_json(), parse_constant=refuse)
 
     @pytest.mark.parametrize("spoil", ["version", "tensors", "configuration", "inputs"])
-    def test_refuses_what_is_not_a_report(self, report: MergeReport, spoil: str) -> None:
+    def test_refuses_what_is_not_a_report(self, report: Report, spoil: str) -> None:
         document = json.loads(report.to_json())
         del document[spoil]
         with pytest.raises(SafemergeError, match="not a report"):
-            MergeReport.from_json(json.dumps(document))
+            Report.from_json(json.dumps(document), settings_of)
 
     @pytest.mark.parametrize("text", ["", "[]", "null", '{"version": 1, "tensors": [{}]}'])
     def test_refuses_other_json(self, text: str) -> None:
         with pytest.raises(SafemergeError, match="not a report"):
-            MergeReport.from_json(text)
+            Report.from_json(text, settings_of)
 
-    def test_refuses_another_version(self, report: MergeReport) -> None:
+    def test_refuses_another_version(self, report: Report) -> None:
         document = json.loads(report.to_json()) | {"version": 99}
         with pytest.raises(SafemergeError, match="version 99"):
-            MergeReport.from_json(json.dumps(document))
+            Report.from_json(json.dumps(document), settings_of)
 
 
 class TestDocument:
@@ -149,7 +176,7 @@ class TestCounts:
             cells = next(c for c in table.columns if c.header == column)
             assert sum(map(int, cells.cells)) == total == int(cells.footer)
 
-    def test_the_table_fits_eighty_columns(self, report: MergeReport) -> None:
+    def test_the_table_fits_eighty_columns(self, report: Report) -> None:
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(report.table())
         text = console.export_text()

@@ -14,7 +14,7 @@ from lora import load_checkpoint, write_lora
 import safemerge_fast
 import safemerge_fast._engine
 from safemerge_fast import FoldConfiguration, MergeConfiguration, PlanError, fold, merge
-from safemerge_fast.recipes.document import read_recipe
+from safemerge_fast.recipes.run import read_recipe
 
 
 def write(path: Path, **document: Any) -> Path:
@@ -158,23 +158,23 @@ def test_inspect_of_an_adapter(tmp_path: Path) -> None:
 
 def test_from_python_as_on_the_command_line(quartet: dict[str, Path], tmp_path: Path) -> None:
     documents: dict[str, dict[str, Any]] = {
-        "MergeReport": {"recipe": "safemerge", **{role: str(path) for role, path in quartet.items()}},
-        "MergekitReport": {
+        "safemerge": {"recipe": "safemerge", **{role: str(path) for role, path in quartet.items()}},
+        "mergekit": {
             "merge_method": "ties",
             "base_model": str(quartet["aligned"]),
             "models": [{"model": str(quartet["finetuned"]), "parameters": {"weight": 1.0, "density": 0.5}}],
         },
     }
-    for kind, document in documents.items():
-        recipe = write(tmp_path / f"{kind}.yml", **document)
+    for name, document in documents.items():
+        recipe = write(tmp_path / f"{name}.yml", **document)
         report = safemerge_fast.run(
-            recipe, output=tmp_path / kind, memory_budget="200MB", read_backend="pread"
+            recipe, output=tmp_path / name, memory_budget="200MB", read_backend="pread"
         )
-        assert type(report).__name__ == kind
+        assert report.recipe == name
         assert run("run", recipe, "-o", tmp_path / "same", "--overwrite").exit_code == 0
-        found, expected = load_checkpoint(tmp_path / kind), load_checkpoint(tmp_path / "same")
+        found, expected = load_checkpoint(tmp_path / name), load_checkpoint(tmp_path / "same")
         assert found.keys() == expected.keys()
-        assert all((found[name] == expected[name]).all() for name in expected)
+        assert all((found[tensor] == expected[tensor]).all() for tensor in expected)
 
 
 def test_help_lists_every_method() -> None:

@@ -1,7 +1,9 @@
 //! Operands that adapters change, against dense arithmetic in f64.
 
 use crate::fixtures::{self, Tensor, open_job, publish, random_floats, source, write};
-use safemerge_fast::checkpoint::ReadBackend;
+use safemerge_fast::Error;
+use safemerge_fast::checkpoint::{Checkpoint, ReadBackend};
+use safemerge_fast::difference::{Difference, Matrix};
 use safemerge_fast::kernels::{Kernels, Level};
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
@@ -9,11 +11,12 @@ use safemerge_fast::plan::Plan;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::Arc;
 use tempfile::TempDir;
 
-type Matrix = Vec<Vec<f64>>;
+type Dense = Vec<Vec<f64>>;
 
-fn matrix(tensor: &Tensor) -> Matrix {
+fn matrix(tensor: &Tensor) -> Dense {
     let columns = tensor.shape[tensor.shape.len() - 1];
     let size = tensor.dtype.bitsize() / 8;
     let value = |b: &[u8]| match tensor.dtype {
@@ -29,7 +32,7 @@ fn matrix(tensor: &Tensor) -> Matrix {
         .collect()
 }
 
-fn product(b: &Matrix, a: &Matrix) -> Matrix {
+fn product(b: &Dense, a: &Dense) -> Dense {
     b.iter()
         .map(|row| {
             (0..a[0].len()).map(|j| row.iter().zip(a).map(|(x, a)| x * a[j]).sum()).collect()
@@ -37,12 +40,12 @@ fn product(b: &Matrix, a: &Matrix) -> Matrix {
         .collect()
 }
 
-fn transposed(m: &Matrix) -> Matrix {
+fn transposed(m: &Dense) -> Dense {
     (0..m[0].len()).map(|j| m.iter().map(|row| row[j]).collect()).collect()
 }
 
 /// `w += scale·x`.
-fn add(w: &mut Matrix, scale: f64, x: &Matrix) {
+fn add(w: &mut Dense, scale: f64, x: &Dense) {
     for (w, x) in w.iter_mut().zip(x) {
         for (w, x) in w.iter_mut().zip(x) {
             *w += scale * x;
@@ -84,7 +87,7 @@ impl Fixture {
         Self { directory, tensors }
     }
 
-    fn get(&self, name: &str) -> Matrix {
+    fn get(&self, name: &str) -> Dense {
         matrix(self.tensors.iter().find(|t| t.name == name).unwrap())
     }
 
@@ -128,7 +131,7 @@ impl Fixture {
     }
 
     /// Runs on one worker and compares with the expected values; then in other cuts, and compares the bits.
-    fn check(&self, operands: &[(Value, f64)], expected: &Matrix) {
+    fn check(&self, operands: &[(Value, f64)], expected: &Dense) {
         let plan = self.plan(operands);
         let found = self.run(&plan, &Options { threads: 1, ..Options::default() });
         let scale = expected.iter().flatten().fold(0.0_f64, |m, v| m.max(v.abs()));
@@ -139,6 +142,7 @@ impl Fixture {
             );
         }
         let bits: Vec<u32> = found.iter().map(|v| v.to_bits()).collect();
+        self.check_matrix(operands, &bits);
         for level in Level::available() {
             for (threads, tile_bytes) in [(1, 4096), (3, 4096), (2, 8192)] {
                 let kernels = Kernels::named(level.name()).unwrap();
@@ -146,6 +150,40 @@ impl Fixture {
                 let again: Vec<u32> =
                     self.run(&plan, &options).iter().map(|v| v.to_bits()).collect();
                 assert!(again == bits, "{level:?}, {threads} threads, tiles of {tile_bytes}");
+            }
+        }
+    }
+}
+
+impl Fixture {
+    /// What the analysis reads of the sum, whole or by blocks of rows and columns, is what the merge makes of it.
+    fn check_matrix(&self, operands: &[(Value, f64)], merged: &[u32]) {
+        let terms = operands.iter().map(|(operand, weight)| {
+            serde_json::from_value(json!({"operand": operand, "weight": weight})).unwrap()
+        });
+        let terms: Vec<_> = terms.collect();
+        for backend in [ReadBackend::Mmap, ReadBackend::Pread] {
+            let path = self.directory.path().join("in");
+            let checkpoint = Arc::new(Checkpoint::open_with(&path, backend).unwrap());
+            let sources = [("x".to_owned(), checkpoint)].into();
+            let sum = Matrix::sum(&sources, "w", &terms).unwrap();
+            assert_eq!(sum.shape(), (OUT, IN));
+            for (rows, columns) in [
+                (0..OUT, 0..IN),
+                (5..6, 0..IN),
+                (0..OUT, 100..103),
+                (30..37, 200..211),
+                (0..9, 7..99),
+            ] {
+                let mut out = vec![0.0; rows.len() * columns.len()];
+                sum.read(&rows, &columns, &|| false, &mut out).unwrap();
+                let whole = rows.flat_map(|row| merged[row * IN..][columns.clone()].to_vec());
+                assert!(whole.eq(out.iter().map(|value| value.to_bits())), "{columns:?}");
+                let difference = Difference::new(&sum, &sum).unwrap();
+                let (rows, kernels) = (0..out.len() / columns.len(), Kernels::detect());
+                let found =
+                    difference.read(&kernels, &rows, &columns, true, &|| false, &mut out).unwrap();
+                assert!(found.difference == 0.0 && found.minuend > 0.0);
             }
         }
     }
@@ -184,7 +222,7 @@ fn a_matrix_stored_as_in_out_gets_the_transposed_product() {
 }
 
 /// Each row of `w` rescaled to the norm given for it.
-fn rescaled(w: &Matrix, norms: &[f64]) -> Matrix {
+fn rescaled(w: &Dense, norms: &[f64]) -> Dense {
     w.iter()
         .zip(norms)
         .map(|(row, norm)| {
@@ -271,5 +309,34 @@ fn factors_that_do_not_fit_are_refused_by_name() {
     for (change, fault) in cases {
         let message = plan(change);
         assert!(message.contains(fault), "expected {fault} in {message}");
+    }
+}
+
+#[test]
+fn norms_that_cannot_be_taken_say_why_to_all_workers() {
+    let fixture = Fixture::new(Dtype::F32);
+    let mut operand = reference("w");
+    operand["low_rank"] = json!([low_rank("at", "bt", 0.5, true)]);
+    operand["magnitude"] = json!({"source": "x", "tensor": "mt", "transpose": true});
+    let merge = json!({"method": "linear", "operands": [{"operand": operand, "weight": 1.0}]});
+    let tensor = json!({"name": "w", "dtype": "F32", "shape": [OUT, IN], "merge": merge});
+    let path = fixture.directory.path().join("in");
+    let shard = json!({"file": "model.safetensors", "tensors": [tensor]});
+    let text = fixtures::plan(json!({"x": source(&path)}), vec![shard]).to_string();
+    let plan = fixtures::open(&text, ReadBackend::Pread);
+    // Half of the file goes after it has been opened; all workers wait for norms that one of them cannot take.
+    let held = plan.tensor(&plan.shards()[0], 0).unwrap();
+    for input in held.operation.inputs() {
+        input.file().unwrap();
+    }
+    let file = std::fs::File::options().write(true).open(path.join("model.safetensors")).unwrap();
+    file.set_len(1000).unwrap();
+    for _ in 0..20 {
+        let out = fixture.directory.path().join("out");
+        let output = open_job(&out).unwrap();
+        let options = Options { threads: 8, tile_bytes: 4096, ..Options::default() };
+        let shards = plan.select(None).unwrap();
+        let failed = execute(&plan, &shards, &output, &options, &Progress::default(), &mut || true);
+        assert!(matches!(failed, Err(Error::InputChanged { .. })), "{failed:?}");
     }
 }

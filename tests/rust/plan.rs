@@ -3,9 +3,11 @@
 use crate::fixtures::{Pair, Tensor, write};
 use proptest::prelude::*;
 use safemerge_fast::Error;
-use safemerge_fast::plan::Plan;
+use safemerge_fast::checkpoint::{Checkpoint, ReadBackend};
+use safemerge_fast::plan::{GivenSources, OutputTensor, Plan};
 use safetensors::Dtype;
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 fn pair() -> Pair {
     Pair::new(&[
@@ -150,6 +152,105 @@ fn the_digest_follows_whatever_decides_the_bytes_and_nothing_else() {
     let mut unused = sound.clone();
     unused["sources"]["third"] = sound["sources"]["first"].clone();
     assert_eq!(digest(&sound), digest(&unused));
+}
+
+#[test]
+fn what_is_left_out_is_the_input_s_own() {
+    let pair = pair();
+    let spelled = pair.plan(1);
+    let mut short = spelled.clone();
+    for tensor in short["shards"][0]["tensors"].as_array_mut().unwrap() {
+        let fields = tensor.as_object_mut().unwrap();
+        fields.remove("dtype").unwrap();
+        fields.remove("shape").unwrap();
+    }
+    // One operation for all floats, one for the integers.
+    let mut merge = spelled["operations"][0].clone();
+    for number in 0..2 {
+        let operand = &mut merge["merge"]["operands"][number]["operand"];
+        operand.as_object_mut().unwrap().remove("tensor").unwrap();
+    }
+    short["operations"] = json!([{"copy": {"source": "first"}}, merge]);
+    for (number, operation) in [1, 0, 1, 1].into_iter().enumerate() {
+        short["shards"][0]["tensors"][number]["operation"] = json!(operation);
+    }
+    let [long, short] = [spelled, short].map(|plan| Plan::from_json(&plan.to_string()).unwrap());
+    let (left, right) = (&long.shards()[0], &short.shards()[0]);
+    assert_eq!(long.header(left).unwrap(), short.header(right).unwrap());
+    assert_eq!(long.traffic(), short.traffic());
+    for number in 0..4 {
+        let [a, b] = [long.tensor(left, number).unwrap(), short.tensor(right, number).unwrap()];
+        assert_eq!((&a.name, &a.range), (&b.name, &b.range));
+        let inputs = |tensor: &OutputTensor| -> Vec<_> {
+            let inputs = tensor.operation.inputs();
+            inputs.map(|input| (input.path().to_owned(), input.range.clone())).collect()
+        };
+        assert_eq!(inputs(&a), inputs(&b));
+        assert_eq!(inputs(&a).len(), if number == 1 { 1 } else { 2 });
+    }
+}
+
+#[test]
+fn the_digest_does_not_know_how_the_plan_is_written() {
+    let pair = pair();
+    let digest =
+        |plan: &Value| Plan::from_json(&plan.to_string()).unwrap().shards()[0].digest.clone();
+    let sound = pair.plan(1);
+    let mut short = sound.clone();
+    short["shards"][0]["tensors"][0].as_object_mut().unwrap().remove("dtype").unwrap();
+    // Another order of the table, with an entry that nobody uses.
+    let mut turned: Vec<Value> = sound["operations"].as_array().unwrap().clone();
+    turned.reverse();
+    turned.push(json!({"copy": {"source": "second"}}));
+    short["operations"] = turned.into();
+    for number in 0..4 {
+        short["shards"][0]["tensors"][number]["operation"] = json!(3 - number);
+    }
+    assert_eq!(digest(&sound), digest(&short));
+    // But another operation for a tensor is another output.
+    short["shards"][0]["tensors"][1]["operation"] = json!(4);
+    assert_ne!(digest(&sound), digest(&short));
+}
+
+#[test]
+fn plans_of_other_versions_and_shapes_are_refused_whatever_else_they_hold() {
+    let old = json!({"version": 1, "sources": {}, "shards": []}).to_string();
+    let message = Plan::from_json(&old).unwrap_err().to_string();
+    assert!(message.contains("earlier version") && message.contains("merge again"), "{message}");
+    for text in ["", "[]", "null", "{", r#"{"version": 2}"#, r#"{"version": "2"}"#] {
+        assert!(matches!(Plan::from_json(text), Err(Error::Plan(_))), "{text}");
+    }
+    // Deeper than any plan, within a value that may be anything.
+    let pair = pair();
+    let mut plan = pair.plan(1);
+    plan["operations"][0]["merge"]["parameters"] = json!({"t": "deep"});
+    let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    let text = plan.to_string().replace("\"deep\"", &deep);
+    assert!(Plan::from_json(&text).unwrap_err().to_string().contains("recursion limit"));
+}
+
+#[test]
+fn only_the_files_that_a_plan_lists_are_read() {
+    let pair = pair();
+    let more = Tensor::f32("c", &[1.0, 2.0, 3.0, 4.0, 5.0]);
+    write(&pair.path("first").join("more.safetensors"), &[more]);
+    let mut plan = pair.plan(1);
+    // An index that places `c` in the other file, which the plan does not list.
+    let weights = ["a", "b", "d"].map(|name| (name.to_owned(), json!("model.safetensors")));
+    let mut map: serde_json::Map<String, Value> = weights.into_iter().collect();
+    map.insert("c".to_owned(), json!("more.safetensors"));
+    let first = pair.path("first");
+    std::fs::rename(first.join("model.safetensors"), first.join("one.safetensors")).unwrap();
+    let index =
+        json!({"weight_map": map}).to_string().replace("model.safetensors", "one.safetensors");
+    std::fs::write(first.join("model.safetensors.index.json"), index).unwrap();
+    let checkpoint = Arc::new(Checkpoint::open(&first).unwrap());
+    let identity = plan["sources"]["first"]["files"]["model.safetensors"].take();
+    plan["sources"]["first"]["files"] = json!({"one.safetensors": identity});
+    let given: GivenSources = [("first".to_owned(), checkpoint)].into();
+    let refused = Plan::open(plan.to_string().as_bytes(), ReadBackend::Auto, &given);
+    let message = refused.unwrap_err().to_string();
+    assert!(message.contains("more.safetensors") && message.contains("does not list"), "{message}");
 }
 
 proptest! {

@@ -1,14 +1,15 @@
-"""Reads differences of mapped tensors block by block into float32 buffers that are allocated once.
+"""Reads matrices and their differences block by block into float32 buffers that are allocated once.
 
 Peak memory is the buffers; the mapped pages that reading touches are given back as it goes. Fresh allocations
-per block would cost more time than the reading.
+per block would cost more time than the reading. Inputs come through the engine's reader, as in the merge: where that
+reads by position, nothing is mapped here either.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from .. import _engine
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
+    from ..pairing.operand import Term
 
-__all__ = ["Difference", "Mapped", "Matrix", "Workspace", "read_tensor"]
+__all__ = ["Composed", "Difference", "Matrix", "Workspace", "read_tensor"]
 
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -143,70 +145,50 @@ def _sum_of_squares(vector: torch.Tensor) -> float:
     return float(torch.dot(double, double))
 
 
-class Matrix(Protocol):
-    """A 2-D tensor of a model that is read in parts: mapped as it is stored, or composed on the fly."""
+class Matrix:
+    """One 2-D tensor of one model, as it is stored.
 
-    @property
-    def role(self) -> str:
-        """The role whose tensor it is."""
-
-    @property
-    def name(self) -> str:
-        """Its name, for messages."""
-
-    @property
-    def dtype(self) -> str:
-        """Its dtype as safetensors names it."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The stored shape."""
-
-    def chunk(self, rows: slice, columns: slice) -> torch.Tensor:
-        """A part of it on the CPU; both slices have a start and a stop."""
-
-    def is_finite(self, chunk_elements: int) -> bool:
-        """Whether no value is NaN or infinite, in float32."""
-
-    def release_when_full(self) -> None:
-        """Gives mapped pages back once enough of them may have been touched."""
-
-    def release(self) -> None:
-        """Gives mapped pages back."""
-
-
-class Mapped:
-    """One 2-D tensor of one model, as it lies in the mapped file: (rows, columns) of the stored shape."""
+    Attributes:
+        role: The role whose tensor it is.
+        name: Its name, for messages.
+        dtype: Its dtype as safetensors names it; "F32" if it is composed.
+        shape: (rows, columns) as it is stored.
+        engine: The same for the engine.
+    """
 
     def __init__(self, model: Model, name: str) -> None:
-        info = model.headers.tensor(name)
         self.role = model.role
         self.name = name
-        self.dtype = info.dtype
-        self.shape: tuple[int, int] = (info.shape[0], info.shape[1])
-        self.stored = _engine.Matrix.stored(model.headers, name)
+        self._open(_engine.Matrix.stored(model.headers, name))
         self._headers = model.headers
-        self._touched = 0
-        array = np.asarray(model.headers.rows(name, 0, self.shape[0]))
-        with warnings.catch_warnings():
-            # Read-only memory: nothing here writes to it.
-            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-            raw = torch.from_numpy(array)
-        self._dtype = _TORCH_DTYPES[info.dtype]
+        self._view = _whole_view(model.headers, name, self.shape[0]) if self.engine.mapped else None
+
+    def _open(self, engine: _engine.Matrix) -> None:
+        self.engine = engine
+        self.dtype = engine.dtype
+        self.shape = engine.shape
+        self._dtype = _TORCH_DTYPES[engine.dtype]
         self._itemsize = self._dtype.itemsize
-        self._bytes = raw.view(self.shape[0], self.shape[1] * self._itemsize)
-        self._aligned = raw.data_ptr() % self._itemsize == 0
+        self._touched = 0
 
     def chunk(self, rows: slice, columns: slice) -> torch.Tensor:
-        """Returns a part of the tensor in its own dtype on the CPU: a view of the mapping if aligned."""
-        if self._aligned:
-            part = self._bytes.view(self._dtype)[rows, columns]
-        else:
-            # A header that is not padded puts the data at any byte; a clone starts at an aligned one.
-            width = slice(columns.start * self._itemsize, columns.stop * self._itemsize)
-            part = self._bytes[rows, width].clone(memory_format=torch.contiguous_format).view(self._dtype)
+        """Returns a part of the tensor in its own dtype on the CPU: a view of the mapping where that is possible.
+
+        Args:
+            rows: Its rows, with a start and a stop.
+            columns: Its columns, likewise.
+        """
         self.touch(rows, columns)
-        return part
+        width = slice(columns.start * self._itemsize, columns.stop * self._itemsize)
+        if self._view is None:
+            # Whole rows are read, into memory of their own.
+            data = np.array(self._headers.rows(self.name, rows.start, rows.stop))
+            return torch.from_numpy(data).view(self._dtype).view(-1, self.shape[1])[:, columns]
+        if self._view.data_ptr() % self._itemsize == 0:
+            return self._view.view(self._dtype).view(self.shape)[rows, columns]
+        # A header that is not padded puts the data at any byte; a clone starts at an aligned one.
+        stored = self._view.view(self.shape[0], self.shape[1] * self._itemsize)[rows, width]
+        return stored.clone(memory_format=torch.contiguous_format).view(self._dtype)
 
     def touch(self, rows: slice, columns: slice) -> None:
         """Notes that a part has been read, for release_when_full."""
@@ -233,7 +215,52 @@ class Mapped:
     def release(self) -> None:
         """Gives the pages back; what is read again is mapped again."""
         self._headers.release(self.name)
+        self.engine.release()
         self._touched = 0
+
+
+class Composed(Matrix):
+    """A role's 2-D tensor that adapters change: the sum of weight · operand over its terms, composed as it is read.
+
+    The engine does it by the arithmetic of a merge; no whole matrix of it ever exists.
+    """
+
+    def __init__(self, models: Mapping[str, Model], role: str, name: str, terms: Sequence[Term]) -> None:
+        """Opens what the terms name.
+
+        Args:
+            models: The models by role; sources of the operands.
+            role: The role whose tensor this is, for messages.
+            name: Its name, for messages.
+            terms: What it is the sum of; all of one shape.
+        """
+        self.role = role
+        self.name = name
+        sources = {source: model.headers for source, model in models.items()}
+        planned = [{"operand": term.operand.to_plan(), "weight": term.weight} for term in terms]
+        self._open(_engine.Matrix(name, sources=sources, terms=planned))
+
+    def chunk(self, rows: slice, columns: slice) -> torch.Tensor:
+        """Returns a part of the tensor, float32 on the CPU, in memory of its own."""
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        block = _engine.Block(shape[0] * shape[1])
+        self.engine.read(block, (rows.start, rows.stop), (columns.start, columns.stop))
+        self.touch(rows, columns)
+        return torch.from_numpy(np.asarray(block)).view(shape)
+
+    def release(self) -> None:
+        """Gives the pages back; what is read again is mapped again."""
+        self.engine.release()
+        self._touched = 0
+
+
+def _whole_view(headers: _engine.Checkpoint, name: str, rows: int) -> torch.Tensor:
+    """The bytes of a tensor in a mapped file, without a copy."""
+    array = np.asarray(headers.rows(name, 0, rows))
+    with warnings.catch_warnings():
+        # Read-only memory: nothing here writes to it.
+        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+        return torch.from_numpy(array)
 
 
 def read_tensor(model: Model, name: str) -> torch.Tensor:
@@ -334,10 +361,10 @@ class Difference:
         minuend, subtrahend = self._minuend, self._subtrahend
         memory = self._workspace.engine_block(buffer)
         minuend_norm = norms and self._minuend_norm
-        if memory is not None and isinstance(minuend, Mapped) and isinstance(subtrahend, Mapped):
+        if memory is not None:
             squares = memory.read_difference(
-                minuend.stored,
-                subtrahend.stored,
+                minuend.engine,
+                subtrahend.engine,
                 (rows.start, rows.stop),
                 (columns.start, columns.stop),
                 offset=first * block.shape[1],

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Difference, Mapped, Matrix, Workspace
-from .composed import Composed
+from .blocks import Composed, Difference, Matrix, Workspace
 from .device import full_float32
 from .rounding import v_rounding
-from .scores import Score
+from .scores import Score, Undefined
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
@@ -73,16 +72,17 @@ def score_module(
         delta_norm=math.sqrt(delta.squares),
         weight_norm=weight_norm,
         v_rounding=v_rounding(tensors["base"].dtype, tensors["aligned"].dtype, weight_norm, v_norm),
-        undefined=undefined,
+        undefined=None if undefined is None else undefined.reason,
+        nonfinite=undefined is not None and undefined.nonfinite,
     )
 
 
 def _matrix(models: Mapping[str, Model], row: Row, role: str) -> Matrix:
-    """A role's matrix: mapped if it is stored as such, else composed."""
+    """A role's matrix: as it is stored if it is that, else composed."""
     terms = row.terms[role]
     operand = terms[0].operand
     if len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain:
-        return Mapped(models[operand.source], operand.tensor)
+        return Matrix(models[operand.source], operand.tensor)
     return Composed(models, role, row.name, terms)
 
 
@@ -200,15 +200,16 @@ def _null(v: Difference, gram_scale: float, gram_squares: float) -> float | None
 
 def _why_undefined(
     v: Difference, delta: Difference, tensors: Mapping[str, Matrix], workspace: Workspace
-) -> str | None:
+) -> Undefined | None:
     """Says why there is no ρ, or returns None."""
     if not all(math.isfinite(squares) for squares in (v.minuend_squares, v.squares, delta.squares)):
         for tensor in tensors.values():
             if not tensor.is_finite(workspace.chunk_elements):
-                return f"non-finite values in {tensor.role} tensor {tensor.name}"
-        return f"non-finite values in float32 arithmetic on tensor {tensors['finetuned'].name}"
+                return Undefined(f"non-finite values in {tensor.role} tensor {tensor.name}", nonfinite=True)
+        name = tensors["finetuned"].name
+        return Undefined(f"non-finite values in float32 arithmetic on tensor {name}", nonfinite=True)
     if v.squares == 0.0:
-        return "V is zero"
+        return Undefined("V is zero")
     if delta.squares == 0.0:
-        return "Δ is zero"
+        return Undefined("Δ is zero")
     return None

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Difference, Mapped, Workspace, read_tensor
+from .blocks import Difference, Matrix, Workspace, read_tensor
 from .device import full_float32
 from .rounding import v_rounding
-from .scores import Score
+from .scores import Score, Undefined
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
@@ -72,7 +72,7 @@ def score_low_rank(
     Returns:
         The score, as cosine.score_module would give it, but for an estimated ρ_null.
     """
-    aligned, base = Mapped(models["aligned"], row.names["aligned"]), Mapped(models["base"], row.names["base"])
+    aligned, base = Matrix(models["aligned"], row.names["aligned"]), Matrix(models["base"], row.names["base"])
     v = Difference(workspace, aligned, base, transposed=row.transposed, minuend_norm=True)
     update, undefined = _update(models, row, factors)
     rho: float | None = None
@@ -92,12 +92,15 @@ def score_low_rank(
         delta_norm=update.norm,
         weight_norm=weight_norm,
         v_rounding=v_rounding(base.dtype, aligned.dtype, weight_norm, v_norm),
-        undefined=undefined,
+        undefined=None if undefined is None else undefined.reason,
+        nonfinite=undefined is not None and undefined.nonfinite,
         rho_null_estimated=True,
     )
 
 
-def _update(models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]) -> tuple[_Update, str | None]:
+def _update(
+    models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]
+) -> tuple[_Update, Undefined | None]:
     """Puts the factors side by side and brings Δ = B·A to C = B·L, in float64 on the CPU.
 
     Returns:
@@ -110,7 +113,8 @@ def _update(models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]) -
             # The sum is a fortieth of the work of a look at every value, and finite only if all of them are.
             if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
                 reason = f"non-finite values in {factor.source} tensor {name}"
-                return _Update(torch.empty(0, 0, dtype=torch.float64), math.nan), reason
+                nothing = _Update(torch.empty(0, 0, dtype=torch.float64), math.nan)
+                return nothing, Undefined(reason, nonfinite=True)
         if factor.transpose != row.transposed:
             a, b = b.T, a.T
         # Rows of unit length, so that the eigenvalues below lose nothing of a product whose A is small.
@@ -122,7 +126,7 @@ def _update(models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]) -
     eigenvalues, eigenvectors = torch.linalg.eigh(a @ a.T)
     columns = b @ (eigenvectors * eigenvalues.clamp_min(0.0).sqrt())
     norm = float(torch.linalg.vector_norm(columns))
-    return _Update(columns / (norm or 1.0), norm), None if norm > 0.0 else "Δ is zero"
+    return _Update(columns / (norm or 1.0), norm), None if norm > 0.0 else Undefined("Δ is zero")
 
 
 def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> tuple[float, float | None]:
@@ -263,11 +267,13 @@ def _power_of_two(size: float) -> float:
     return math.ldexp(1.0, max(-126, min(126, -math.frexp(size)[1])))
 
 
-def _why_undefined(v: Difference, tensors: Sequence[Mapped], workspace: Workspace) -> str | None:
+def _why_undefined(v: Difference, tensors: Sequence[Matrix], workspace: Workspace) -> Undefined | None:
     """Says why V gives no ρ, or returns None."""
     if not (math.isfinite(v.minuend_squares) and math.isfinite(v.squares)):
         for tensor in tensors:
             if not tensor.is_finite(workspace.chunk_elements):
-                return f"non-finite values in {tensor.role} tensor {tensor.name}"
-        return f"non-finite values in float32 arithmetic on tensor {tensors[0].name}"
-    return "V is zero" if v.squares == 0.0 else None
+                return Undefined(f"non-finite values in {tensor.role} tensor {tensor.name}", nonfinite=True)
+        return Undefined(
+            f"non-finite values in float32 arithmetic on tensor {tensors[0].name}", nonfinite=True
+        )
+    return Undefined("V is zero") if v.squares == 0.0 else None

@@ -24,6 +24,7 @@ __all__ = [
     "VERSION",
     "Score",
     "Scores",
+    "Undefined",
     "describe_source",
     "read_score",
     "read_scores",
@@ -73,6 +74,19 @@ class Score:
     v_rounding: float
     undefined: str | None
     rho_null_estimated: bool = False
+    nonfinite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Undefined:
+    """Why a module has no ρ.
+
+    Attributes:
+        reason: In words, as Score.undefined has it.
+        nonfinite: Whether it is that a model holds NaN or infinity.
+    """
+
+    reason: str
     nonfinite: bool = False
 
 
@@ -280,11 +294,13 @@ def read_score(name: str, value: Any) -> Score:
         for field in _SCORE_FIELDS
         if field != "undefined" and field not in _OPTIONAL_FIELDS
     }
-    flags = {field: value.get(field, False) for field in _OPTIONAL_FIELDS}
+    undefined = value["undefined"]
+    # What early versions said of values that are not finite.
+    known_flags = {"nonfinite": isinstance(undefined, str) and undefined.startswith("non-finite values")}
+    flags = {field: value.get(field, known_flags.get(field, False)) for field in _OPTIONAL_FIELDS}
     for field, flag in flags.items():
         if not isinstance(flag, bool):
             raise _malformed(f"{field} of {name}", "true or false", flag)
-    undefined = value["undefined"]
     if undefined is not None and not isinstance(undefined, str):
         raise _malformed(f"undefined of {name}", "a string or null", undefined)
     if (numbers["rho"] is None) == (undefined is None):

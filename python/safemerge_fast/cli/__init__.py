@@ -45,7 +45,6 @@ class _Commands(click.Group):
         """Imports the module of a command and returns its click command."""
         if cmd_name not in _COMMANDS:
             return None
-        interruption.expect(_interrupted(cmd_name))
         command: click.Command = import_module(f".{cmd_name}", __name__).command
         return command
 
@@ -56,6 +55,7 @@ class _Commands(click.Group):
             The exit code, if standalone_mode is false; else the process ends with it.
         """
         run: Callable[..., Any] = super().main
+        interruption.expect_nothing()
         try:
             result = run(*args, standalone_mode=False, **extra)
             # The code of ctx.exit; commands return nothing.
@@ -106,7 +106,7 @@ def _guarded(ctx: click.Context, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except KeyboardInterrupt:
-        _complain(ctx, _interrupted(ctx.invoked_subcommand))
+        _complain(ctx, interruption.message())
         code = interruption.EXIT_CODE
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         # click's own way out: usage errors, --help, a reader that closed the pipe.
@@ -114,7 +114,7 @@ def _guarded(ctx: click.Context, run: Callable[[], Any]) -> Any:
     except Exception as error:
         if interruption.was_received():
             # A library that was loading made an error of its own of it.
-            _complain(ctx, _interrupted(ctx.invoked_subcommand))
+            _complain(ctx, interruption.message())
             code = interruption.EXIT_CODE
         elif isinstance(error, SafemergeError):
             _complain(ctx, str(error))
@@ -124,11 +124,6 @@ def _guarded(ctx: click.Context, run: Callable[[], Any]) -> Any:
             _complain(ctx, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}{hint}")
             code = 1
     ctx.exit(code)
-
-
-def _interrupted(command: str | None) -> str:
-    resumed = command in ("merge", "run")
-    return "interrupted" + ("; what is committed stays, continue with --resume" if resumed else "")
 
 
 def _complain(ctx: click.Context, message: str) -> None:

@@ -22,8 +22,15 @@ def _epilog() -> str:
     lines = ["\b", "Recipes:"]
     for recipe in recipes().values():
         record: type[RunSettings] = recipe.settings
-        fields = ", ".join(field.name for field in fields_of(record) if field.name not in of_the_run)
-        lines += [f"  {recipe.name:<11} {recipe.summary}", f"{'':<13} Fields: {fields}."]
+        lines.append(f"  {recipe.name:<11} {recipe.summary}")
+        fields = [
+            field.name
+            for field in fields_of(record)
+            if field.name not in of_the_run and field.setting.in_files
+        ]
+        # A recipe that is known by its document's fields has none of its own.
+        if fields:
+            lines.append(f"{'':<13} Fields: {', '.join(fields)}.")
     lines += ["", "\b", "Methods (docs/methods.md has their parameters):"]
     lines += [f"  {method.name:<17} {method.summary}" for method in known_methods().values()]
     return "\n".join(lines)

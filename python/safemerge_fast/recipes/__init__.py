@@ -14,7 +14,7 @@ from .base import Recipe
 
 __all__ = ["recipes"]
 
-_MODULES = ("safemerge", "fold", "resta", "wise_ft")
+_MODULES = ("safemerge", "fold", "resta", "wise_ft", "mergekit")
 """Modules of this package, in the order in which help and documentation list their recipes."""
 
 

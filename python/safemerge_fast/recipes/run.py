@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import _engine
+from .. import _engine, interruption
 from ..documents import RECORD, read_bytes
 from ..errors import PlanError
 from ..execution.inputs import describe_inputs, input_paths, require_unchanged
@@ -49,6 +49,7 @@ def carry_out(settings: RunSettings) -> Report:
         resume=settings.resume,
         overwrite=settings.overwriting,
     )
+    interruption.expect_job()
     try:
         if directory.complete:
             directory.close()
@@ -70,6 +71,9 @@ def carry_out(settings: RunSettings) -> Report:
     except BaseException:
         # Also for Ctrl-C: what is measured and committed stays for --resume, under a hidden name.
         directory.close()
+        if not os.path.lexists(directory.path):
+            # Nothing was begun.
+            interruption.expect_nothing()
         raise
     return report
 

@@ -1,7 +1,7 @@
 //! Shards and small files of an output in the making.
 
 use super::{names, pair};
-use crate::fixtures::{Pair, open_job, publish, source};
+use crate::fixtures::{self, Pair, open_job, publish, source};
 use safemerge_fast::checkpoint::Checkpoint;
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, execute};
@@ -192,13 +192,14 @@ fn a_shard_that_equals_an_input_is_cloned_where_blocks_can_be_shared() {
                    "copy": {"source": "first", "tensor": tensor.name}})
         })
         .collect();
-    let plan = json!({
-        "version": 1, "sources": {"first": source(&pair.path("first"))},
-        "shards": [{"file": "whole.safetensors", "tensors": tensors},
-                   {"file": "part.safetensors", "tensors": [
-                       {"name": "c", "dtype": "F32", "shape": [7],
-                        "copy": {"source": "first", "tensor": "b"}}]}],
-    });
+    let part = json!({"name": "c", "dtype": "F32", "shape": [7], "copy": {"source": "first", "tensor": "b"}});
+    let plan = fixtures::plan(
+        json!({"first": source(&pair.path("first"))}),
+        vec![
+            json!({"file": "whole.safetensors", "tensors": tensors}),
+            json!({"file": "part.safetensors", "tensors": [part]}),
+        ],
+    );
     let plan = Plan::from_json(&plan.to_string()).unwrap();
     assert!(plan.equal_input(&plan.shards()[0]).unwrap().is_some());
     assert!(plan.equal_input(&plan.shards()[1]).unwrap().is_none());

@@ -1,6 +1,21 @@
 """Configurations as mergekit writes them: which models, which layers, which method, and its parameters.
 
-A configuration becomes a plan in the order of the modules: document (YAML to records), references (models are found
-and opened), layers (which tensor is in which layer), sources (what each model has for an output tensor), settings
-(values of parameters for a tensor), planning (the operation of each tensor) and execution.
+A configuration becomes a plan in the order of the modules: models (found and opened, by name), document (YAML to
+records), slices (what each is merged from, and the tensors it gives), configuration (whether the models fit together),
+operations (what merges a tensor, with its parameters), tensors (what each model has for it) and job.
 """
+
+from __future__ import annotations
+
+from ..base import Recipe
+from .job import MergekitJob, MergekitSettings, read_settings_of
+
+__all__ = ["RECIPE"]
+
+RECIPE = Recipe(
+    name="mergekit",
+    summary="Merges models as a configuration in mergekit's format says: a file with a merge_method.",
+    settings=MergekitSettings,
+    open=MergekitJob,
+    read=read_settings_of,
+)

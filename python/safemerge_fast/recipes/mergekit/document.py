@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from ...errors import PlanError
 from ...plan.methods import Method, known_methods
+from ...plan.values import Parameters, read_parameters
 from ...settings import DTYPES
 from ...sizes import parse_size
-from .references import Reference, read_reference
-from .values import Parameters, read_parameters
+from .models import Reference, read_reference
 
 __all__ = ["Document", "Slice", "Source", "read_document"]
 
@@ -37,7 +37,7 @@ _REFUSED = {
     "tokenizer to copy as tokenizer_source",
     "chat_template": "take it out, and put a chat_template.jinja into the output afterwards",
     "modules": "merge the parts of such a model one by one, with models or slices",
-    "residual_weight": "take it out; passthrough with scale weighs a model",
+    "residual_weight": "take it out; a method that has the parameter scale weighs a model",
 }
 
 
@@ -90,7 +90,6 @@ class Document:
         tokenizer_source: The model whose tokenizer is copied, or None for that of the base or the first model.
         max_shard_size: Most bytes per output file, or None.
         allow_nonfinite: Whether NaN and infinity of the inputs may get through.
-        written: The fields as YAML holds them.
     """
 
     file: str
@@ -103,7 +102,6 @@ class Document:
     tokenizer_source: Reference | None
     max_shard_size: int | None
     allow_nonfinite: bool
-    written: Mapping[str, Any]
 
     @property
     def has_gradients(self) -> bool:
@@ -159,7 +157,6 @@ def read_document(file: str, fields: Mapping[str, Any]) -> Document:
         tokenizer_source=_read_tokenizer_source(file, given, base, slices),
         max_shard_size=None if size is None else _read_size(file, size),
         allow_nonfinite=_read_flag(file, "allow_nonfinite", given.get("allow_nonfinite", False)),
-        written=dict(fields),
     )
 
 
@@ -278,7 +275,7 @@ def _fields(given: object, place: str, known: Sequence[str], what: str) -> dict[
     """The fields of a mapping that are not null, all of which must be known."""
     if not isinstance(given, Mapping):
         raise PlanError(f"{place} should be {what} with the fields {', '.join(known)}, not {given!r}")
-    fields = {name: value for name, value in given.items() if value is not None}
+    fields = {name: value for name, value in given.items() if value is not None or not isinstance(name, str)}
     _refuse_unknown(fields, f"{place}.", known, what)
     return fields
 

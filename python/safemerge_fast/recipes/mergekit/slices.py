@@ -1,17 +1,20 @@
-"""Slices with their models opened: which inputs each has, which of them is its base, and which layers they give."""
+"""The slices of the output, models opened: what each is merged from, its layers, and which tensors it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...errors import PlanError
+from ...errors import PairingError, PlanError
 from ...plan.methods import Method
+from ...plan.values import Parameters
 from .document import Document, Slice, Source
-from .references import Participant, Participants
-from .values import Parameters
+from .models import Participant, Participants, Stack, follows_layers, share
 
-__all__ = ["Input", "Section", "open_sections"]
+__all__ = ["Input", "Part", "Section", "list_parts", "open_sections", "stacked_layers"]
+
+# What the layers must be known for.
+_WHY = "cut slices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,25 @@ class Section:
     def all_inputs(self) -> tuple[Input, ...]:
         """The base, if there is one, and what is merged."""
         return self.inputs if self.base is None else (self.base, *self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Tensors of the output that one section gives.
+
+    Attributes:
+        section: The section.
+        names: Their names.
+        asked: The names that they have in each input's own counting of layers, by label.
+        places: Their layers' places in the section from 0 to 1; 0 outside the layers, as with mergekit.
+        layered: Whether they are in layers that a slice names.
+    """
+
+    section: Section
+    names: Sequence[str]
+    asked: Mapping[str, Sequence[str]]
+    places: Sequence[float]
+    layered: bool
 
 
 def open_sections(document: Document, participants: Participants) -> tuple[Participant, tuple[Section, ...]]:
@@ -171,3 +193,106 @@ def _check_layers(sources: Sequence[Source], inputs: Sequence[Input]) -> int | N
             )
         count = end - first
     return count
+
+
+def stacked_layers(host: Participant, sections: Sequence[Section]) -> tuple[tuple[Participant, int], ...]:
+    """The layer of the anchor that each output layer is like, with that anchor.
+
+    Returns:
+        The layers in order; none where the output has the layers of its host as they are.
+    """
+    if sections[0].layers is None:
+        return ()
+    layers = [
+        (section.anchor.participant, section.anchor.first_layer + index)
+        for section in sections
+        for index in range(section.layers or 0)
+    ]
+    in_place = layers == [(host, index) for index in range(host.layers(_WHY).count)]
+    return () if in_place else tuple(layers)
+
+
+def list_parts(
+    host: Participant, sections: Sequence[Section], *, stacked: bool, gradients: bool
+) -> list[Part]:
+    """Lists the output's tensors; a section may give several parts.
+
+    Args:
+        host: The model that the output is shaped like.
+        sections: The slices in order.
+        stacked: Whether the output has other layers than its host.
+        gradients: Whether parameters depend on the layer.
+
+    Raises:
+        PairingError: A model has other layers than the host, and there are no slices that say which to merge; or
+            there are slices, and the host has a layer that none can name.
+        PlanError: Layers must be known, and cannot be told.
+    """
+    if sections[0].layers is None:
+        return [_whole(host, sections[0], gradients)]
+    stack = host.layers(_WHY)
+    outside = host.names.get(None, [])
+    past = [name for name in outside if name.startswith(stack.prefix)]
+    if past and stacked:
+        raise PairingError(
+            f"{past[0]} of {host.label} is past its {stack.count} layers (it predicts further tokens), and has no "
+            f"place among slices; remove such tensors from the checkpoint first"
+        )
+    parts = [_outside(sections[0], [name for name in outside if not follows_layers(name)])]
+    number = 0
+    for section in sections:
+        parts.append(_layers(section, stack, number))
+        number += section.layers or 0
+    parts.append(_outside(sections[-1], [name for name in outside if follows_layers(name)]))
+    return parts
+
+
+def _whole(host: Participant, section: Section, gradients: bool) -> Part:
+    """All tensors of the host; layers have the same numbers everywhere."""
+    stack = host.layers("apply gradients") if gradients else None
+    for item in section.all_inputs:
+        other = item.participant
+        if other.stack is not None and host.stack is not None and other.stack.count != host.stack.count:
+            raise PairingError(
+                f"{other.label} has {other.stack.count} layers but {host.label} has {host.stack.count}; say by "
+                f"slices which layers to merge"
+            )
+    names = list(host.tensors)
+    places = [0.0] * len(names) if stack is None else [stack.place(name) for name in names]
+    asked = dict.fromkeys((item.participant.label for item in section.all_inputs), names)
+    return Part(section, names, asked, places, False)
+
+
+def _outside(section: Section, names: Sequence[str]) -> Part:
+    """Tensors outside the layers, whose names have no layer's number."""
+    asked = dict.fromkeys((item.participant.label for item in section.all_inputs), names)
+    return Part(section, names, asked, [0.0] * len(names), False)
+
+
+def _layers(section: Section, stack: Stack, number: int) -> Part:
+    """The tensors of a section's layers, which in the output have numbers from the given one on.
+
+    Args:
+        section: The section.
+        stack: The host's layers, whose names begin the output's.
+        number: The number of the first of them.
+    """
+    names: list[str] = []
+    places: list[float] = []
+    asked: dict[str, list[str]] = {item.participant.label: [] for item in section.all_inputs}
+    for index, name in _anchored(section):
+        # The inputs' layers are called as the anchor calls its own; pairing finds other spellings.
+        own = section.anchor.participant.layers(_WHY)
+        names.append(f"{stack.prefix}{number + index}.{own.tail(name)}")
+        places.append(share(index, section.layers or 1))
+        for item in section.all_inputs:
+            asked[item.participant.label].append(own.renamed(name, item.first_layer + index))
+    return Part(section, names, asked, places, True)
+
+
+def _anchored(section: Section) -> Iterator[tuple[int, str]]:
+    """The anchor's tensors in a section's layers, each with the layer's number in the section."""
+    anchor = section.anchor
+    for index in range(section.layers or 0):
+        for name in anchor.participant.names[anchor.first_layer + index]:
+            yield index, name

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ....analysis.blocks import read_tensor
-from ....analysis.composed import Composed
+from ....analysis.blocks import Composed, read_tensor
 from ....checkpoint.model import Model
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Term

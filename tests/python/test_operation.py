@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term
-from safemerge_fast.plan.composition import Composition, combine
+from safemerge_fast.plan.operation import combine, weighted_sum
 
 
-class TestComposition:
+class TestOperation:
     @staticmethod
     def adapted(role: str, scale: float) -> tuple[Term, ...]:
         product = LowRank(role, f"{role}.A", f"{role}.B", scale, 4, False)
@@ -16,11 +16,11 @@ class TestComposition:
 
     def test_two_adapters_share_the_matrix(self) -> None:
         terms = combine([(0.8, self.adapted("finetuned", 2.0)), (1 - 0.8, self.adapted("safe", 0.5))])
-        composition = Composition("linear", {"normalize": False}, terms)
+        operation = weighted_sum(terms)
         (term,) = terms
         assert term.weight == 1.0
         assert [product.scale for product in term.operand.low_rank] == pytest.approx([1.6, 0.1], rel=1e-15)
-        assert composition.describe() == "linear: aligned + 1.6·B·A(finetuned) + 0.1·B·A(safe)"
+        assert operation.describe() == "linear: aligned + 1.6·B·A(finetuned) + 0.1·B·A(safe)"
 
     def test_an_adapter_and_the_matrix_itself(self) -> None:
         (term,) = combine([(0.8, self.adapted("finetuned", 2.0)), (0.2, (Term(Operand("aligned", "w")),))])
@@ -29,10 +29,10 @@ class TestComposition:
 
     def test_the_same_plain_tensor_is_a_copy(self) -> None:
         same = (Term(Operand("aligned", "w")),)
-        composition = Composition("linear", {}, combine([(0.7, same), (1 - 0.7, same)]))
-        assert composition.is_copy
-        assert composition.to_plan() == {"copy": {"source": "aligned", "tensor": "w"}}
-        assert composition.describe() == "copy: aligned"
+        operation = weighted_sum(combine([(0.7, same), (1 - 0.7, same)]))
+        assert operation.is_copy
+        assert operation.to_plan() == {"copy": {"source": "aligned", "tensor": "w"}}
+        assert operation.describe() == "copy: aligned"
 
     def test_weights_that_do_not_sum_to_one_stay(self) -> None:
         (term,) = combine([(0.5, self.adapted("finetuned", 2.0)), (0.25, self.adapted("safe", 1.0))])
@@ -59,4 +59,4 @@ class TestComposition:
         finetuned, safe = Term(Operand("finetuned", "w")), Term(Operand("safe", "w"))
         terms = combine([(0.8, (finetuned,)), (0.2, (safe,))])
         assert terms == (Term(finetuned.operand, 0.8), Term(safe.operand, 0.2))
-        assert Composition("linear", {}, terms).describe() == "linear: 0.8 finetuned + 0.2 safe"
+        assert weighted_sum(terms).describe() == "linear: 0.8 finetuned + 0.2 safe"

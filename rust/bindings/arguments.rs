@@ -1,7 +1,11 @@
-//! JSON as Python gives it.
+//! Arguments that Python gives in more than one form: JSON, and open checkpoints by role.
 
+use super::checkpoint::Checkpoint;
+use crate::plan::GivenSources;
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// The bytes of JSON that is given as text, as bytes, or as the plain data that it stands for.
 pub(super) fn json_bytes(value: &Bound<'_, PyAny>) -> PyResult<Json> {
@@ -30,4 +34,11 @@ impl std::ops::Deref for Json {
             Self::Bytes(bytes) => bytes,
         }
     }
+}
+
+/// Open checkpoints by role, for the engine.
+pub(super) fn shared_sources(sources: &BTreeMap<String, Bound<'_, Checkpoint>>) -> GivenSources {
+    let shared =
+        sources.iter().map(|(name, source)| (name.clone(), Arc::clone(&source.get().inner)));
+    shared.collect()
 }
