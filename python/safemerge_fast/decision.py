@@ -10,7 +10,7 @@ from functools import cache
 from .analysis.scores import Score
 from .checkpoint.model import FLOATS
 from .errors import AnalysisError, SettingError
-from .pairing.rows import Row
+from .pairing.row import Row
 
 __all__ = ["Decision", "Rule", "decide"]
 

@@ -155,6 +155,8 @@ impl Sparsify for KeepNone {
     }
 }
 
+/// Elements that are worked on from the difference to the result.
+pub(super) const PART: usize = 256;
 /// Below this a sum of magnitudes is not scaled to, as in mergekit.
 const LEAST_SUM: f64 = 1e-7;
 

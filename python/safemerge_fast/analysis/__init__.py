@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint.model import Model
     from ..pairing.operand import LowRank
-    from ..pairing.rows import Row
+    from ..pairing.row import Row
 
 __all__ = ["analyze_rows"]
 

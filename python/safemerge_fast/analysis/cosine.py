@@ -26,7 +26,7 @@ from .scores import Score, Undefined
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
-    from ..pairing.rows import Row
+    from ..pairing.row import Row
 
 __all__ = ["Workspace", "score_module"]
 

@@ -34,7 +34,7 @@ from .scores import Score, Undefined
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
     from ..pairing.operand import LowRank
-    from ..pairing.rows import Row
+    from ..pairing.row import Row
 
 __all__ = ["PROBES", "score_low_rank"]
 

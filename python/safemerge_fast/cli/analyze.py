@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..analysis.scores import Score
-    from ..pairing.rows import Row
+    from ..pairing.row import Row
 
 
 def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

@@ -17,7 +17,7 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
     from ..checkpoint.model import Model
-    from ..pairing.rows import Row
+    from ..pairing.row import Row
 
 # Lines of JSON that are written together.
 _LINES = 10_000

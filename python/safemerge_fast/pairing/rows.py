@@ -5,30 +5,27 @@ Tensors are matched by name, never by position. Only headers and configurations 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import msgspec
-
-from .._engine import Checkpoint, TensorInfo
+from .._engine import TensorInfo
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
-from ..patterns import compile_pattern
 from .adapter_terms import adapter_notes, adapter_terms
+from .counterparts import Counterparts, counterparts
 from .modules import (
     PROJECTION,
     classify,
     decoder_layers,
-    is_float_matrix,
     is_stored_transposed,
     layer_of,
     module_type,
 )
 from .names import match_names
 from .operand import Operand, Term
-from .tied import embedding_name, is_head, ties_head
+from .row import NOT_ADAPTED, Row, SameName, Shared
+from .selection import Selection
 
 __all__ = [
     "Counterparts",
@@ -41,86 +38,6 @@ __all__ = [
     "pair",
     "pair_adapter",
 ]
-
-
-class SameName(Mapping[str, str]):
-    """The names of a tensor that is called the same in every role; models have a hundred thousand of them."""
-
-    __slots__ = ("_name", "_roles")
-
-    def __init__(self, name: str, roles: tuple[str, ...]) -> None:
-        """Holds one name.
-
-        Args:
-            name: The name.
-            roles: The roles that have it; one tuple for many tensors.
-        """
-        self._name = name
-        self._roles = roles
-
-    def __getitem__(self, role: str) -> str:
-        if role in self._roles:
-            return self._name
-        raise KeyError(role)
-
-    def __contains__(self, role: object) -> bool:
-        return role in self._roles
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._roles)
-
-    def __len__(self) -> int:
-        return len(self._roles)
-
-
-_Value = TypeVar("_Value")
-
-_NOT_ADAPTED: Mapping[str, tuple[Term, ...]] = {}
-
-
-class Row(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One output tensor and what it could be made of.
-
-    Attributes:
-        name: Name of the output tensor, the fine-tuned model's (the aligned model's if that is an adapter).
-        file: That model's file that holds it.
-        dtype: Its dtype there, e.g. "BF16".
-        shape: Its shape there.
-        names: Role to that role's tensor name, for the checkpoints that have it with an equal shape; adapters
-            are not among them.
-        module_type: "q_proj", "experts.gate_proj", "embed_tokens", "norm", …, for counts per type.
-        layer: The layer it belongs to, e.g. "model.layers.7", or None.
-        analysed: Whether it is to be scored.
-        transposed: Whether it is stored as (in, out), as GPT-2's Conv1D does.
-        reason: Why it is left out of the analysis, or "projection".
-        adapted: What adapters make of it, by role; a role is there if it is an adapter.
-    """
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    names: Mapping[str, str]
-    module_type: str
-    layer: str | None
-    analysed: bool
-    transposed: bool
-    reason: str
-    adapted: Mapping[str, tuple[Term, ...]] = _NOT_ADAPTED
-
-    @property
-    def terms(self) -> Mapping[str, tuple[Term, ...]]:
-        """What each role's tensor is made of, for the roles that have it."""
-        plain = {role: (Term(Operand(role, name)),) for role, name in self.names.items()}
-        return {**plain, **self.adapted}
-
-    def has(self, role: str) -> bool:
-        """Whether a role has the tensor, or makes it."""
-        return role in self.names or role in self.adapted
-
-    def is_plain(self, role: str) -> bool:
-        """Whether a role has the tensor stored under the row's own name."""
-        return role not in self.adapted and role in self.names and self.names[role] == self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +91,7 @@ def pair(
     # What rows are made from: the fine-tuned model, or the one that it is an adapter of.
     anchor = models["aligned" if "finetuned" in adapted else "finetuned"]
     tensors = in_file_order(anchor)
-    selection = _Selection(include, exclude)
+    selection = Selection(include, exclude)
     others = {
         role: models[role] for role in ROLES if role in models and role not in adapted and role != anchor.role
     }
@@ -183,7 +100,7 @@ def pair(
         matches[role], found = counterparts(anchor.headers, model)
         notes += found
     layers = decoder_layers(anchor.config)
-    shared = _Shared((anchor.role, *others))
+    shared = Shared((anchor.role, *others))
     rows: list[Row] = []
     unfit: list[str] = []
     kept: list[str] = []
@@ -219,7 +136,7 @@ def pair(
                 analysed=analysed,
                 transposed=_is_transposed(tensor, anchor, adapted),
                 reason=reason,
-                adapted=_adapter_terms(names.get("aligned"), adapted) if adapted else _NOT_ADAPTED,
+                adapted=_adapter_terms(names.get("aligned"), adapted) if adapted else NOT_ADAPTED,
             )
         )
     if unfit:
@@ -248,7 +165,7 @@ def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
     """
     adapted = adapter_terms(adapter, model)
     layers = decoder_layers(model.config)
-    shared = _Shared((model.role,))
+    shared = Shared((model.role,))
     rows = tuple(
         Row(
             name=tensor.name,
@@ -309,136 +226,6 @@ def _is_transposed(tensor: TensorInfo, anchor: Model, adapted: _Adapted) -> bool
     if products:
         return products[0].transpose
     return is_stored_transposed(tensor, anchor.config)
-
-
-class _Shared:
-    """Gives one object for equal values, so that a hundred thousand rows hold few."""
-
-    def __init__(self, roles: tuple[str, ...]) -> None:
-        """Starts with no value known.
-
-        Args:
-            roles: The roles that a tensor may have a name in.
-        """
-        self._known: dict[Any, Any] = {}
-        self._roles = roles
-
-    def __call__(self, value: _Value) -> _Value:
-        """The first value that was equal to this one."""
-        found: _Value = self._known.setdefault(value, value)
-        return found
-
-    def names(self, own: str, names: dict[str, str]) -> Mapping[str, str]:
-        """The same names, in less memory where they are all one."""
-        if any(name != own for name in names.values()):
-            return names
-        return SameName(own, self(tuple(names)))
-
-
-class Counterparts:
-    """The names that one model's tensors have in another model: mostly their own."""
-
-    def __init__(self, headers: Checkpoint, renamed: Mapping[str, str]) -> None:
-        """Holds what differs.
-
-        Args:
-            headers: The other model's.
-            renamed: Names that are others there.
-        """
-        self._headers = headers
-        self._renamed = renamed
-
-    def get(self, name: str) -> str | None:
-        """The counterpart of a name, or None."""
-        return name if name in self._headers else self._renamed.get(name)
-
-
-def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Counterparts, list[str]]:
-    """Maps names of one model's tensors to another model's; and says what was not an exact match.
-
-    Args:
-        names: Names of the one model, or its headers; a head that the other does not store because it ties it is the
-            embedding.
-        other: The other model.
-
-    Returns:
-        The counterpart of each name that has one, and notes.
-    """
-    notes = []
-    all_names = names if isinstance(names, Sequence) else names.names
-    headers = other.headers
-    lost = [name for name in all_names if name not in headers]
-    renamed: dict[str, str] = {}
-    if lost:
-        known = set(all_names)
-        left = [name for name in headers.names if name not in known]
-        renamed = match_names(lost, left)
-        if renamed:
-            first = next(iter(renamed))
-            notes.append(
-                f"{len(renamed)} tensors have other names in {other.role}, such as {renamed[first]} for {first}"
-            )
-    heads = [name for name in lost if name not in renamed and is_head(name)]
-    if heads and ties_head(other.config):
-        # Names of a part of a model may be without its embedding.
-        embedding = embedding_name(name for name in all_names if name in headers or name in renamed)
-        tied = embedding_name(headers.names) if embedding is None else renamed.get(embedding, embedding)
-        for name in heads:
-            if tied is not None:
-                renamed[name] = tied
-                notes.append(
-                    f"{name} is not stored in {other.role}, which ties it to {tied}; that is taken for it"
-                )
-    return Counterparts(headers, renamed), notes
-
-
-class _Selection:
-    """Applies --include and --exclude, and remembers what they did."""
-
-    def __init__(self, include: str | None, exclude: str | None) -> None:
-        self._include = _Pattern("--include", include)
-        self._exclude = _Pattern("--exclude", exclude)
-        self._impossible: list[str] = []
-
-    def reason(self, tensor: TensorInfo, name: str, kind: str) -> str:
-        """Says why a tensor is left out of the analysis, or PROJECTION; kind is what classify says of it."""
-        included = self._include.matches(name)
-        if self._exclude.matches(name):
-            return kind if kind != PROJECTION else "excluded"
-        if kind == PROJECTION or not included:
-            return kind
-        if is_float_matrix(tensor):
-            return PROJECTION
-        self._impossible.append(f"{name} ({kind})")
-        return kind
-
-    def notes(self) -> list[str]:
-        """What a person should know of the patterns; to be asked when all tensors were looked at."""
-        notes = [
-            f"{pattern.flag} {pattern.text} matches no tensor of the fine-tuned model"
-            for pattern in (self._include, self._exclude)
-            if pattern.text is not None and not pattern.has_matched
-        ]
-        if self._impossible:
-            count, first = len(self._impossible), self._impossible[0]
-            notes.append(f"--include matches {count} tensors that are not 2-D float, such as {first}")
-        return notes
-
-
-class _Pattern:
-    """A pattern that may not be given, and whether it ever matched."""
-
-    def __init__(self, flag: str, text: str | None) -> None:
-        self.flag = flag
-        self.text = text
-        self.has_matched = False
-        self._pattern = None if text is None else compile_pattern(flag, text, PairingError)
-
-    def matches(self, name: str) -> bool:
-        """Whether a part of the name matches."""
-        found = self._pattern is not None and self._pattern.search(name)
-        self.has_matched |= found
-        return found
 
 
 def in_file_order(model: Model) -> list[TensorInfo]:

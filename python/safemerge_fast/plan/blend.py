@@ -9,7 +9,7 @@ from typing import Any
 from ..decision import Decision
 from ..errors import AdapterError, PairingError
 from ..pairing.operand import Operand, Term
-from ..pairing.rows import Row
+from ..pairing.row import Row
 from .operation import Argument, Operation, combine, parameters_of, weighted_sum
 
 __all__ = ["Blend"]

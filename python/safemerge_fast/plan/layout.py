@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..checkpoint.model import FLOATS
-from ..pairing.rows import Row
+from ..pairing.row import Row
 from ..settings import DTYPES
 
 __all__ = ["INDEX_FILE", "SINGLE_FILE", "Shard", "lay_out", "output_dtype", "tensor_bytes"]

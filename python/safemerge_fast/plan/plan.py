@@ -14,7 +14,7 @@ import msgspec
 
 from ..checkpoint.model import Model
 from ..pairing.operand import OWN_NAME
-from ..pairing.rows import Row
+from ..pairing.row import Row
 from .layout import Shard, output_dtype, tensor_bytes
 from .operation import Operation
 

@@ -16,7 +16,7 @@ from ..decision import Decision
 from ..execution.companions import companion_files, configuration_file
 from ..execution.inputs import job_identity
 from ..execution.local import Written, check_plan, execute
-from ..pairing.rows import Row
+from ..pairing.row import Row
 from ..plan.layout import INDEX_FILE, output_dtype
 from ..plan.plan import PLAN_FILE, Plan
 from ..progress import ProgressCallback

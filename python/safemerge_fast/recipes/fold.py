@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar
 from ..checkpoint.adapter import open_adapter
 from ..checkpoint.model import Model, open_model
 from ..decision import Decision
-from ..pairing.rows import Row, pair_adapter
+from ..pairing.row import Row
+from ..pairing.rows import pair_adapter
 from ..plan.blend import Blend
 from ..plan.methods import summing_method
 from ..plan.operation import Operation

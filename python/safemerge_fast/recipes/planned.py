@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from ..decision import Decision
-from ..pairing.rows import Row
+from ..pairing.row import Row
 from ..plan.layout import lay_out
 from ..plan.operation import Operation
 from ..plan.plan import build_plan

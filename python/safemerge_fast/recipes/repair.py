@@ -10,7 +10,8 @@ from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import FLOATS, Model
 from ..decision import Decision
 from ..errors import PairingError
-from ..pairing.rows import Row, pair
+from ..pairing.row import Row
+from ..pairing.rows import pair
 from ..plan.blend import Blend
 from ..plan.operation import Operation
 from ..settings import RunSettings

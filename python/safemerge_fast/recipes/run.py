@@ -24,6 +24,8 @@ from .base import Contents, Job, Measurement
 
 __all__ = ["carry_out", "read_recipe", "read_report", "run"]
 
+_OVERWRITING = "overwriting"
+
 
 def carry_out(settings: RunSettings) -> Report:
     """Makes what settings say.
@@ -54,6 +56,9 @@ def carry_out(settings: RunSettings) -> Report:
         if directory.complete:
             directory.close()
             return read_report(Path(directory.output))
+        if settings.overwrite:
+            # Keeps the job's directory even if nothing else is in it yet, so that --resume knows what it may replace.
+            directory.append(_OVERWRITING, b"")
         measurement = job.measure(directory, tell)
         require_unchanged(job.models)
         contents = job.contents(measurement)

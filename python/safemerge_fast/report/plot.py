@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.scores import Score
 from ..errors import AnalysisError, OutputError
-from ..pairing.rows import Row
+from ..pairing.row import Row
 from ..printable import plot_label, printable
 
 if TYPE_CHECKING:

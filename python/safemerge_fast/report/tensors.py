@@ -12,7 +12,7 @@ import msgspec
 
 from ..analysis.scores import Score
 from ..decision import Decision
-from ..pairing.rows import Row
+from ..pairing.row import Row
 from ..plan.operation import Operation
 from ..printable import printable
 

@@ -37,7 +37,7 @@ _REFUSED = {
     "tokenizer to copy as tokenizer_source",
     "chat_template": "take it out, and put a chat_template.jinja into the output afterwards",
     "modules": "merge the parts of such a model one by one, with models or slices",
-    "residual_weight": "take it out; a method that has the parameter scale weighs a model",
+    "residual_weight": "take it out; a method with the parameter scale weighs one model",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from ...checkpoint.model import Model
 from ...decision import Decision
-from ...pairing.rows import Row
+from ...pairing.row import Row
 from ...plan.layout import lay_out
 from ...plan.plan import build_plan
 from ...report.card import recipe_card

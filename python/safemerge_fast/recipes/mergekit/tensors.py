@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..._engine import TensorInfo
 from ...checkpoint.model import FLOATS, Model
 from ...errors import PairingError
+from ...pairing.counterparts import counterparts
 from ...pairing.modules import classify, layer_of, module_type
-from ...pairing.rows import Row, SameName, counterparts
+from ...pairing.row import Row, SameName
 from ...pairing.tied import is_head, ties_head
 from ...plan.methods import Method
 from ...plan.operation import Operation

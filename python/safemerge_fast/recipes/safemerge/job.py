@@ -15,7 +15,8 @@ from ...decision import Decision, decide
 from ...errors import AdapterError, AnalysisError, PlanError
 from ...execution.companions import companion_files
 from ...execution.inputs import job_identity
-from ...pairing.rows import Pairing, Row, pair
+from ...pairing.row import Row
+from ...pairing.rows import Pairing, pair
 from ...plan.layout import SINGLE_FILE, Shard, lay_out
 from ...plan.methods import known_methods
 from ...plan.plan import build_plan

@@ -9,7 +9,8 @@ from ...analysis import analyze_rows
 from ...analysis.scores import Score, Scores, describe_source
 from ...checkpoint.model import Model
 from ...errors import AnalysisError
-from ...pairing.rows import Row, pair
+from ...pairing.row import Row
+from ...pairing.rows import pair
 from ...progress import ProgressCallback, ProgressEvent, silent
 from ..roles import access_of, open_roles
 from .settings import AnalysisSettings

@@ -13,7 +13,7 @@ from ....checkpoint.adapter import Adapter
 from ....decision import Decision
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Operand, Term
-from ....pairing.rows import Row
+from ....pairing.row import Row
 from ....plan.blend import Blend
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]

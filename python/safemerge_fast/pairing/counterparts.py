@@ -1,0 +1,69 @@
+"""Which tensor of one model is which of another: by name, exactly or but for a prefix, and heads that are tied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .._engine import Checkpoint
+from ..checkpoint.model import Model
+from .names import match_names
+from .tied import embedding_name, is_head, ties_head
+
+__all__ = ["Counterparts", "counterparts"]
+
+
+class Counterparts:
+    """The names that one model's tensors have in another model: mostly their own."""
+
+    def __init__(self, headers: Checkpoint, renamed: Mapping[str, str]) -> None:
+        """Holds what differs.
+
+        Args:
+            headers: The other model's.
+            renamed: Names that are others there.
+        """
+        self._headers = headers
+        self._renamed = renamed
+
+    def get(self, name: str) -> str | None:
+        """The counterpart of a name, or None."""
+        return name if name in self._headers else self._renamed.get(name)
+
+
+def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Counterparts, list[str]]:
+    """Maps names of one model's tensors to another model's; and says what was not an exact match.
+
+    Args:
+        names: Names of the one model, or its headers; a head that the other does not store because it ties it is the
+            embedding.
+        other: The other model.
+
+    Returns:
+        The counterpart of each name that has one, and notes.
+    """
+    notes = []
+    all_names = names if isinstance(names, Sequence) else names.names
+    headers = other.headers
+    lost = [name for name in all_names if name not in headers]
+    renamed: dict[str, str] = {}
+    if lost:
+        known = set(all_names)
+        left = [name for name in headers.names if name not in known]
+        renamed = match_names(lost, left)
+        if renamed:
+            first = next(iter(renamed))
+            notes.append(
+                f"{len(renamed)} tensors have other names in {other.role}, such as {renamed[first]} for {first}"
+            )
+    heads = [name for name in lost if name not in renamed and is_head(name)]
+    if heads and ties_head(other.config):
+        # Names of a part of a model may be without its embedding.
+        embedding = embedding_name(name for name in all_names if name in headers or name in renamed)
+        tied = embedding_name(headers.names) if embedding is None else renamed.get(embedding, embedding)
+        for name in heads:
+            if tied is not None:
+                renamed[name] = tied
+                notes.append(
+                    f"{name} is not stored in {other.role}, which ties it to {tied}; that is taken for it"
+                )
+    return Counterparts(headers, renamed), notes
