@@ -13,9 +13,6 @@ use crate::kernels::Kernels;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-/// Elements that are worked on from the difference to the result.
-pub(super) const PART: usize = 256;
-
 /// The density of an operand's task vector.
 pub(super) const DENSITY: Spec<f64> = Spec::number(
     NOT_NEGATIVE,
