@@ -247,6 +247,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             if field.setting.decides and (value := getattr(self, field.name)) is not None
         }
 
+    def file_fields(self) -> dict[str, Any]:
+        """The fields of a file that makes the same weights, by `safemerge-fast run`."""
+        return {"recipe": self.recipe, **self.deciding()}
+
     def command(self) -> str:
         """The command line that makes the same weights: roles, output, and what differs from the defaults."""
         if self.command_name is None:
@@ -301,7 +305,8 @@ def read_settings(
     """
     known = {field.name: field for field in fields_of(record)}
     if unknown := [name for name in values if name not in known]:
-        raise PlanError(f"{where}: {record.recipe} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        held = ", ".join(name for name, field in known.items() if field.setting.in_files)
+        raise PlanError(f"{where}: {record.recipe} has no setting {unknown[0]!r}; it has {held}")
     for name, field in known.items():
         if field.required and name not in values and name not in missing:
             raise PlanError(f"{where}: {record.recipe} needs the setting {name}")

@@ -129,7 +129,7 @@ def test_only_what_the_finetuned_adapter_changes_is_analysed(models: dict[str, P
     # The safe adapter leaves it alone: its Δ is zero.
     assert operations["model.layers.1.mlp.down_proj.weight"] == "linear: aligned + 1.6·B·A(finetuned)"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| safe | `s` (LoRA adapter of the aligned model) |" in card
+    assert "| safe | `s` (LoRA adapter) |" in card
     plan = json.loads((tmp_path / "out" / "safemerge_plan.json").read_text())
     assert set(plan["sources"]) == {"aligned", "finetuned", "safe"}
     assert list(plan["sources"]["safe"]["files"]) == ["adapter_model.safetensors"]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_peft import gpt2, llama, load, logits, merged, train
 
 from safemerge_fast import AdapterError, PlanError, Report, VerificationError, merge, preview, verify
+from safemerge_fast._engine import file_digest
 from safemerge_fast.recipes.run import read_report
 
 peft = pytest.importorskip("peft")
@@ -112,7 +113,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], dict[str, Any] | None,
 }
 
 
-@pytest.mark.parametrize("select", ["lowest:0", "lowest:2", "lowest:999"])
+@pytest.mark.parametrize("select", ["lowest:0", "lowest:2", "fraction:1"])
 @pytest.mark.parametrize("case", CASES)
 def test_peft_loads_what_the_checkpoint_holds(tmp_path: Path, case: str, select: str) -> None:
     model, finetuned, safe, options = CASES[case]
@@ -230,7 +231,7 @@ def test_truncation_is_the_best_of_that_rank_and_says_its_error(tmp_path: Path) 
 @pytest.mark.parametrize("scales", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}])
 def test_compat_peft_linear_is_bit_for_bit_peft_s(tmp_path: Path, scales: dict[str, Any]) -> None:
     roles = Roles(tmp_path, llama(), {**LLAMA, **scales}, {**LLAMA, "target_modules": ["q_proj", "up_proj"]})
-    report = merge_roles(roles, tmp_path / "out", select="lowest:999", alpha=0.8, compat="peft-linear")
+    report = merge_roles(roles, tmp_path / "out", select="fraction:1", alpha=0.8, compat="peft-linear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = load(roles["aligned"], roles["finetuned"])
@@ -244,7 +245,7 @@ def test_compat_peft_linear_is_bit_for_bit_peft_s(tmp_path: Path, scales: dict[s
         assert torch.equal(found[key], expected[key]), key
 
     # The cross terms: what the report says of q_proj, against the dense matrices.
-    exact = merge_roles(roles, tmp_path / "exact", select="lowest:999", alpha=0.8)
+    exact = merge_roles(roles, tmp_path / "exact", select="fraction:1", alpha=0.8)
     sums = load_file(tmp_path / "exact" / "adapter_model.safetensors")
     for name, error in report.adapter["relative_errors"].items():
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"
@@ -305,9 +306,18 @@ def test_nan_in_a_factor(tmp_path: Path) -> None:
     tensors[key][1, 2] = torch.nan
     save_file(tensors, roles["safe"] / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AdapterError, match=f"{key} of .* holds NaN"):
-        merge_roles(roles, tmp_path / "out", select="lowest:999")
-    merge_roles(roles, tmp_path / "out", select="lowest:999", allow_nonfinite=True, overwrite=True)
+        merge_roles(roles, tmp_path / "out", select="fraction:1")
+    merge_roles(roles, tmp_path / "out", select="fraction:1", allow_nonfinite=True, overwrite=True)
     assert load_file(tmp_path / "out" / "adapter_model.safetensors")[key].isnan().any()
+
+
+def restate(output: Path, file: Path) -> None:
+    """Makes an output's report say that a file is as it is now, as if it had been written so."""
+    path = output / "safemerge_report.json"
+    document = json.loads(path.read_text())
+    entry = next(entry for entry in document["files"] if entry["name"] == file.name)
+    entry.update(bytes=file.stat().st_size, digest=file_digest(file))
+    path.write_text(json.dumps(document))
 
 
 def test_verify_finds_a_changed_value_and_another_input(tmp_path: Path) -> None:
@@ -335,15 +345,28 @@ def test_verify_finds_a_changed_value_and_another_input(tmp_path: Path) -> None:
     )
     a = f"base_model.model.{truncated.removesuffix('.weight')}.lora_A.weight"
     b = a.replace("lora_A", "lora_B")
+    original = weights.read_bytes()
     save_file({**tensors, a: -tensors[a], b: -tensors[b]}, weights, metadata={"format": "pt"})
+    with pytest.raises(VerificationError, match=f"{weights} is not what was written: its digest differs"):
+        verify(out)
+    report = (out / "safemerge_report.json").read_text()
+    restate(out, weights)
     verify(out)
-    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.write_bytes(original)
+    (out / "safemerge_report.json").write_text(report)
+    verify(out)
 
-    settings = json.loads((out / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 99}))
+    config = out / "adapter_config.json"
+    settings = config.read_bytes()
+    config.write_bytes(settings.replace(b'"lora_alpha": 6', b'"lora_alpha": 9'))
+    with pytest.raises(VerificationError, match=f"{config} is not what was written"):
+        verify(out)
+    # Even if the report agrees: the settings follow from the models and what was asked for.
+    restate(out, config)
     with pytest.raises(VerificationError, match="should set lora_alpha to 6"):
         verify(out)
-    (out / "adapter_config.json").write_text(json.dumps(settings))
+    config.write_bytes(settings)
+    (out / "safemerge_report.json").write_text(report)
     smaller = save_adapter(tmp_path / "smaller", llama(), 5, {**LLAMA, "r": 2})
     shutil.copytree(smaller, roles["safe"], dirs_exist_ok=True)
     with pytest.raises(PlanError, match="is not the one that was merged"):
@@ -392,7 +415,7 @@ def test_a_dry_run_knows_the_size(tmp_path: Path) -> None:
     roles = {role: str(path) for role, path in Roles(tmp_path, llama(), LLAMA, {**LLAMA, "r": 3}).items()}
     outlook = preview(MergeConfiguration(**roles, output=str(tmp_path / "out")))
     report = merge_roles(
-        {role: Path(path) for role, path in roles.items()}, tmp_path / "out", select="lowest:999"
+        {role: Path(path) for role, path in roles.items()}, tmp_path / "out", select="fraction:1"
     )
     assert outlook.files == 1
     assert outlook.tensors == len(report.tensors) == 6

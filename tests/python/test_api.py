@@ -11,7 +11,7 @@ import pytest
 from dense import is_projection, load
 
 import safemerge_fast
-from safemerge_fast import MergeConfiguration, PlanError, analyze, merge, preview
+from safemerge_fast import MergeConfiguration, PlanError, Report, SettingError, analyze, merge, preview
 
 
 def test_preview_counts_what_the_merge_then_does(quartet: dict[str, Path], tmp_path: Path) -> None:
@@ -34,33 +34,50 @@ def test_preview_counts_what_the_merge_then_does(quartet: dict[str, Path], tmp_p
     refused = preview(MergeConfiguration(**roles, output=str(tmp_path / "out")))
     assert any("not empty" in note for note in refused.notes)
     inside = preview(MergeConfiguration(**roles, output=str(quartet["safe"] / "out")))
-    assert any("overlaps the safe model" in note for note in inside.notes)
+    assert any(f"overlaps the input {quartet['safe']}" in note for note in inside.notes)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"alpha": 1.5}, "alpha should lie between 0 and 1"),
-        ({"alpha": math.nan}, "alpha should lie between 0 and 1"),
+        ({"alpha": 1.5}, "alpha should be a finite number from 0 to 1"),
+        ({"alpha": math.nan}, "alpha should be a finite number from 0 to 1"),
         ({"method": "karcher"}, "method should be one of linear, "),
-        ({"dtype": "int8"}, "dtype should be auto"),
+        ({"dtype": "int8"}, "dtype should be one of auto, bfloat16"),
         ({"delta_reference": "safe"}, "delta_reference should be"),
-        ({"threads": 0}, "threads should be at least 1"),
+        ({"threshold": 1.5}, "threshold should be a finite number from 0 to 1"),
+        ({"threshold": -0.1}, "threshold should be a finite number from 0 to 1"),
+        ({"threads": 0}, "threads should be a whole number from 1 to 4096"),
         ({"resume": True, "overwrite": True}, "give one of them"),
         ({"include": "("}, "not a regular expression"),
         ({"max_shard_size": "big"}, "should be like 5GB"),
     ],
 )
 def test_settings_out_of_range_are_refused(setting: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(SettingError, match=message) as raised:
         merge("b", "a", "f", output=tmp_path / "out", **setting)
+    assert isinstance(raised.value, PlanError)
+    assert isinstance(raised.value, ValueError)
+    assert raised.value.exit_code == 2
+
+
+EARLIER_NAMES = {
+    "MergeReport": "Report",
+    "FoldReport": "Report",
+    "MergekitReport": "Report",
+    "MergeConfiguration": "SafemergeSettings",
+    "FoldConfiguration": "FoldSettings",
+}
+"""Names that earlier versions had for what is one class now."""
 
 
 def test_every_public_name_is_there_and_in_the_right_module() -> None:
     for name in safemerge_fast.__all__:
         value = getattr(safemerge_fast, name)
         assert value.__module__.startswith("safemerge_fast")
-        assert value.__name__ == name
+        assert value.__name__ == EARLIER_NAMES.get(name, name)
+    for earlier, name in EARLIER_NAMES.items():
+        assert not hasattr(safemerge_fast, name) or getattr(safemerge_fast, earlier) is Report
     assert safemerge_fast.__version__ == safemerge_fast._engine.__version__
     with pytest.raises(AttributeError):
         _ = safemerge_fast.nothing_of_this_name

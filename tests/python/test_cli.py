@@ -76,9 +76,10 @@ def test_missing_words_are_usage_errors(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--alpha", "1.5", "not in the range"),
-        ("--alpha", "nan", "not a finite number"),
-        ("--tau", "inf", "not a finite number"),
+        ("--alpha", "1.5", "alpha should be a finite number from 0 to 1, not 1.5"),
+        ("--alpha", "nan", "a finite number from 0 to 1, not nan"),
+        ("--tau", "inf", "a finite number from 0 to 1, not inf"),
+        ("--tau", "1.01", "a finite number from 0 to 1, not 1.01"),
         ("--select", "lowest:-1", "lowest:N"),
         ("--select", "fraction:2", "fraction:F"),
         ("--select", "best", "select should be"),
@@ -88,7 +89,7 @@ def test_missing_words_are_usage_errors(words: list[str], message: str) -> None:
         ("--exclude", "[", "not a regular expression"),
         ("--max-shard-size", "5 apples", "like 5GB"),
         ("--memory-budget", "0", "like 5GB"),
-        ("--threads", "0", "not in the range"),
+        ("--threads", "0", "threads should be a whole number from 1 to 4096"),
         ("--dtype", "int8", "'bfloat16'"),
     ],
 )
@@ -100,6 +101,13 @@ def test_malformed_values_are_usage_errors(
     assert option.replace("--tau", "--threshold") in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_more_modules_than_there_are_is_a_usage_error(quartet, tmp_path: Path) -> None:
+    result = run(*merge_words(quartet, tmp_path / "out", "--select", "lowest:22"))
+    assert result.exit_code == 2
+    assert_one_sentence(result, "select is lowest:22", "only 21 modules are analysed")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_and_overwrite_exclude_each_other(quartet, tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ def test_a_traceback_only_with_vv(quartet, tmp_path: Path, monkeypatch: pytest.M
     def fail(*arguments: object, **options: object) -> None:
         raise ZeroDivisionError("a fault\nof ours")
 
-    monkeypatch.setattr("safemerge_fast.recipes.safemerge.merge.open_job", fail)
+    monkeypatch.setattr("safemerge_fast.recipes.safemerge.job.open_roles", fail)
     result = run(*merge_words(quartet, tmp_path / "out"))
     assert result.exit_code == 1
     assert_one_sentence(result, "unexpected ZeroDivisionError: a fault of ours", "-vv")
@@ -217,13 +225,13 @@ def assert_nothing_complete(output: Path) -> None:
 def test_ctrl_c_exits_with_130(quartet, tmp_path: Path) -> None:
     """A real SIGINT, sent once the merge has begun."""
     script = (
-        "import safemerge_fast.recipes.safemerge.merge as pipeline, time\n"
+        "import safemerge_fast.recipes.safemerge.job as job, time\n"
         "from safemerge_fast.cli import main\n"
-        "real = pipeline.score_rows\n"
+        "real = job.score_rows\n"
         "def slow(*arguments, **options):\n"
         "    for item in real(*arguments, **options):\n"
         "        print('scored', flush=True); time.sleep(0.2); yield item\n"
-        "pipeline.score_rows = slow\n"
+        "job.score_rows = slow\n"
         "main()\n"
     )
     words = [str(word) for word in merge_words(quartet, tmp_path / "out")]

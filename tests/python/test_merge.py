@@ -24,7 +24,7 @@ from dense import (
 )
 from safetensors.torch import load_file
 
-from safemerge_fast import ProgressEvent, merge, verify
+from safemerge_fast import ProgressEvent, SettingError, merge, verify
 from safemerge_fast.recipes.run import read_report
 
 
@@ -261,7 +261,7 @@ def test_others_merges_what_is_not_analysed(quartet: dict[str, Path], tmp_path: 
     assert_same_bits(load(tmp_path / "out"), dense_merge(quartet, low | others))
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+@pytest.mark.parametrize("count", [0, 1, 5, 20, 21])
 def test_lowest_takes_the_n_lowest_of_all_shards(
     quartet: dict[str, Path], tmp_path: Path, count: int
 ) -> None:
@@ -270,6 +270,18 @@ def test_lowest_takes_the_n_lowest_of_all_shards(
     report = merge(**quartet, output=tmp_path / "out", select=f"lowest:{count}")
     assert {tensor.name for tensor in report.tensors if tensor.merged} == expected
     assert_same_bits(load(tmp_path / "out"), dense_merge(quartet, expected))
+
+
+@pytest.mark.parametrize(("granularity", "units"), [("module", "21 modules"), ("layer", "3 layers")])
+def test_lowest_of_more_than_there_are_is_refused(
+    quartet: dict[str, Path], tmp_path: Path, granularity: str, units: str
+) -> None:
+    most = int(units.split()[0])
+    with pytest.raises(SettingError, match=f"select is lowest:{most + 1}, but only {units} are analysed"):
+        merge(**quartet, output=tmp_path / "out", select=f"lowest:{most + 1}", granularity=granularity)
+    assert list(tmp_path.iterdir()) == []
+    report = merge(**quartet, output=tmp_path / "out", select=f"lowest:{most}", granularity=granularity)
+    assert report.merged == 21
 
 
 def test_granularity_layer_decides_by_the_mean(quartet: dict[str, Path], tmp_path: Path) -> None:
@@ -285,7 +297,7 @@ def test_granularity_layer_decides_by_the_mean(quartet: dict[str, Path], tmp_pat
 
 
 def test_exclude_keeps_and_reports(quartet: dict[str, Path], tmp_path: Path) -> None:
-    report = merge(**quartet, output=tmp_path / "out", exclude=r"mlp\.", threshold=2.0)
+    report = merge(**quartet, output=tmp_path / "out", exclude=r"mlp\.", select="fraction:1")
     expected = {name for name in cosines(quartet) if ".mlp." not in name}
     assert {tensor.name for tensor in report.tensors if tensor.merged} == expected
     assert {t.reason for t in report.tensors if ".mlp." in t.name} == {"excluded: not analysed"}

@@ -29,7 +29,7 @@ def test_fold(quartet: dict[str, Path], tmp_path: Path) -> None:
     recipe.write_text(f"recipe: fold\nmodel: {quartet['aligned']}  # a comment\nadapter: {adapter}\n")
     result = run("run", recipe, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("folded: 1 of ")
+    assert result.stdout.startswith("fold: 1 of ")
     fold(quartet["aligned"], adapter, output=tmp_path / "same")
     for file in (tmp_path / "same").glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
@@ -59,12 +59,12 @@ def test_fields_become_the_configuration(tmp_path: Path) -> None:
     recipe = write(
         tmp_path / "r.yml", recipe="safemerge", base="b", aligned="a", finetuned="f", scores=None, threads=3
     )
-    assert read_recipe(recipe, output="o", threads=None, resume=True) == MergeConfiguration(
+    assert read_recipe(recipe, {"output": "o", "threads": None, "resume": True}) == MergeConfiguration(
         base="b", aligned="a", finetuned="f", output="o", threads=3, resume=True
     )
-    assert read_recipe(recipe, output="o", threads=2).threads == 2
+    assert read_recipe(recipe, {"output": "o", "threads": 2}).threads == 2
     recipe = write(tmp_path / "r.yml", recipe="fold", model="m", adapter="a", max_shard_size="1MB")
-    assert read_recipe(recipe, output="o") == FoldConfiguration(
+    assert read_recipe(recipe, {"output": "o"}) == FoldConfiguration(
         model="m", adapter="a", output="o", max_shard_size=1_000_000
     )
 
@@ -75,24 +75,24 @@ MERGE = {"recipe": "safemerge", "base": "b", "aligned": "a", "finetuned": "f"}
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({}, "should say `recipe: fold or safemerge`"),
-        ({"recipe": "soup"}, "should say `recipe: fold or safemerge`, not 'soup'"),
+        ({}, "should say `recipe: safemerge or fold or resta or wise-ft`"),
+        ({"recipe": "soup"}, "should say `recipe: safemerge or fold or resta or wise-ft`, not 'soup'"),
         ({"recipe": ["fold"]}, "should say"),
-        ({"recipe": "fold", "model": "m"}, "the recipe fold needs the field adapter"),
-        ({"recipe": "fold", "alpha": 1}, "fold has no field 'alpha'; it has model, adapter"),
-        ({**MERGE, "tau": 0.3}, "safemerge has no field 'tau'"),
-        ({**MERGE, "max-shard-size": 1}, "no field 'max-shard-size'"),
+        ({"recipe": "fold", "model": "m"}, "r.yml: fold needs the setting adapter"),
+        ({"recipe": "fold", "alpha": 1}, "fold has no setting 'alpha'; it has model, adapter, threads"),
+        ({**MERGE, "tau": 0.3}, "safemerge has no setting 'tau'"),
+        ({**MERGE, "max-shard-size": 1}, "no setting 'max-shard-size'"),
         ({**MERGE, "output": "o"}, "sets output, which is given on the command line"),
         ({**MERGE, "overwrite": True}, "sets overwrite"),
-        ({**MERGE, "alpha": "0.8"}, "alpha should be a finite number, not '0.8'"),
-        ({**MERGE, "alpha": True}, "alpha should be a finite number, not True"),
-        ({**MERGE, "alpha": 1.5}, "alpha should lie between 0 and 1"),
-        ({**MERGE, "threads": 1.0}, "threads should be a whole number, not 1.0"),
-        ({**MERGE, "safe": 3}, "safe should be text, not 3"),
+        ({**MERGE, "alpha": "0.8"}, "alpha should be a finite number from 0 to 1, not '0.8'"),
+        ({**MERGE, "alpha": True}, "alpha should be a finite number from 0 to 1, not True"),
+        ({**MERGE, "alpha": 1.5}, "alpha should be a finite number from 0 to 1, not 1.5"),
+        ({**MERGE, "threads": 1.0}, "threads should be a whole number from 1 to 4096, not 1.0"),
+        ({**MERGE, "safe": 3}, "safe should be a model, not 3"),
         ({**MERGE, "allow_nonfinite": "yes"}, "allow_nonfinite should be true or false"),
-        ({**MERGE, "max_shard_size": [1]}, r"max_shard_size should be text or a whole number, not \[1\]"),
+        ({**MERGE, "max_shard_size": [1]}, r"max_shard_size should be a size like 5GB, not \[1\]"),
         ({**MERGE, "select": "highest"}, "select"),
-        ({**MERGE, "base": None}, "base should be text, not None"),
+        ({**MERGE, "base": None}, "base should be a model, not None"),
     ],
 )
 def test_what_is_wrong_is_said_by_name(tmp_path: Path, document: dict[str, Any], message: str) -> None:
@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said_by_name(tmp_path: Path, document: dict[str, Any],
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("recipe: fold\nalpha: .nan\n", "no field 'alpha'"),
+        ("recipe: fold\nalpha: .nan\n", "no setting 'alpha'"),
         (
             "recipe: safemerge\nbase: b\naligned: a\nfinetuned: f\nalpha: .nan\n",
             "alpha should be a finite number",
@@ -123,12 +123,12 @@ def test_malformed_files(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "r.yml"
     file.write_text(text)
     with pytest.raises(PlanError, match=message):
-        read_recipe(file, output="o")
+        read_recipe(file, {"output": "o"})
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="cannot read the recipe"):
-        read_recipe(tmp_path / "nowhere.yml", output="o")
+    with pytest.raises(PlanError, match=r"nowhere\.yml cannot be read: there is no such file"):
+        read_recipe(tmp_path / "nowhere.yml", {"output": "o"})
 
 
 def test_inspect_of_an_adapter(tmp_path: Path) -> None:

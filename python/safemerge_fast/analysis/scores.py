@@ -130,7 +130,10 @@ class Scores:
             AnalysisError: The text is not JSON, is of another version, or any part of it is not as it should
                 be.
         """
-        document = parse_json(text, AnalysisError, subject="the scores", limit=RECORD)
+        try:
+            document = parse_json(text, AnalysisError, subject="the scores", limit=RECORD)
+        except AnalysisError as error:
+            raise AnalysisError(f"{error}; write them again with analyze") from error
         _expect_keys(
             document, "scores", {"version", "delta_reference", "device", "seconds", "sources", "modules"}
         )

@@ -79,10 +79,10 @@ def _option(field: Field) -> Callable[[_Function], _Function]:
             "metavar": f"[={'|'.join(field.choices)}]",
         }
     else:
-        default = None if field.required else field.default
+        if not field.required:
+            # click takes a default of None for a value that was given.
+            options |= {"default": field.default, "show_default": field.default is not None}
         options |= {
-            "default": default,
-            "show_default": default is not None,
             "type": click.Choice(field.choices) if field.choices else _Value(field),
             "metavar": setting.metavar or _metavar(field),
         }

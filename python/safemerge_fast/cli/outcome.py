@@ -44,7 +44,7 @@ def say_report(terminal: Terminal, report: Report) -> None:
 
 def _sentence(report: Report) -> str:
     return (
-        f"{report.recipe}: {report.changed} of {len(report.tensors)} tensors computed, the others copied, "
+        f"{report.recipe}: {report.changed} of {len(report.tensors)} tensors changed, the others copied, "
         f"in {report.output}"
     )
 

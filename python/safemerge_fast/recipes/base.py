@@ -204,6 +204,7 @@ class CheckpointContents:
         host: The model whose config.json is taken over.
         config: What config.json says in place of the host's, if it is not to be that.
         read_backend: How inputs are read.
+        remarks: What a person should know of them.
     """
 
     plan: Plan
@@ -211,6 +212,7 @@ class CheckpointContents:
     host: Model
     config: Mapping[str, Any] | None = None
     read_backend: str = "auto"
+    remarks: tuple[str, ...] = ()
     _plans: list[_engine.Plan] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -269,10 +271,13 @@ class CheckpointContents:
         """It is none."""
 
     def notes(self) -> Sequence[str]:
-        """Whether there is a configuration."""
+        """The remarks, and whether there is a configuration."""
         if configuration_file(self.host, "auto") is None:
-            return (f"the {self.host.role} model has no config.json, so the output has none either",)
-        return ()
+            return (
+                *self.remarks,
+                f"the {self.host.role} model has no config.json, so the output has none either",
+            )
+        return self.remarks
 
     def _checked(self) -> _engine.Plan:
         """The plan as the engine has checked it, once."""

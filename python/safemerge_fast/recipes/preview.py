@@ -119,7 +119,8 @@ def _obstacles(
         notes.append(
             f"the merge would be refused: an unfinished one of {output} waits, pass --resume or --overwrite"
         )
-    elif free < needed:
+    # An old output stays until the new one is whole, unless it is removed first; what is resumed is there in part.
+    if free < needed and settings.overwrite != "in-place" and not settings.resume:
         notes.append("the output's file system has less room than the weights need")
     resolved = output.resolve()
     for path in inputs:

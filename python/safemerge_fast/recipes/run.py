@@ -117,11 +117,15 @@ def read_recipe(file: Path, run: Mapping[str, Any]) -> RunSettings:
     Raises:
         PlanError: The file cannot be read, names no known recipe, or has a field that is unknown, missing or out of
             range.
+        SettingError: A setting of the run has a value that it may not have.
     """
     document = read_yaml(file, PlanError)
     if not isinstance(document, dict) or not all(isinstance(name, str) for name in document):
         raise PlanError(f"{file} should hold fields with values, like `recipe: fold`")
     given = {name: value for name, value in run.items() if value is not None}
+    # Alone first: what is wrong with them is not the file's fault.
+    of_the_run = {field.name for field in fields_of(RunSettings)}
+    RunSettings(**{name: value for name, value in given.items() if name in of_the_run})
     if "recipe" not in document:
         for recipe in recipes().values():
             found: RunSettings | None = (

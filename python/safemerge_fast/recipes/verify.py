@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from .. import _engine
+from ..checkpoint.adapter import ADAPTER_WEIGHTS
 from ..documents import RECORD, read_bytes, require_regular
 from ..errors import CheckpointError, PlanError, VerificationError
 from ..execution.local import watch
 from ..plan.plan import PLAN_FILE
 from ..progress import ProgressEvent, silent
-from ..report.report import REPORT_FILE, Report
+from ..report.report import REPORT_FILE, OutputFile, Report
 from ..settings import MOST_THREADS, Kind, Progress, Setting, Settings
 from .run import read_report
 from .safemerge.adapter.verification import verify_adapter
@@ -93,7 +94,10 @@ def verify_output(settings: VerifySettings) -> VerifyReport:
     report = _read_report(directory)
     _check_files(directory, report)
     if report.adapter is not None:
+        # The tensor that differs says more than the file's digest, so that it comes first.
         checked = verify_adapter(directory, report)
+        for file in report.files:
+            _check_digest(directory, file)
         return VerifyReport(str(directory), 1, checked, checked, time.perf_counter() - started)
     plan = _engine.Plan(read_bytes(directory / PLAN_FILE, PlanError, limit=RECORD))
     _check_weights(directory, report, plan)
@@ -134,6 +138,10 @@ def _check_files(directory: Path, report: Report) -> None:
             )
     for name, file in listed.items():
         path = directory / name
+        if not os.path.lexists(path):
+            raise VerificationError(
+                f"{path} is missing, but the report lists it; merge again with --overwrite"
+            )
         try:
             require_regular(path, VerificationError)
             size = path.stat().st_size
@@ -143,10 +151,16 @@ def _check_files(directory: Path, report: Report) -> None:
             raise VerificationError(
                 f"{path} has {size} bytes, the report says {file.bytes}; merge again with --overwrite"
             )
-        if file.digest is not None and _engine.file_digest(path) != file.digest:
-            raise VerificationError(
-                f"{path} is not what was written: its digest differs; merge again with --overwrite"
-            )
+        if name != ADAPTER_WEIGHTS:
+            _check_digest(directory, file)
+
+
+def _check_digest(directory: Path, file: OutputFile) -> None:
+    """Compares a file with its digest, if the report has one."""
+    if file.digest is not None and _engine.file_digest(directory / file.name) != file.digest:
+        raise VerificationError(
+            f"{directory / file.name} is not what was written: its digest differs; merge again with --overwrite"
+        )
 
 
 def _check_weights(directory: Path, report: Report, plan: _engine.Plan) -> None:

@@ -89,10 +89,10 @@ def roles_table(models: Mapping[str, Model]) -> str:
 
 
 def settings_blocks(report: Report, models: Mapping[str, Model]) -> str:
-    """The command line and the settings that decide, without the paths of this machine."""
+    """The command line, and the same as a file's fields, without the paths of this machine."""
     settings = report.configuration
     public = Public(models.values(), report.output)
-    document = json.dumps(public(settings.deciding()), indent=2, ensure_ascii=False)
+    document = json.dumps(public(settings.file_fields()), indent=2, ensure_ascii=False)
     return f"{fenced('sh', public.command(settings.command()))}\n\n{fenced('json', document)}\n"
 
 

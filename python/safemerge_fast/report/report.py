@@ -139,8 +139,8 @@ class Report:
 
     @property
     def changed(self) -> int:
-        """How many tensors are computed, not copied."""
-        return sum(not tensor.copied for tensor in self.tensors)
+        """How many tensors are computed, or taken from elsewhere than tensors that are left alone."""
+        return sum(tensor.merged or not tensor.copied for tensor in self.tensors)
 
     def table(self) -> Any:
         """The counts per module type as a rich table."""

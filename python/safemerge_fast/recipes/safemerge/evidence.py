@@ -44,10 +44,13 @@ class ScoreLog:
         text = json.dumps(subject, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
         self._head = {"scores_of": hashlib.blake2b(text, digest_size=16).hexdigest()}
         self.known: dict[str, Score] = {}
-        lines = (directory.read(_FILE) or b"").split(b"\n")
+        text = directory.read(_FILE) or b""
+        lines = text.split(b"\n")
         if _parsed(lines[0]) == self._head:
-            # What follows the last line break was cut short.
-            self._read(lines[1:-1])
+            self._read(lines[1:])
+            if not text.endswith(b"\n"):
+                # The last line was cut short; the next one must not be taken for its end.
+                directory.append(_FILE, b"\n")
         else:
             directory.remove(_FILE)
             directory.append(_FILE, _line(self._head))

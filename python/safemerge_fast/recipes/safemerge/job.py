@@ -187,8 +187,15 @@ class SafemergeJob(Job[SafemergeSettings]):
             anchor=self.host.role,
             dtype=settings.dtype,
         )
+        remarks: tuple[str, ...] = ()
+        if not any(decision.merge for decision in decisions.values()):
+            remarks = ("no tensor was merged: the output holds the fine-tuned weights as they are",)
         return CheckpointContents(
-            plan, lambda row: decisions[row.name], self.host, read_backend=settings.read_backend
+            plan,
+            lambda row: decisions[row.name],
+            self.host,
+            read_backend=settings.read_backend,
+            remarks=remarks,
         )
 
     def card(self, report: Report) -> str:

@@ -1,0 +1,181 @@
+"""Scores are measured once: a run that goes on measures only what is missing, and nothing of other models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dense import assert_same_bits, load, weight_files
+
+from safemerge_fast import ProgressEvent, merge
+from safemerge_fast.analysis import analyze_rows
+
+MODULES = 21
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the modules whose scores were measured, in order."""
+    names: list[str] = []
+
+    def counting(models: Any, rows: Iterable[Any], **options: Any) -> Iterator[tuple[str, Any]]:
+        for name, score in analyze_rows(models, rows, **options):
+            names.append(name)
+            yield name, score
+
+    monkeypatch.setattr("safemerge_fast.recipes.safemerge.scoring.analyze_rows", counting)
+    return names
+
+
+def interrupt(stage: str, done: int) -> Callable[[ProgressEvent], None]:
+    """A progress callback that raises once so much of a stage is done."""
+
+    def stop(event: ProgressEvent) -> None:
+        if event.stage == stage and event.done >= done:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def log(output: Path) -> Path:
+    """The file of an unfinished job that holds its scores."""
+    return output.parent / f".{output.name}.safemerge" / "scores.jsonl"
+
+
+@pytest.fixture(scope="module")
+def whole(quartet: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    merge(**quartet, output=output)
+    return output
+
+
+@pytest.mark.parametrize("done", [0, 1, 8, 20, 21])
+def test_an_interrupted_analysis_goes_on_where_it_was(
+    quartet: dict[str, Path], tmp_path: Path, measured: list[str], whole: Path, done: int
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(**quartet, output=output, progress=interrupt("analysis", done))
+    assert len(measured) == done
+    assert not output.exists()
+    events: list[ProgressEvent] = []
+    report = merge(**quartet, output=output, resume=True, progress=events.append)
+    assert len(measured) == len(set(measured)) == MODULES, "each module once"
+    assert {tensor.name for tensor in report.tensors if tensor.analysed} == set(measured)
+    analysis = [event.done for event in events if event.stage == "analysis"]
+    assert (analysis[0], analysis[-1]) == (done, MODULES)
+    assert weight_files(output) == weight_files(whole)
+    assert not log(output).exists()
+
+
+def test_an_interrupted_merge_measures_nothing_again(
+    quartet: dict[str, Path], tmp_path: Path, measured: list[str], whole: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(**quartet, output=output, progress=interrupt("merge", 0))
+    assert len(measured) == MODULES
+    before = {json.loads(line).get("name") for line in log(output).read_text().splitlines()}
+    assert before == {None, *measured}
+    merge(**quartet, output=output, resume=True)
+    assert len(measured) == MODULES
+    assert weight_files(output) == weight_files(whole)
+
+
+def test_a_job_that_goes_on_with_other_settings_is_another_one(
+    quartet: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(**quartet, output=output, progress=interrupt("merge", 0))
+    report = merge(**quartet, output=output, resume=True, threshold=0.9, alpha=0.5, method="slerp")
+    expected = merge(**quartet, output=tmp_path / "same", threshold=0.9, alpha=0.5, method="slerp")
+    assert report.merged == expected.merged > 0
+    assert report.identity == expected.identity
+    assert_same_bits(load(output), load(tmp_path / "same"))
+
+
+@pytest.mark.parametrize("options", [{"delta_reference": "base"}, {"exclude": "down_proj"}])
+def test_scores_of_something_else_are_not_used(
+    quartet: dict[str, Path], tmp_path: Path, measured: list[str], whole: Path, options: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(**quartet, output=output, progress=interrupt("merge", 0), **options)
+    first = list(measured)
+    report = merge(**quartet, output=output, resume=True)
+    again = measured[len(first) :]
+    # What was excluded is missing; against another reference, every score is another.
+    missing = {tensor.name for tensor in report.tensors if tensor.analysed} - set(first)
+    assert len(missing) == (3 if "exclude" in options else 0)
+    assert missing <= set(again)
+    assert "exclude" in options or len(again) == MODULES
+    assert weight_files(output) == weight_files(whole)
+
+
+def test_scores_of_models_that_changed_are_not_used(
+    make_quartet: Callable[..., dict[str, Path]], tmp_path: Path, measured: list[str]
+) -> None:
+    paths = make_quartet(tmp_path, shards=1)
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(**paths, output=output, progress=interrupt("merge", 0))
+    make_quartet(tmp_path, shards=1, seed=5, roles=("finetuned",))
+    merge(**paths, output=output, resume=True)
+    assert len(measured) == 2 * MODULES
+    merge(**paths, output=tmp_path / "anew")
+    assert_same_bits(load(output), load(tmp_path / "anew"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "lost"),
+    [
+        (lambda text: text[:-20], 1),
+        (lambda text: text[:-1], 0),
+        (lambda text: text + '{"name": "model.layers.0', 0),
+        (lambda text: text.replace('"rho": ', '"rho": "', 1), 1),
+        (lambda text: text.replace('{"name"', '["name"', 1), 1),
+        (lambda text: text.replace("scores_of", "scores", 1), MODULES),
+        (lambda text: "", MODULES),
+    ],
+)
+def test_what_a_crash_cut_short_is_measured_again(
+    quartet: dict[str, Path],
+    tmp_path: Path,
+    measured: list[str],
+    whole: Path,
+    spoil: Callable[[str], str],
+    lost: int,
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(**quartet, output=output, progress=interrupt("merge", 0))
+    log(output).write_text(spoil(log(output).read_text()))
+    measured.clear()
+    # Once more, since what follows a line that was cut short must not be glued to it.
+    with pytest.raises(KeyboardInterrupt):
+        merge(**quartet, output=output, resume=True, progress=interrupt("merge", 0))
+    assert len(measured) == lost
+    measured.clear()
+    merge(**quartet, output=output, resume=True)
+    assert measured == []
+    assert weight_files(output) == weight_files(whole)
+
+
+def test_overwriting_measures_anew(quartet: dict[str, Path], tmp_path: Path, measured: list[str]) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        merge(**quartet, output=output, progress=interrupt("merge", 0))
+    merge(**quartet, output=output, overwrite=True)
+    assert len(measured) == 2 * MODULES
+
+
+def test_a_finished_job_measures_nothing(
+    quartet: dict[str, Path], tmp_path: Path, measured: list[str]
+) -> None:
+    report = merge(**quartet, output=tmp_path / "out")
+    assert merge(**quartet, output=tmp_path / "out", resume=True) == report
+    assert len(measured) == MODULES
