@@ -1,11 +1,14 @@
 # make demo   installs the package and runs the whole job on a model made on the spot
 # make test   installs what development needs as well, and runs every check and test
 # make check  formatting, lints, types, stub
+# make soak   kills and fails runs at random, MINUTES long (10); prints what came of them
+# make docs   the tables of the documentation, from the declarations
 # make bench  the comparisons of benches/ on a small model, in minutes
 # make bench-full  kernels, all jobs on 1.5B, sizes up to 8B and 70B; takes 50 GB of disk and an hour or two
 
 PYTHON ?= python3
 VENV   ?= .venv
+MINUTES ?= 10
 BIN    := $(VENV)/bin
 RUST   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs')
 PLAIN  := $(VENV)/.plain
@@ -14,7 +17,7 @@ DEV    := $(VENV)/.dev
 # The interpreter that the extension module is checked against.
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 
-.PHONY: demo test check bench bench-full clean
+.PHONY: demo test check docs soak bench bench-full clean
 .DELETE_ON_ERROR:
 # Two targets would build in one environment at once.
 .NOTPARALLEL:
@@ -35,6 +38,12 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest safemerge_fast._engine
+
+soak: $(DEV)
+	$(BIN)/python tests/soak/soak.py --minutes $(MINUTES)
+
+docs: $(DEV)
+	$(BIN)/python tests/python/documentation.py
 
 bench: $(DEV)
 	$(BIN)/python benches/compare.py --model qwen2.5-0.5b --threads 1 2 4 --cache hot

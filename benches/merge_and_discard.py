@@ -23,10 +23,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     removed: dict[str, int] = {}
+    # Until the output is whole it is made in a hidden directory beside its place.
+    making = options.output.parent / f".{options.output.name}.safemerge" / "output"
 
     def discard(event: safemerge_fast.ProgressEvent) -> None:
         # What has its final name is committed: shards appear by rename, after a sync.
-        for file in options.output.glob("*.safetensors"):
+        for file in making.glob("*.safetensors"):
             removed[file.name] = file.stat().st_size
             file.unlink()
 
@@ -43,7 +45,7 @@ def main() -> None:
         "bytes_written": sum(removed.values()),
         "merged": report.merged,
         "seconds": report.seconds,
-        "write": sorted({shard["write"] for shard in report.shards}),
+        "write": sorted({shard.write for shard in report.shards}),
         "peak_memory_bytes": report.peak_memory_bytes,
         "torch": "torch" in sys.modules,
     }

@@ -264,8 +264,10 @@ def _read(
     try:
         with open(_open(file, error, subject), "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            # One byte more than it may have: it may grow while it is read.
-            data = stream.read(limit.size + 1) if size <= limit.size else b""
+            # Memory is taken for as many bytes as are asked for. One more shows whether the file has grown.
+            data = stream.read(size + 1) if size <= limit.size else b""
+            if len(data) > size:
+                data += stream.read(limit.size + 1 - len(data))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as problem:

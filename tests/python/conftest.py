@@ -258,9 +258,8 @@ def quartet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Inputs and undisturbed outputs for tests that disturb the making of one; two servers fork the runs."""
-    from forking import Server, fault_engine
+    from forking import Server
     from protocol import World, quick_directory
 
-    engine = fault_engine()
-    with quick_directory(tmp_path_factory) as path, Server(engine) as one, Server(engine) as two:
+    with quick_directory(tmp_path_factory) as path, Server() as one, Server() as two:
         yield World(path, [one, two])

@@ -2,69 +2,27 @@
 
 A run is a process of its own: it may be killed, be limited, meet fail points. The package under test, and with it the
 engine, which reads its fail points from the environment when it is loaded, is imported anew in each.
-
-Fail points need an engine that was built with the feature `faults`: the installed one, or the one that `make` builds
-beside it for tests.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import IO
+from types import TracebackType
 
-__all__ = ["Done", "Run", "Server", "fault_engine", "fault_points"]
+__all__ = ["Done", "Run", "Server"]
 
-_BUILT = Path(__file__).parents[2] / "target" / "faults" / "release" / "libsafemerge_fast.so"
-_NAME = "safemerge_fast._engine"
-_WORDS = tuple(sys.argv)
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 # Long enough for any run here on a busy machine; what takes longer hangs.
 _HANGS = 60.0
-
-
-def fault_points() -> list[str]:
-    """The fail points that runs may meet; none if there is no engine with any."""
-    from safemerge_fast import _engine
-
-    points = _engine.fault_points()
-    if points or not _BUILT.exists():
-        return points
-    code = f"import forking; print(*forking.load_engine({str(_BUILT)!r}).fault_points())"
-    words = [sys.executable, "-c", code]
-    found = subprocess.run(words, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True)
-    return found.stdout.split()
-
-
-def load_engine(path: str) -> ModuleType:
-    """Loads the engine from another place than the installed one's."""
-    loader = importlib.machinery.ExtensionFileLoader(_NAME, path)
-    spec = importlib.util.spec_from_loader(_NAME, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    sys.modules[_NAME] = module
-    return module
-
-
-def fault_engine() -> str | None:
-    """Where the engine with fail points lies, if it is not the installed one."""
-    from safemerge_fast import _engine
-
-    return str(_BUILT) if _BUILT.exists() and not _engine.fault_points() else None
 
 
 @dataclass
@@ -109,18 +67,13 @@ class Done:
 
 @dataclass
 class Server:
-    """Forks runs; a context manager.
+    """Forks runs; a context manager."""
 
-    Attributes:
-        engine: Where the engine lies that runs load, or None for the installed one.
-    """
-
-    engine: str | None = None
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *([self.engine] if self.engine else [])],
+            [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -153,20 +106,24 @@ class Server:
 class _Child:
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.streams: list[IO[bytes]] = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        # Pipes: a limit on the size of files is none on what is said. One line fits into them.
+        pipes = [os.pipe() for _ in range(2)]
+        self.streams = [reader for reader, _ in pipes]
         self.code: int | None = None
         self.started = time.perf_counter()
         self.pid = os.fork()
         if self.pid == 0:
             # Whatever happens, the child never becomes a second server.
             try:
-                _become(run, [stream.fileno() for stream in self.streams])
+                _become(run, [writer for _, writer in pipes])
             except SystemExit as end:
                 os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
             except BaseException:
                 sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
                 os._exit(1)
             os._exit(0)
+        for _, writer in pipes:
+            os.close(writer)
 
     def ended(self) -> bool:
         """Whether it has come to its end; sends it the signal when its time has come."""
@@ -188,9 +145,8 @@ class _Child:
         """What came of it."""
         texts = []
         for stream in self.streams:
-            stream.seek(0)
-            texts.append(stream.read().decode(errors="replace"))
-            stream.close()
+            with open(stream, "rb") as file:
+                texts.append(file.read().decode(errors="replace"))
         return Done(self.code, *texts, time.perf_counter() - self.started)
 
 
@@ -198,6 +154,8 @@ def _become(run: Run, streams: Sequence[int]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for number, descriptor in enumerate([nothing, *streams]):
         os.dup2(descriptor, number)
+    # The server's own know where they were.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ["FAILPOINTS"] = run.points
     if run.file_limit is not None:
         # As a shell's ulimit -f: without SIGXFSZ, which Python ignores.
@@ -205,8 +163,6 @@ def _become(run: Run, streams: Sequence[int]) -> None:
     if run.plain:
         _heed_permissions()
     sys.argv = ["safemerge-fast", *run.words]
-    if len(_WORDS) > 1:
-        load_engine(_WORDS[1])
     from safemerge_fast import interruption
 
     # A signal that came before waits for the handlers: Python's own start is not what is tested.

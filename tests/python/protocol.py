@@ -1,4 +1,4 @@
-"""Outputs of every kind: what they are if nothing disturbs their making, and what may stand there if it is disturbed."""
+"""Outputs of every kind: what they are if nothing disturbs their making, and what may stand there if it is."""
 
 from __future__ import annotations
 
@@ -98,6 +98,15 @@ class World:
                 recipe="fold",
                 model=str(quartet["aligned"]),
                 adapter=str(adapters["fine-adapter"]),
+            ),
+            "mergekit": self._recipe(
+                "mergekit.yml",
+                merge_method="linear",
+                models=[
+                    {"model": str(quartet[role]), "parameters": {"weight": weight}}
+                    for role, weight in (("finetuned", 0.75), ("safe", 0.25))
+                ],
+                dtype="float32",
             ),
         }
         for kind in self.words:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 import pytest
 from invoke import assert_one_sentence, merge_words, run
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPT = "from safemerge_fast.cli import main; main()"
 COMMANDS = ("demo", "inspect", "analyze", "merge", "run", "verify")
 
@@ -300,39 +298,3 @@ def test_analyze_finds_out_before_the_work_that_it_cannot_write(tmp_path: Path) 
         result = run(*words, option, tmp_path / "no" / name)
         assert result.exit_code == 5
         assert_one_sentence(result, str(tmp_path / "no"))
-
-
-# --- the documentation ----------------------------------------------------------------------------
-
-
-def test_the_examples_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (REPOSITORY / "docs" / "cli.md").read_text()
-    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    for recipe in re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        name, _, document = recipe.partition("\n")
-        (tmp_path / name.removeprefix("# ")).write_text(document)
-    assert {shlex.split(line)[1] for line in lines} == set(COMMANDS)
-    for line in lines:
-        program, *words = shlex.split(line)
-        assert program == "safemerge-fast"
-        result = run(*words)
-        assert result.exit_code == 0, (line, result.stderr)
-
-
-def test_the_documentation_names_every_option() -> None:
-    from safemerge_fast.cli.analyze import command as analyze
-    from safemerge_fast.cli.merge import command as merge
-    from safemerge_fast.cli.run import command as recipe
-
-    text = (REPOSITORY / "docs" / "cli.md").read_text()
-    for command in (merge, analyze, recipe):
-        for parameter in command.params:
-            if parameter.param_type_name == "argument":
-                continue
-            names = [name for name in parameter.opts if name.startswith("--")]
-            shared = {"--quiet", "--verbose", "--no-progress"}
-            assert set(names) & shared or any(f"`{name}" in text or f"{name} " in text for name in names), (
-                names
-            )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -98,3 +100,19 @@ def test_without_a_directory_it_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["version"] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_leaves_the_collector_of_its_caller_alone(demo) -> None:
+    """Objects that were frozen at the exit would be reported as leaks by triton's bindings, a screenful of them."""
+    directory, _ = demo
+    program = (
+        "import atexit, gc\n"
+        "from click.testing import CliRunner\n"
+        "from safemerge_fast.cli import main\n"
+        "before = gc.get_threshold()\n"
+        # Registered first, called last.
+        "atexit.register(lambda: print(gc.get_freeze_count(), gc.get_threshold() == before))\n"
+        f"print(CliRunner().invoke(main, ['inspect', {str(directory / 'base')!r}]).exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n0 True\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from forking import Done, fault_points
+from forking import Done
 from protocol import Case, World, job_of
 from test_faults_kills import (
     ASIDE,
@@ -20,9 +20,11 @@ from test_faults_kills import (
     name_of,
 )
 
-POINTS = fault_points()
+from safemerge_fast import _engine
+
+POINTS = _engine.fault_points()
 pytestmark = pytest.mark.skipif(
-    not POINTS, reason="no engine with the feature `faults`; make faults builds one"
+    not POINTS, reason="the engine has no fail points; make test builds one that has"
 )
 
 NORMAL = [*OPENING, *SHARDS, *FILES, *FRESH, *DISCARD]

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from forking import fault_points
 from protocol import Case, World, job_of, mounted, standing
 
-POINTS = fault_points()
+from safemerge_fast import _engine
+
+POINTS = _engine.fault_points()
 pytestmark = pytest.mark.skipif(
-    not POINTS, reason="no engine with the feature `faults`; make faults builds one"
+    not POINTS, reason="the engine has no fail points; make test builds one that has"
 )
 
 KILLED = -9
@@ -85,7 +86,7 @@ def test_every_point_is_known() -> None:
 # --- nothing stood there --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["measured", "scored", "single", "adapter", "fold"])
+@pytest.mark.parametrize("kind", ["measured", "scored", "single", "adapter", "fold", "mergekit"])
 def test_a_fresh_output(world: World, kind: str) -> None:
     points = at(["file.rename", *FRESH, *DISCARD])
     if kind == "measured":
@@ -110,9 +111,9 @@ def test_directories_above_that_are_not_there_yet(world: World) -> None:
 
 
 def test_an_output_that_is_exchanged_for_another(world: World) -> None:
-    points = at([*OPENING, *SHARDS, *FILES, *EXCHANGE, *DISCARD]) + later(
-        "old.file", "file.rename", "commit.sync"
-    )
+    # Steps that know nothing of an older output are those of a fresh one.
+    names = ["lock.take", "record.rename", "journal.open", "shard.rename", "commit.sync", "file.rename"]
+    points = at([*names, *EXCHANGE, *DISCARD]) + later("old.file", "file.rename", "commit.sync")
     place = world.path / "exchange"
     world.each(
         points,
@@ -124,7 +125,7 @@ def test_an_output_that_is_exchanged_for_another(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "old"),
-    [("adapter", "scored"), ("single", "adapter"), ("adapter", "adapter"), ("fold", "scored")],
+    [("adapter", "scored"), ("single", "adapter"), ("adapter", "adapter"), ("mergekit", "fold")],
 )
 def test_an_output_of_another_format_or_the_same(world: World, kind: str, old: str) -> None:
     place = world.path / "formats" / f"{kind}-{old}"
@@ -149,7 +150,7 @@ def test_a_file_system_that_cannot_exchange(world: World) -> None:
 
 @pytest.mark.parametrize("old", ["adapter", "single"])
 def test_an_output_that_is_replaced_in_place(world: World, old: str) -> None:
-    points = at([*DOOM, *SHARDS, "file.rename", *FRESH, *DISCARD]) + later("doom.file")
+    points = at([*DOOM, "shard.create", "commit.sync", "file.rename", *FRESH, *DISCARD]) + later("doom.file")
     place = world.path / "in-place" / old
 
     def check(point: str) -> None:

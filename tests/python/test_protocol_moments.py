@@ -9,7 +9,7 @@ import pytest
 from protocol import Case, World
 
 RESUMABLE = "error: interrupted; what is committed stays, continue with --resume\n"
-KILLS = 15
+KILLS = 8
 SIGNALS = 6
 
 SCENES = {

@@ -6,8 +6,6 @@ unsupported; 4 verification failed; 5 output; 130 interrupted.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import io
 import sys
 import traceback
@@ -163,10 +161,6 @@ def main() -> None:
     A model is a checkpoint directory, a .safetensors file, or org/name[@revision] on the Hugging Face Hub. The
     fine-tuned and the safe one may be LoRA adapters of the aligned one, as PEFT saves them.
     """
-    # Importing torch makes a hundred thousand objects that live as long as the process. Looking for garbage among
-    # them, again and again and once more at the exit, would take a third of a second.
-    gc.set_threshold(50_000)
-    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
         # A terminal or pipe that knows only ASCII gets "?" for ρ, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
