@@ -39,7 +39,8 @@ pub(super) fn enter(found: &Place) -> Result<Entered> {
             Err(error) if error.is_not_found() && tries.next().is_some() => {}
             Err(error) => {
                 placement::remove_empty(&made);
-                return Err(error);
+                let stands = disk::look(&found.output)?.is_some();
+                return Err(if stands { anew_when_full(found, error) } else { error });
             }
         }
     }
@@ -111,8 +112,13 @@ fn not_begun(place: &Place, replaced: Option<FileId>, error: Error) -> Error {
     if replaced.is_none() {
         drop(publication::clear(place));
     }
+    if replaced.is_some() { anew_when_full(place, error) } else { error }
+}
+
+/// A full disk must not advise --resume beside an older output before there is a job.
+fn anew_when_full(place: &Place, error: Error) -> Error {
     match error {
-        Error::DiskFull { path, .. } if replaced.is_some() && !decision::is_begun(place) => {
+        Error::DiskFull { path, .. } if !decision::is_begun(place) => {
             let problem = format!(
                 "cannot be begun, no space left for {}; free some space and run the same again",
                 path.display()

@@ -206,5 +206,7 @@ def _import_what_takes_long() -> None:
 
 if __name__ == "__main__":
     _import_what_takes_long()
+    # Where the tests run in the background, a shell has it ignored, and so would the runs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
     _serve()

@@ -76,9 +76,7 @@ def test_a_fresh_output(world: World, kind: str, error: str) -> None:
 @pytest.mark.parametrize("error", ["enospc", "eio"])
 def test_an_output_that_replaces_another(world: World, error: str) -> None:
     place = world.path / "errors-over" / error
-    points = [
-        f"{point}=1*return({error})" for point in (*EXCHANGE, "record.write", "commit.write", "file.write")
-    ]
+    points = [f"{point}=1*return({error})" for point in (*OPENING, *EXCHANGE, "commit.write", "file.write")]
     world.each(
         points,
         lambda point: fail(world.case("scored", place / name_of(point), "--overwrite", old="single"), point),

@@ -83,7 +83,7 @@ def test_signals(world: World, name: str, number: signal.Signals) -> None:
     [
         # What is under way when the signal comes: nothing is begun yet, or there is something to go on from.
         ("safemerge_fast.recipes.run.input_paths", False),
-        ("safemerge_fast.recipes.safemerge.job.SafemergeJob.contents", False),
+        ("safemerge_fast.recipes.safemerge.job.SafemergeJob.contents", True),
         ("safemerge_fast.recipes.run._files", True),
     ],
 )

@@ -64,7 +64,7 @@ class Disturbance:
         old = "fresh" if self.old is None else f"over an older output, {self.flag}"
         if self.after is not None:
             return f"{signal.Signals(self.signal).name} at a random moment, {old}"
-        action = self.points.partition("return(")[2].rstrip(")")
+        action = self.points.rpartition("return(")[2].rstrip(")")
         return f"kill at a fail point, {old}" if action == "kill" else f"{action} at a fail point, {old}"
 
 
