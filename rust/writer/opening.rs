@@ -164,10 +164,7 @@ fn go_on(
     sweep(&directory, &journal.entries().keys().collect())?;
     let mut inherited = old.inherited.clone();
     if old.identity != request.identity {
-        // What another job has measured says nothing here. Shards are told apart by their digests.
-        for name in publication::job_files(place)? {
-            disk::remove_tree(Point::SweepFile, Point::SweepDirectory, &place.job.join(name))?;
-        }
+        // Files of the job stay: each says what it is of. Shards are told apart by their digests.
         let all = journal.entries().iter();
         inherited = all.map(|(name, entry)| (name.clone(), entry.digest.clone())).collect();
     }

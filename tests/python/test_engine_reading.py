@@ -124,7 +124,7 @@ def test_composed_matrices_are_checked(tmp_path: Path) -> None:
 
 def test_sources_that_are_given_must_be_those_of_the_plan(tmp_path: Path) -> None:
     headers = model(tmp_path, "x", "auto", w=gauss(1, 4, 6)).headers
-    files = {file: dict(identity) for file, identity in headers.identity().items()}
+    files = {file: identity.to_dict() for file, identity in headers.identity().items()}
 
     def plan(**change: object) -> Plan:
         stated = {"x": {"path": "/nowhere", "files": {**files, **change}}}

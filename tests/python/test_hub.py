@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import errors
 
 from safemerge_fast import CheckpointError
-from safemerge_fast.checkpoint.model import locate
+from safemerge_fast.checkpoint.model import Access, locate
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -119,7 +119,7 @@ def test_bars_are_hidden_on_demand_and_come_back(
     try:
         switch[before]()
         for progress in (True, False):
-            locate("base", "org/name", progress=progress)
+            locate("base", "org/name", access=Access(bars=progress))
             assert utils.are_progress_bars_disabled() is not before
         assert seen == [not before, True]
     finally:

@@ -273,7 +273,7 @@ def test_the_command(a: Path, b: Path, tmp_path: Path) -> None:
     )
     result = run("run", config, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("mergekit: 48 of 48 tensors computed, the others copied, in ")
+    assert result.stdout.startswith("mergekit: 48 of 48 tensors changed, the others copied, in ")
     assert run("run", config, "-o", tmp_path / "out").exit_code == 5
     assert run("run", config, "-o", tmp_path / "out", "--overwrite", "-q").output == ""
     assert run("verify", tmp_path / "out").exit_code == 0

@@ -149,6 +149,7 @@ def watch(work: Callable[[], _Result], counters: _engine.Progress, say: Callable
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="safemerge-engine") as executor:
         future: Future[_Result] = executor.submit(work)
         try:
+            say()
             while not future.done():
                 wait([future], timeout=_POLL_SECONDS)
                 say()

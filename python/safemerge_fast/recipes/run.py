@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import _engine, interruption
 from ..documents import RECORD, read_bytes
-from ..errors import PlanError
+from ..errors import PlanError, SettingError
 from ..execution.inputs import describe_inputs, input_paths, require_unchanged
 from ..execution.local import Written
 from ..progress import silent
@@ -103,6 +103,9 @@ def run(
     Raises:
         SafemergeError: One of its subclasses; what stood under the output's name stands there still.
     """
+    known = {field.name for field in fields_of(RunSettings)}
+    if unknown := sorted(settings.keys() - known):
+        raise SettingError(f"run has no setting {unknown[0]!r}; put it into the file")
     return carry_out(read_recipe(Path(config), {"output": output, **settings}))
 
 

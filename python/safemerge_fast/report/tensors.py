@@ -54,9 +54,9 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     layer: str | None
     operation: str
     reason: str
-    merged: bool = False
-    copied: bool = False
-    analysed: bool = False
+    merged: bool
+    copied: bool
+    analysed: bool
     rho: float | None = None
     rho_null: float | None = None
     v_norm: float | None = None

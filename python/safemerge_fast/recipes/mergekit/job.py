@@ -56,6 +56,10 @@ class MergekitSettings(RunSettings, frozen=True, kw_only=True):
         ),
     ] = "config"
 
+    def file_fields(self) -> dict[str, Any]:
+        """The configuration itself."""
+        return self.config
+
 
 def read_settings_of(
     file: str, document: Mapping[str, Any], run: Mapping[str, Any]
