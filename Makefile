@@ -28,7 +28,7 @@ demo: $(PLAIN)
 test: check
 	cargo test --no-default-features
 	cargo test --no-default-features --features faults writer
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 check: $(DEV)
 	cargo fmt --check

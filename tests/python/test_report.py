@@ -42,6 +42,7 @@ def tensor(
         layer=None,
         analysed=analysed,
         merged=merged,
+        copied=not merged,
         reason="",
         operation="",
         rho=rho if analysed else None,

@@ -120,7 +120,10 @@ class MergekitJob(Job[MergekitSettings]):
         self._host = host.model
         self._config = stacked_configuration(host, layers) if layers else None
         roles = ", ".join(f"{{{role}}}" for role in self.models)
-        self._sentence = f"A merge of {roles} by the method `{document.method.name}`, as a configuration in mergekit's format says"
+        method = document.method.name
+        self._sentence = (
+            f"A merge of {roles} by the method `{method}`, as a configuration in mergekit's format says"
+        )
         size = document.max_shard_size or (_STACKED_SHARD_SIZE if stacked else None)
         # Rows of slices may be of other models than the host.
         whole = all(section.layers is None for section in sections)
