@@ -90,7 +90,11 @@ impl Plan {
         let digests = plan.operations.iter().map(digest_of).collect::<Result<Vec<_>>>()?;
         let operations = plan.operations.into_iter().enumerate();
         let recipes = operations
-            .map(|(number, operation)| Recipe::new(number, operation))
+            .map(|(number, operation)| {
+                Recipe::new(operation).map_err(|problem| {
+                    Error::Plan(format!("{}: {problem}", made_by(&plan.shards, number)))
+                })
+            })
             .collect::<Result<Vec<_>>>()?;
         let mut names = HashSet::new();
         let mut files = HashSet::new();
@@ -240,6 +244,15 @@ fn parse(json: &[u8]) -> Result<schema::Plan<'_>> {
             Ok(found) if found.version != schema::VERSION => Err(wrong_version(found.version)),
             _ => Err(problem(error)),
         },
+    }
+}
+
+/// For an error: who is made by an operation.
+fn made_by(shards: &[schema::Shard<'_>], number: usize) -> String {
+    let mut tensors = shards.iter().flat_map(|shard| &shard.tensors);
+    match tensors.find(|tensor| tensor.operation as usize == number) {
+        Some(tensor) => format!("tensor `{}`", tensor.name),
+        None => format!("operation {number}"),
     }
 }
 

@@ -61,16 +61,15 @@ impl Recipe {
     /// Checks the parameters of a method once for all tensors that are merged alike.
     ///
     /// # Errors
-    /// [`Error::Plan`] if they do not fit; `number` is the operation's in the table.
-    pub(super) fn new(number: usize, operation: schema::Operation) -> Result<Self> {
+    /// What does not fit.
+    pub(super) fn new(operation: schema::Operation) -> std::result::Result<Self, String> {
         let merge = match operation {
             schema::Operation::Copy(source) => return Ok(Self::Copy(source)),
             schema::Operation::Merge(merge) => merge,
         };
         let parameters: Vec<_> = merge.operands.iter().map(operand_parameters).collect();
         let (name, shared, base) = (&merge.method, &merge.parameters, merge.base.is_some());
-        let method = methods::check(name, shared, &parameters, base)
-            .map_err(|problem| Error::Plan(format!("operation {number}: {problem}")))?;
+        let method = methods::check(name, shared, &parameters, base)?;
         Ok(Self::Merge { merge, method })
     }
 }

@@ -130,7 +130,7 @@ fn files_of_the_job_are_appended_to_and_never_part_of_the_output() {
 }
 
 #[test]
-fn another_identity_keeps_shards_by_digest_and_forgets_what_was_measured() {
+fn another_identity_keeps_shards_by_digest_and_files_of_the_job() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out");
     let job = super::open(&out, "one", false, Overwrite::No).unwrap();
@@ -140,7 +140,7 @@ fn another_identity_keeps_shards_by_digest_and_forgets_what_was_measured() {
     job.append("scores.jsonl", b"of one").unwrap();
     drop(job);
     let job = super::open(&out, "two", true, Overwrite::No).unwrap();
-    assert_eq!(job.read("scores.jsonl").unwrap(), None);
+    assert_eq!(job.read("scores.jsonl").unwrap().unwrap(), b"of one");
     assert_eq!(job.written(), [], "nothing is claimed yet");
     assert!(job.has("kept.safetensors", 5, "k") && !job.has("stale.safetensors", 5, "t"));
     publish(&job, "two").unwrap();
