@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Generic, TypeVar
 
-from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import FLOATS, Model
 from ..decision import Decision
 from ..errors import PairingError
@@ -16,7 +15,7 @@ from ..plan.blend import Blend
 from ..plan.operation import Operation
 from ..settings import RunSettings
 from .planned import PlannedJob
-from .roles import access_of, open_roles
+from .roles import access_of, open_roles, shape_of_repair
 
 __all__ = ["RepairJob"]
 
@@ -68,8 +67,7 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
     @property
     def host(self) -> Model:
         """The fine-tuned model, or the aligned one for an adapter."""
-        finetuned = self.models["finetuned"]
-        return self.models["aligned"] if isinstance(finetuned, Adapter) else finetuned
+        return shape_of_repair(self.models)
 
     @property
     def tokenizer(self) -> Model:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, Protocol
 
-from ..checkpoint.adapter import open_source
+from ..checkpoint.adapter import Adapter, open_source
 from ..checkpoint.model import Access, Model, open_model
 from ..progress import ProgressCallback
 from ..settings import Kind, Setting
 
-__all__ = ["Aligned", "Base", "Finetuned", "access_of", "open_roles"]
+__all__ = ["Aligned", "Base", "Finetuned", "access_of", "open_roles", "shape_of_repair"]
 
 Base = Annotated[str, Setting("The model before alignment.", kind=Kind.MODEL, metavar="MODEL")]
 Aligned = Annotated[str, Setting("The aligned model that was fine-tuned.", kind=Kind.MODEL, metavar="MODEL")]
@@ -58,3 +58,9 @@ def open_roles(roles: Mapping[str, str], access: Access) -> dict[str, Model]:
         role: (open_source if role in _MAY_BE_ADAPTERS else open_model)(role, spec, access=access)
         for role, spec in roles.items()
     }
+
+
+def shape_of_repair(models: Mapping[str, Model]) -> Model:
+    """The checkpoint that a repaired model is shaped like: the fine-tuned, or the aligned one for an adapter."""
+    finetuned = models["finetuned"]
+    return models["aligned"] if isinstance(finetuned, Adapter) else finetuned

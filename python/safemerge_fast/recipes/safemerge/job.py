@@ -23,7 +23,7 @@ from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
 from ..base import CheckpointContents, Contents, Job, Measurement
-from ..roles import access_of, open_roles
+from ..roles import access_of, open_roles, shape_of_repair
 from .adapter.contents import AdapterContents
 from .adapter.layout import lay_out_adapter, require_linear
 from .blend import method_parameters, safemerge
@@ -89,8 +89,7 @@ class SafemergeJob(Job[SafemergeSettings]):
     @property
     def host(self) -> Model:
         """The checkpoint that the output is shaped like: the fine-tuned, or the aligned one for an adapter."""
-        finetuned = self.models["finetuned"]
-        return self.models["aligned"] if isinstance(finetuned, Adapter) else finetuned
+        return shape_of_repair(self.models)
 
     @property
     def tokenizer(self) -> Model:
