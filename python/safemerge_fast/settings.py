@@ -270,7 +270,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 @cache
 def fields_of(record: type[Settings]) -> tuple[Field, ...]:
-    """The fields of a record of settings, in the order in which they are shown."""
+    """The fields of a record of settings as they are shown: what is required, its own, then those of every run."""
     hints = typing.get_type_hints(record, include_extras=True)
     fields = []
     for field in msgspec.structs.fields(record):
@@ -278,7 +278,8 @@ def fields_of(record: type[Settings]) -> tuple[Field, ...]:
         setting = next(extra for extra in annotation.__metadata__ if isinstance(extra, Setting))
         kind = annotation.__origin__
         fields.append(Field(field.name, kind, field.default, setting, _choices(kind, setting)))
-    return tuple(fields)
+    of_runs = frozenset(field.name for field in msgspec.structs.fields(RunSettings))
+    return tuple(sorted(fields, key=lambda field: (not field.required, field.name in of_runs)))
 
 
 def _choices(kind: Any, setting: Setting) -> tuple[str, ...]:
