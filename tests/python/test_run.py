@@ -79,7 +79,7 @@ MERGE = {"recipe": "safemerge", "base": "b", "aligned": "a", "finetuned": "f"}
         ({"recipe": "soup"}, "should say `recipe: safemerge or fold or resta or wise-ft`, not 'soup'"),
         ({"recipe": ["fold"]}, "should say"),
         ({"recipe": "fold", "model": "m"}, "r.yml: fold needs the setting adapter"),
-        ({"recipe": "fold", "alpha": 1}, "fold has no setting 'alpha'; it has model, adapter, threads"),
+        ({"recipe": "fold", "alpha": 1}, "fold has no setting 'alpha'; it has model, adapter, dtype"),
         ({**MERGE, "tau": 0.3}, "safemerge has no setting 'tau'"),
         ({**MERGE, "max-shard-size": 1}, "no setting 'max-shard-size'"),
         ({**MERGE, "output": "o"}, "sets output, which is given on the command line"),
