@@ -141,6 +141,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="another number draws other cases")
     parser.add_argument("--first", type=int, default=0, help="the number of the first case, to repeat one")
     parser.add_argument("--servers", type=int, default=2, help="cases at a time")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        help="a word of what a case is counted as (kill, fresh); repeatable",
+    )
     parser.add_argument("--directory", type=Path, help="where to work; a temporary directory if not given")
     given = parser.parse_args()
     if not POINTS:
@@ -165,6 +171,8 @@ def main() -> int:
         def work() -> None:
             while time.monotonic() < deadline and not failed and (number := next(numbers, None)) is not None:
                 it = draw(number, given.seed)
+                if not all(word in it.sort.lower() for word in given.only):
+                    continue
                 try:
                     counts[it.sort, check(world, it, whole)] += 1
                 except BaseException as error:
