@@ -5,7 +5,7 @@ use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
 use crate::kernels::Kernels;
 use crate::merge::loader::{Loading, OperandLoader, Shared};
-use crate::plan::{GivenSources, Input, Operand, resolve_sum, schema};
+use crate::plan::{FloatInput, GivenSources, Input, Operand, resolve_sum, schema};
 use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,11 +37,11 @@ impl Matrix {
     /// # Errors
     /// [`Error::NoTensor`]; [`Error::Option`] if it is not 2-D or its dtype is not a [`Float`].
     pub fn stored(checkpoint: &Arc<Checkpoint>, name: &str) -> Result<Self> {
-        let input = Input::find(checkpoint, name)?;
+        let input = Input::find(checkpoint, &"".into(), name)?;
         if Float::from_safetensors(input.dtype).is_none() {
-            return Err(not_a_matrix(&input));
+            return Err(not_a_matrix(&input, &input.shape));
         }
-        Self::of(name, vec![(1.0, Operand::plain(input)?)])
+        Self::of(name, vec![(1.0, Operand::plain(FloatInput::new(input, None)?))])
     }
 
     /// The sum of weight · operand over terms; `name` is for messages, and the tensor of operands that name none.
@@ -59,10 +59,12 @@ impl Matrix {
 
     fn of(name: &str, terms: Vec<(f32, Operand)>) -> Result<Self> {
         let operands: Vec<&Operand> = terms.iter().map(|(_, operand)| operand).collect();
-        let Some(first) = operands.first().map(|operand| &operand.tensor.input) else {
+        let Some(first) = operands.first().map(|operand| &operand.tensor) else {
             return Err(Error::Option(format!("tensor `{name}` is made of nothing")));
         };
-        let &[rows, columns] = first.shape.as_slice() else { return Err(not_a_matrix(first)) };
+        let &[rows, columns] = first.shape.as_slice() else {
+            return Err(not_a_matrix(&first.input, &first.shape));
+        };
         let reader = Reader { loader: OperandLoader::new(Kernels::detect()), term: Vec::new() };
         let shared = Shared::of(operands);
         Ok(Self { name: name.to_owned(), rows, columns, shared, reader: Mutex::new(reader), terms })
@@ -78,7 +80,11 @@ impl Matrix {
     #[must_use]
     pub fn as_stored(&self) -> Option<&Operand> {
         match self.terms.as_slice() {
-            [(weight, operand)] if *weight == 1.0 && operand.is_plain() => Some(operand),
+            [(weight, operand)]
+                if *weight == 1.0 && operand.is_plain() && operand.tensor.as_plain().is_some() =>
+            {
+                Some(operand)
+            }
             _ => None,
         }
     }
@@ -90,15 +96,14 @@ impl Matrix {
         stopped: &dyn Fn() -> bool,
         out: &mut [f32],
     ) -> Result<()> {
-        let Some(plain) = self.as_stored() else { return self.compose(elements, stopped, out) };
-        match plain.tensor.input.mapped()? {
-            Some(bytes) => {
-                let bytes = &bytes[plain.tensor.place(&elements)];
-                Kernels::detect().load(plain.tensor.dtype, bytes, out);
-                Ok(())
-            }
-            None => self.compose(elements, stopped, out),
+        if let Some(tensor) = self.as_stored().map(|operand| &operand.tensor)
+            && let Some(float) = tensor.as_plain()
+            && let Some(bytes) = tensor.input.mapped()?
+        {
+            Kernels::detect().load(float, &bytes[tensor.stored_bytes(&elements)], out);
+            return Ok(());
         }
+        self.compose(elements, stopped, out)
     }
 
     fn compose(
@@ -198,16 +203,16 @@ impl Matrix {
 
     /// Gives the pages of its inputs back.
     pub fn release(&self) {
-        for input in self.terms.iter().flat_map(|(_, operand)| operand.inputs()) {
-            input.release(&(0..input.range.len()));
+        for part in self.terms.iter().flat_map(|(_, operand)| operand.parts()) {
+            part.input.release(&part.bounds(&(0..part.len())));
         }
     }
 }
 
-fn not_a_matrix(input: &Input) -> Error {
+fn not_a_matrix(input: &Input, shape: &[usize]) -> Error {
     Error::Option(format!(
-        "tensor `{}` ({}, shape {:?}) is not a matrix of floats",
-        input.tensor, input.dtype, input.shape
+        "tensor `{}` ({}, shape {shape:?}) is not a matrix of floats",
+        input.tensor, input.dtype
     ))
 }
 

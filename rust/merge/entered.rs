@@ -4,7 +4,7 @@
 use super::loader::Shared;
 use super::observation::Observation;
 use crate::Result;
-use crate::plan::{Computation, Operation, OutputTensor, Plan, PlannedShard};
+use crate::plan::{Assembly, Operation, OutputTensor, Piece, Plan, PlannedShard};
 
 /// One output tensor in work.
 #[derive(Debug)]
@@ -13,6 +13,13 @@ pub(super) struct Entered {
     pub shard: usize,
     /// What it is made of.
     pub output: OutputTensor,
+    /// What is known of each of its pieces, in their order; none if it is copied.
+    pub pieces: Vec<EnteredPiece>,
+}
+
+/// What workers share of a piece.
+#[derive(Debug)]
+pub(super) struct EnteredPiece {
     /// What its operands' loaders share.
     pub shared: Shared,
     /// What its method learns of it, if that observes.
@@ -31,27 +38,34 @@ impl Entered {
         number: usize,
     ) -> Result<Self> {
         let output = plan.tensor(planned, number)?;
-        let (shared, observation) = match &output.operation {
-            Operation::Copy(_) => (Shared::of(&[]), None),
-            Operation::Compute(computation) => {
-                let elements = output.range.len() / computation.dtype.size();
-                let observation = Observation::of(computation, elements);
-                (Shared::of(&computation.operands), observation)
+        let pieces = match &output.operation {
+            Operation::Copy(_) => Vec::new(),
+            Operation::Compute(assembly) => {
+                let enter = |piece: &Piece| EnteredPiece {
+                    shared: Shared::of(&piece.computation.operands),
+                    observation: Observation::of(&piece.computation, piece.region.len()),
+                };
+                assembly.pieces.iter().map(enter).collect()
             }
         };
-        Ok(Self { shard, output, shared, observation })
+        Ok(Self { shard, output, pieces })
     }
 
     /// What it is computed by, unless it is copied.
-    pub(super) fn computation(&self) -> Option<&Computation> {
+    pub(super) fn assembly(&self) -> Option<&Assembly> {
         match &self.output.operation {
             Operation::Copy(_) => None,
-            Operation::Compute(computation) => Some(computation),
+            Operation::Compute(assembly) => Some(assembly),
         }
     }
 
-    /// Number of its elements, if it is computed.
-    pub(super) fn elements(&self) -> usize {
-        self.computation().map_or(0, |computed| self.output.range.len() / computed.dtype.size())
+    /// Its pieces, with what is known of each.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (&Piece, &EnteredPiece)> {
+        self.assembly().into_iter().flat_map(|assembly| &assembly.pieces).zip(&self.pieces)
+    }
+
+    /// The piece with this number.
+    pub(super) fn piece(&self, number: usize) -> Option<(&Piece, &EnteredPiece)> {
+        Some((self.assembly()?.pieces.get(number)?, self.pieces.get(number)?))
     }
 }

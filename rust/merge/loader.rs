@@ -5,9 +5,10 @@
 //! cut into spans gives the same bits.
 
 use super::once::Once;
-use super::windows::{AHEAD, Windows};
+use super::reading::Reader;
+use super::windows::{Part, Place};
 use crate::kernels::{Kernels, Product};
-use crate::plan::{FloatInput, LowRank, Magnitude, Operand};
+use crate::plan::{LowRank, Magnitude, Operand};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -70,7 +71,7 @@ pub(crate) struct OperandLoader {
     /// DoRA's factors of the rows asked for so far, by operand; NaN where nobody has asked.
     row_factors: HashMap<usize, Vec<f32>>,
     whole_row: Vec<f32>,
-    windows: Windows,
+    reader: Reader,
 }
 
 /// Some rows of a left factor, (rows, rank).
@@ -102,12 +103,6 @@ fn segments(span: Range<usize>, columns: usize) -> impl Iterator<Item = Segment>
     })
 }
 
-// Parts of an operand, for their windows.
-const MATRIX: usize = 0;
-const ROWS: usize = 1;
-const MAGNITUDE: usize = 2;
-const FIRST_FACTOR: usize = 3;
-
 impl OperandLoader {
     pub(crate) fn new(kernels: Kernels) -> Self {
         Self {
@@ -116,7 +111,7 @@ impl OperandLoader {
             left: HashMap::new(),
             row_factors: HashMap::new(),
             whole_row: Vec::new(),
-            windows: Windows::default(),
+            reader: Reader::new(kernels),
         }
     }
 
@@ -134,7 +129,7 @@ impl OperandLoader {
             self.current = from.shared.id;
             self.left.clear();
             self.row_factors.clear();
-            self.windows.clear();
+            self.reader.clear();
         }
         self.load_adapted(from, span.clone(), values)?;
         let Some(magnitude) = &from.operand.magnitude else { return Ok(()) };
@@ -165,14 +160,15 @@ impl OperandLoader {
         values: &mut [f32],
     ) -> Result<()> {
         let Loading { number, operand, shared, stopped } = *from;
-        self.load_plain((number, MATRIX), &operand.tensor, span.clone(), values)?;
+        let place = |part: Part| Place { operand: number, part };
+        self.reader.load(place(Part::Matrix), &operand.tensor, span.clone(), values)?;
         if let Some(rows) = &operand.rows {
             for segment in segments(span.clone(), operand.columns) {
-                if let Some(place) = rows.places.get(&segment.row) {
-                    let start = place * operand.columns;
+                if let Some(&row) = rows.places.get(&segment.row) {
+                    let start = row * operand.columns;
                     let elements = start + segment.columns.start..start + segment.columns.end;
                     let values = &mut values[segment.place];
-                    self.load_plain((number, ROWS), &rows.tensor, elements, values)?;
+                    self.reader.load(place(Part::Rows), &rows.tensor, elements, values)?;
                 }
             }
         }
@@ -194,19 +190,6 @@ impl OperandLoader {
         Ok(())
     }
 
-    /// Loads elements of a tensor as it is stored; `place` as in [`Windows::bytes`].
-    fn load_plain(
-        &mut self,
-        place: (usize, usize),
-        tensor: &FloatInput,
-        elements: Range<usize>,
-        values: &mut [f32],
-    ) -> Result<()> {
-        let bytes = self.windows.bytes(place, &tensor.input, tensor.place(&elements), AHEAD)?;
-        self.kernels.load(tensor.dtype, bytes, values);
-        Ok(())
-    }
-
     /// The factor that multiplies every row's coefficients, (rank, columns): `A`, or `Bᵀ` if the matrix is stored
     /// transposed.
     fn right_factor(
@@ -216,11 +199,11 @@ impl OperandLoader {
         term: &LowRank,
     ) -> Result<Vec<f32>> {
         let (source, columns) = (term.right(), from.operand.columns);
-        let place = (from.number, FIRST_FACTOR + position);
+        let place = Place { operand: from.number, part: Part::Factor(position) };
         let total = term.rank * columns;
         let mut values = vec![0.0; total];
-        // The window of this place may hold bytes of the left factor.
-        self.windows.clear();
+        // What is kept under this place may be of the left factor.
+        self.reader.forget(place);
         // Of Bᵀ, a row at a time goes into a column.
         let step = if term.transpose { term.rank } else { PATIENCE };
         let mut row = vec![0.0; if term.transpose { term.rank } else { 0 }];
@@ -235,16 +218,16 @@ impl OperandLoader {
                 }
             }
             if term.transpose {
-                self.load_plain(place, source, elements, &mut row)?;
+                self.reader.load(place, source, elements, &mut row)?;
                 for (k, &value) in row.iter().enumerate() {
                     values[k * columns + start / term.rank] = value;
                 }
             } else {
-                self.load_plain(place, source, elements.clone(), &mut values[elements])?;
+                self.reader.load(place, source, elements.clone(), &mut values[elements])?;
             }
         }
-        source.input.release(&(0..source.input.range.len()));
-        self.windows.clear();
+        source.input.release(&source.bounds(&(0..total)));
+        self.reader.forget(place);
         Ok(values)
     }
 
@@ -257,7 +240,7 @@ impl OperandLoader {
             let mut block = self.left.remove(&place).unwrap_or_default();
             let count = (LEFT_BLOCK / rank).max(1);
             let source = term.left();
-            let rows = source.input.shape[usize::from(term.transpose)];
+            let rows = source.shape[usize::from(term.transpose)];
             block.rows = row / count * count..rows.min(row / count * count + count);
             block.values.resize(block.rows.len() * rank, 0.0);
             self.decode_left(place, term, &mut block)?;
@@ -275,28 +258,25 @@ impl OperandLoader {
         term: &LowRank,
         block: &mut LeftBlock,
     ) -> Result<()> {
-        let place = (place.0, FIRST_FACTOR + place.1);
+        let place = Place { operand: place.0, part: Part::Factor(place.1) };
         let (source, rank) = (term.left(), term.rank);
         if term.transpose {
-            let rows = source.input.shape[1];
+            let rows = source.shape[1];
             let mut column = vec![0.0; block.rows.len()];
             for k in 0..rank {
                 let elements = k * rows + block.rows.start..k * rows + block.rows.end;
-                let place_in_file = source.place(&elements);
                 // No more than these: the next ones that are wanted lie a row of `A` further on.
-                self.windows.clear();
-                let bytes = self.windows.bytes(place, &source.input, place_in_file.clone(), 0)?;
-                self.kernels.load(source.dtype, bytes, &mut column);
+                self.reader.forget(place);
+                self.reader.load_ahead(place, source, elements.clone(), 0, &mut column)?;
                 for (row, &value) in block.values.chunks_exact_mut(rank).zip(&column) {
                     row[k] = value;
                 }
-                source.input.release(&place_in_file);
+                source.input.release(&source.bounds(&elements));
             }
         } else {
             let elements = block.rows.start * rank..block.rows.end * rank;
-            let bytes = source.place(&elements);
-            self.load_plain(place, source, elements, &mut block.values)?;
-            source.input.release(&bytes);
+            self.reader.load(place, source, elements.clone(), &mut block.values)?;
+            source.input.release(&source.bounds(&elements));
         }
         Ok(())
     }
@@ -313,11 +293,11 @@ impl OperandLoader {
         self.load_adapted(from, row * columns..(row + 1) * columns, &mut values)?;
         let squares: f64 = values.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
         let mut wanted = [0.0];
-        let place = (from.number, MAGNITUDE);
-        self.load_plain(place, &magnitude.tensor, row..row + 1, &mut wanted)?;
+        let place = Place { operand: from.number, part: Part::Magnitude };
+        self.reader.load(place, &magnitude.tensor, row..row + 1, &mut wanted)?;
         let factor = crate::dtype::f64_to_f32(f64::from(wanted[0]) / squares.sqrt());
         self.whole_row = values;
-        let rows = from.operand.tensor.input.shape[0];
+        let rows = from.operand.tensor.shape[0];
         self.row_factors.entry(from.number).or_insert_with(|| vec![f32::NAN; rows])[row] = factor;
         Ok(factor)
     }
@@ -339,7 +319,7 @@ impl OperandLoader {
         magnitude: &Magnitude,
     ) -> Result<Vec<f32>> {
         let (columns, input) = (from.operand.columns, &from.operand.tensor);
-        let elements = input.input.shape.iter().product::<usize>();
+        let elements = input.len();
         let mut squares = vec![0.0_f64; columns];
         let mut values = vec![0.0; columns];
         let mut read = 0;
@@ -351,15 +331,15 @@ impl OperandLoader {
             }
             read += columns;
             if read >= PATIENCE || span.end == elements {
-                input.input.release(&input.place(&(span.end - read..span.end)));
+                input.input.release(&input.bounds(&(span.end - read..span.end)));
                 read = 0;
                 if (from.stopped)() {
                     return Err(Error::Interrupted);
                 }
             }
         }
-        let place = (from.number, MAGNITUDE);
-        self.load_plain(place, &magnitude.tensor, 0..columns, &mut values)?;
+        let place = Place { operand: from.number, part: Part::Magnitude };
+        self.reader.load(place, &magnitude.tensor, 0..columns, &mut values)?;
         let factors = values
             .iter()
             .zip(squares)

@@ -1,10 +1,12 @@
 //! How much memory an execution takes at most: what each worker holds, and what workers share of the tensors they are in.
 
 use super::loader::LEFT_BLOCK;
+use super::reading::ACROSS;
+use super::tile::ASSEMBLED;
 use super::windows::AHEAD;
 use super::work::{CHUNK, SUB_TILE, TILE_ALIGNMENT};
 use crate::checkpoint::ReadBackend;
-use crate::plan::{Computation, Operand, Operation, OutputTensor, Plan, PlannedShard};
+use crate::plan::{Computation, Operand, Operation, Order, OutputTensor, Plan, PlannedShard};
 use crate::{Error, Result};
 
 /// Bytes of counters for an operand of a tensor that is observed: 2^20 of them, and a copy when a pass is concluded.
@@ -49,42 +51,52 @@ impl Demand {
     }
 
     fn add(&mut self, tensor: &OutputTensor, mapped: bool) {
-        let computation = match &tensor.operation {
+        let assembly = match &tensor.operation {
             Operation::Copy(input) => {
                 self.window_per_byte = self.window_per_byte.max(usize::from(mapped));
                 self.largest_window = self.largest_window.max(input.range.len() + 2 * AROUND);
                 return;
             }
-            Operation::Compute(computation) => computation,
+            Operation::Compute(assembly) => assembly,
         };
-        let Computation { method, operands, dtype, .. } = computation;
-        let element: usize = operands.iter().map(|operand| operand.tensor.dtype.size()).sum();
-        let elements = tensor.range.len() / dtype.size();
-        let around = operands.len() * 2 * AROUND;
-        if mapped {
-            self.window_per_byte = self.window_per_byte.max(element.div_ceil(dtype.size()));
-            self.largest_window = self.largest_window.max(elements * element + around);
-        }
-        let row = method.row().unwrap_or(SUB_TILE).max(SUB_TILE);
-        let loaded = row.min(elements.max(SUB_TILE)) * 4;
-        let mut buffers = (operands.len() + 2) * loaded;
+        let (mut element, mut around) = (0, 0);
         let mut shared = 0;
-        for operand in operands {
-            let (held, common) = operand_bytes(operand, elements, mapped);
-            buffers += held;
-            shared += common;
+        for piece in &assembly.pieces {
+            let Computation { method, operands, .. } = &piece.computation;
+            let elements = piece.region.len();
+            // Of what is read in another order, the pages around each element are mapped.
+            let widths = operands.iter().map(|operand| operand.tensor.width());
+            let own: usize = widths.sum();
+            element = element.max(own);
+            around += operands.len() * 2 * AROUND;
+            let row = method.row().unwrap_or(SUB_TILE).max(SUB_TILE);
+            let loaded = row.min(elements.max(SUB_TILE)) * 4;
+            let mut buffers = (operands.len() + 2) * loaded;
+            if assembly.pieces.len() > 1 {
+                buffers += 2 * 4 * ASSEMBLED;
+            }
+            for operand in operands {
+                let (held, common) = operand_bytes(operand, elements, mapped);
+                buffers += held;
+                shared += common;
+            }
+            if method.passes() > 0 {
+                let request = method.request(&method.start());
+                let chunk = elements
+                    .min(method.row().map_or(CHUNK, |row| CHUNK.next_multiple_of(row.max(1))));
+                let windows = if mapped { chunk * own + operands.len() * 2 * AROUND } else { 0 };
+                // A chunk's sums wait for their turn; the total becomes facts.
+                let sums = request.sums * size_of::<f64>();
+                self.observing = self.observing.max(windows + 2 * sums);
+                shared += 2 * sums + operands.len() * COUNTERS;
+            }
+            self.buffers = self.buffers.max(buffers);
         }
-        if method.passes() > 0 {
-            let request = method.request(&method.start());
-            let chunk =
-                elements.min(method.row().map_or(CHUNK, |row| CHUNK.next_multiple_of(row.max(1))));
-            let windows = if mapped { chunk * element + around } else { 0 };
-            // A chunk's sums wait for their turn; the total becomes facts.
-            let sums = request.sums * size_of::<f64>();
-            self.observing = self.observing.max(windows + 2 * sums);
-            shared += 2 * sums + operands.len() * COUNTERS;
+        if mapped {
+            let bytes = element.div_ceil(assembly.dtype.size());
+            self.window_per_byte = self.window_per_byte.max(bytes);
+            self.largest_window = self.largest_window.max(assembly.elements * element + around);
         }
-        self.buffers = self.buffers.max(buffers);
         self.shared = self.shared.max(shared);
         self.sharing += usize::from(shared > 0);
     }
@@ -131,6 +143,11 @@ fn operand_bytes(operand: &Operand, elements: usize, mapped: bool) -> (usize, us
     // What is read by position is read ahead; of what is mapped, pages around it are mapped, too.
     let window = |bytes: usize| bytes.min(if mapped { 2 * AROUND } else { AHEAD });
     let mut held = if mapped { 0 } else { window(operand.tensor.input.range.len()) };
+    if let Some(view) = &operand.tensor.view
+        && !matches!(view.order(), Order::Runs)
+    {
+        held += float * 2 * ACROSS.max(view.row());
+    }
     let mut shared = 0;
     if let Some(replaced) = &operand.rows {
         held += replaced.tensor.input.range.len();

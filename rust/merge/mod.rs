@@ -1,9 +1,10 @@
 //! Execution of plans: output files are cut into tiles and tensors into chunks (`work`); a tensor is entered (`entered`),
-//! its operands are loaded and changed by adapters (`loader`), observed whole where a method asks for it (`observation`),
-//! and blended into tiles (`tile`). A queue puts all that in order (`queue`); workers stream the tiles to disk
+//! its operands are read (`reading`) and changed by adapters (`loader`), observed whole where a method asks for it (`observation`),
+//! and blended (`blending`) into tiles (`tile`). A queue puts all that in order (`queue`); workers stream the tiles to disk
 //! ([`stream`]) or compare them with what is there ([`verify`]).
 //! What all that takes is known beforehand (`memory`).
 
+mod blending;
 mod entered;
 pub(crate) mod loader;
 mod memory;
@@ -11,6 +12,7 @@ mod observation;
 mod once;
 mod pages;
 mod queue;
+mod reading;
 pub mod stream;
 mod tile;
 pub mod verify;
@@ -18,7 +20,7 @@ mod windows;
 mod work;
 mod workers;
 
-pub use tile::NonFinite;
+pub use blending::NonFinite;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 

@@ -5,10 +5,10 @@
 //! leaves them one by one, so that a tile of thousands of them holds but one at a time.
 
 use super::entered::Entered;
-use super::work::{CHUNK, chunks, parts};
+use super::work::{CHUNK, chunks, elements_of, parts};
 use crate::Result;
 use crate::checkpoint::ReadBackend;
-use crate::plan::{Operation, Plan, PlannedShard};
+use crate::plan::{Computation, Operation, Plan, PlannedShard};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,10 +40,12 @@ pub(super) struct Tile {
     pub large: Vec<(usize, Arc<Entered>)>,
 }
 
-/// A part of an observe pass over one tensor.
+/// A part of an observe pass over one piece of a tensor.
 #[derive(Debug, Clone)]
 pub(super) struct Chunk {
     pub tensor: Arc<Entered>,
+    /// Number of the piece.
+    pub piece: usize,
     pub pass: usize,
     /// Number of the chunk in the pass.
     pub number: usize,
@@ -122,7 +124,11 @@ impl<'a> Queue<'a> {
             return Ok(());
         }
         match item {
-            Item::Chunk(chunk) => prefetch_elements(&chunk.tensor, &chunk.elements),
+            Item::Chunk(chunk) => {
+                if let Some((piece, _)) = chunk.tensor.piece(chunk.piece) {
+                    prefetch_elements(&piece.computation, &chunk.elements);
+                }
+            }
             Item::Tile(tile) if tile.wanted => {
                 let shard = self.shards[tile.shard];
                 for part in parts(&shard.layout, &tile.span) {
@@ -191,12 +197,13 @@ impl<'a> Queue<'a> {
     ) -> Result<Arc<Entered>> {
         let tensor = Arc::new(Entered::new(plan, planned, state.shard, number)?);
         state.last = Some((number, Arc::clone(&tensor)));
-        if let Some(computation) = tensor.computation() {
-            for pass in 0..computation.method.passes() {
-                let chunks = chunks(tensor.elements(), computation.method.row());
-                for (number, elements) in chunks.enumerate() {
+        for (place, (piece, _)) in tensor.pieces().enumerate() {
+            let method = &piece.computation.method;
+            for pass in 0..method.passes() {
+                for (number, elements) in chunks(piece.region.len(), method.row()).enumerate() {
                     let tensor = Arc::clone(&tensor);
-                    state.items.push_back(Item::Chunk(Chunk { tensor, pass, number, elements }));
+                    let chunk = Chunk { tensor, piece: place, pass, number, elements };
+                    state.items.push_back(Item::Chunk(chunk));
                 }
             }
         }
@@ -208,15 +215,23 @@ impl<'a> Queue<'a> {
 fn prefetch_bytes(tensor: &Entered, bytes: &Range<usize>) {
     match &tensor.output.operation {
         Operation::Copy(input) => input.prefetch(bytes),
-        Operation::Compute(computation) => {
-            prefetch_elements(tensor, &super::work::elements_of(bytes, computation.dtype));
+        Operation::Compute(assembly) => {
+            let elements = elements_of(bytes, assembly.dtype);
+            for piece in &assembly.pieces {
+                prefetch_elements(&piece.computation, &piece.region.within(&elements));
+            }
         }
     }
 }
 
-/// Starts to read what some elements of a tensor are computed from.
-fn prefetch_elements(tensor: &Entered, elements: &Range<usize>) {
-    for operand in tensor.computation().iter().flat_map(|computation| &computation.operands) {
-        operand.tensor.input.prefetch(&operand.tensor.place(elements));
+/// Starts to read what some elements are computed from.
+fn prefetch_elements(computation: &Computation, elements: &Range<usize>) {
+    if elements.is_empty() {
+        return;
+    }
+    for operand in &computation.operands {
+        if let Some(bytes) = operand.tensor.ahead(elements) {
+            operand.tensor.input.prefetch(&bytes);
+        }
     }
 }

@@ -1,9 +1,10 @@
 //! The merge itself: workers fill tiles and write them; the last tile of a shard commits it.
 
 use super::Progress;
+use super::blending::NonFinite;
 use super::memory::Demand;
 use super::queue::{Item, Queue};
-use super::tile::{NonFinite, TileFiller};
+use super::tile::TileFiller;
 use super::work::{DEFAULT_TILE, TILE_ALIGNMENT};
 use super::workers;
 use crate::kernels::Kernels;
@@ -184,7 +185,7 @@ pub fn execute(
             let (shard, slot) = (pending[tile.shard], &open[tile.shard]);
             let file = slot.file(output, shard, options.write)?;
             filler.fill(plan, shard, &tile, buffer.filled(tile.span.len()), stopped)?;
-            slot.note_nonfinite(&mut filler.nonfinite_inputs);
+            slot.note_nonfinite(filler.nonfinite_inputs());
             file.write(buffer, tile.span.start)?;
             progress.advance(tile.span.len());
             // The release of every earlier tile is seen by the worker that takes the last one.

@@ -1,19 +1,21 @@
-//! Tiles: aligned spans of an output file, whatever tensors they cut.
+//! Filling tiles: aligned spans of an output file, whatever tensors they cut.
 
-use super::entered::Entered;
-use super::loader::{Loading, OperandLoader};
+use super::blending::{Blender, Job, NonFinite};
+use super::entered::{Entered, EnteredPiece};
 use super::pages::Pages;
 use super::queue::{Chunk, Tile};
 use super::work::{SUB_TILE, chunks, elements_of, parts};
 use crate::kernels::Kernels;
-use crate::methods::{Facts, Slice, Tally};
-use crate::plan::{Computation, Operand, Operation, Plan, PlannedShard};
+use crate::methods::Tally;
+use crate::plan::{Assembly, Computation, Operation, Piece, Plan, PlannedShard};
 use crate::{Error, Result};
 use std::ops::Range;
-use std::path::PathBuf;
 
 /// Elements that an observe pass looks at together where it looks at all: what it hands on each time costs.
 const OBSERVED: usize = 4 * SUB_TILE;
+
+/// Elements of a tensor of several pieces that are put together at a time.
+pub(super) const ASSEMBLED: usize = 1 << 16;
 
 /// Elements after which a worker looks whether it is to stop: a chunk or a tile of a slow method takes long.
 const PATIENCE: usize = 1 << 16;
@@ -42,45 +44,64 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// An input tensor in which NaN or infinity was met.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct NonFinite {
-    /// Its name.
-    pub tensor: String,
-    /// The file that it lies in.
-    pub path: PathBuf,
-}
-
 /// Fills tiles. Each worker owns one; its buffers are reused for every tile.
 #[derive(Debug)]
 pub(super) struct TileFiller {
     kernels: Kernels,
-    loader: OperandLoader,
-    allow_nonfinite: bool,
-    operands: Vec<Vec<f32>>,
-    blended: Vec<f32>,
+    blender: Blender,
+    /// Elements of several pieces, put together.
+    assembled: Vec<f32>,
     /// Elements of which not all bytes are wanted.
     stored: Vec<u8>,
     pages: Pages,
-    /// Input tensors in which NaN or infinity was met.
-    pub nonfinite_inputs: Vec<NonFinite>,
 }
 
-/// One computed tensor.
+/// A tensor that is computed, as it is worked on.
 #[derive(Clone, Copy)]
-struct Job<'a> {
+struct Work<'a> {
     file: &'a str,
     tensor: &'a Entered,
-    computation: &'a Computation,
-    facts: &'a Facts,
+    assembly: &'a Assembly,
     stopped: &'a dyn Fn() -> bool,
 }
 
-impl Job<'_> {
-    fn error(&self, problem: String) -> Error {
-        let tensor = self.tensor.output.name.clone();
-        Error::Merge { file: self.file.to_owned(), tensor, problem }
+impl<'a> Work<'a> {
+    /// Calls `work` with one piece, as soon as what it needs to know of it is known.
+    fn with<R>(
+        &self,
+        piece: &'a Piece,
+        entered: &'a EnteredPiece,
+        work: impl FnOnce(&Job<'_>) -> Result<R>,
+    ) -> Result<R> {
+        let facts = match &entered.observation {
+            Some(observation) => observation.facts(self.stopped)?,
+            None => piece.computation.method.start(),
+        };
+        work(&Job {
+            file: self.file,
+            name: &self.tensor.output.name,
+            piece,
+            entered,
+            facts: &facts,
+            dtype: self.assembly.dtype,
+            stopped: self.stopped,
+        })
     }
+}
+
+/// Cuts elements, which start anywhere, into units that are computed at a time: sub-tiles, or whole rows of a method that
+/// wants them, of which the first and the last may be cut.
+fn units(
+    computation: &Computation,
+    all: usize,
+    elements: &Range<usize>,
+) -> impl Iterator<Item = Range<usize>> {
+    // Without rows, sub-tiles start where the part does.
+    let (step, first, end) = match computation.method.row() {
+        Some(row) => (row.max(1), elements.start / row.max(1) * row.max(1), all),
+        None => (SUB_TILE, elements.start, elements.end),
+    };
+    (first..elements.end).step_by(step).map(move |start| start..end.min(start + step))
 }
 
 impl TileFiller {
@@ -88,14 +109,16 @@ impl TileFiller {
     pub(super) fn new(kernels: Kernels, allow_nonfinite: bool) -> Self {
         Self {
             kernels,
-            loader: OperandLoader::new(kernels),
-            allow_nonfinite,
-            operands: Vec::new(),
-            blended: vec![0.0; SUB_TILE],
+            blender: Blender::new(kernels, allow_nonfinite),
+            assembled: Vec::new(),
             stored: Vec::new(),
             pages: Pages::default(),
-            nonfinite_inputs: Vec::new(),
         }
+    }
+
+    /// Input tensors in which NaN or infinity was met; whoever asks takes them over.
+    pub(super) fn nonfinite_inputs(&mut self) -> &mut Vec<NonFinite> {
+        &mut self.blender.nonfinite_inputs
     }
 
     /// Fills `out` with the bytes of a tile of the shard's file, then gives the input pages it read back. Observations
@@ -144,21 +167,25 @@ impl TileFiller {
         out: &mut [u8],
         stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let computation = match &tensor.output.operation {
+        let assembly = match &tensor.output.operation {
             Operation::Copy(input) => {
                 input.read(bytes, out)?;
                 self.pages.read(input, bytes);
                 return Ok(());
             }
-            Operation::Compute(computation) => computation,
+            Operation::Compute(assembly) => assembly,
         };
-        let facts = match &tensor.observation {
-            Some(observation) => observation.facts(stopped)?,
-            None => computation.method.start(),
-        };
-        let job = Job { file, tensor, computation, facts: &facts, stopped };
-        self.compute_part(&job, bytes.clone(), out)?;
-        self.release(&computation.operands, &elements_of(bytes, computation.dtype));
+        let work = Work { file, tensor, assembly, stopped };
+        match tensor.pieces().next() {
+            Some((piece, entered)) if assembly.pieces.len() == 1 => {
+                work.with(piece, entered, |job| self.compute_part(job, bytes, out))?;
+            }
+            _ => self.assemble_part(&work, bytes, out)?,
+        }
+        let elements = elements_of(bytes, assembly.dtype);
+        for piece in &assembly.pieces {
+            self.release(&piece.computation, &piece.region.within(&elements));
+        }
         Ok(())
     }
 
@@ -169,17 +196,19 @@ impl TileFiller {
         tensor: &Entered,
         stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let Some(computation) = tensor.computation() else { return Ok(()) };
-        for pass in 0..computation.method.passes() {
-            let chunks = chunks(tensor.elements(), computation.method.row());
-            for (number, elements) in chunks.enumerate() {
-                self.observe_elements(file, tensor, pass, number, elements, stopped)?;
+        for (number, (piece, _)) in tensor.pieces().enumerate() {
+            let method = &piece.computation.method;
+            for pass in 0..method.passes() {
+                let chunks = chunks(piece.region.len(), method.row()).enumerate();
+                for (place, elements) in chunks {
+                    self.observe_elements(file, tensor, number, (pass, place), elements, stopped)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Observes a chunk of a tensor.
+    /// Observes a chunk of a piece.
     ///
     /// # Errors
     /// [`Error::Merge`] if the tensor turns out not to be mergeable, [`Error::Interrupted`], and those of reading the
@@ -190,31 +219,36 @@ impl TileFiller {
         chunk: &Chunk,
         stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let Chunk { tensor, pass, number, elements } = chunk;
-        self.observe_elements(&shard.file, tensor, *pass, *number, elements.clone(), stopped)?;
+        let Chunk { tensor, piece, pass, number, elements } = chunk;
+        let place = (*pass, *number);
+        self.observe_elements(&shard.file, tensor, *piece, place, elements.clone(), stopped)?;
         self.pages.give_back();
         Ok(())
     }
 
+    /// Observes elements of a piece: the chunk with this number of a pass.
     fn observe_elements(
         &mut self,
         file: &str,
         tensor: &Entered,
-        pass: usize,
-        number: usize,
+        piece: usize,
+        (pass, number): (usize, usize),
         elements: Range<usize>,
         stopped: &dyn Fn() -> bool,
     ) -> Result<()> {
-        let (Some(observation), Some(computation)) = (&tensor.observation, tensor.computation())
+        let (Some((piece, entered)), Some(assembly)) = (tensor.piece(piece), tensor.assembly())
         else {
             return Ok(());
         };
-        let method = &*computation.method;
+        let (Some(observation), method) = (&entered.observation, &*piece.computation.method) else {
+            return Ok(());
+        };
         let Some(mut assignment) = observation.begin(method, pass, stopped)? else {
             return Ok(());
         };
-        let facts = &assignment.facts;
-        let job = Job { file, tensor, computation, facts, stopped };
+        let name = tensor.output.name.as_str();
+        let (facts, dtype) = (&assignment.facts, assembly.dtype);
+        let job = Job { file, name, piece, entered, facts, dtype, stopped };
         // A sample is made of small pieces from many places.
         let whole = if assignment.stride == 1 { OBSERVED } else { SUB_TILE };
         let step = method.row().unwrap_or(whole).max(1);
@@ -225,162 +259,115 @@ impl TileFiller {
             }
             let elements = start..elements.end.min(start + step);
             watch.pass(elements.len())?;
-            self.load(&job, &elements)?;
             let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
-            with_slice(&self.operands, computation, &elements, |slice| {
-                method.observe(&self.kernels, facts, slice, &mut tally);
-            });
+            self.blender.observe(&job, &elements, &mut tally)?;
         }
-        self.release(&computation.operands, &elements);
+        self.release(&piece.computation, &elements);
         let finished = observation.finish(method, pass, number, assignment.sums);
         finished.map_err(|problem| job.error(problem))
     }
 
-    /// Computes the bytes `part`; a cut may fall inside an element where an input file was not aligned, and inside a row
-    /// that has to be blended whole.
-    fn compute_part(&mut self, job: &Job<'_>, part: Range<usize>, out: &mut [u8]) -> Result<()> {
-        let Computation { method, dtype, .. } = job.computation;
-        let size = dtype.size();
-        let elements = elements_of(&part, *dtype);
+    /// Computes the bytes `part` of a tensor of one piece; a cut may fall inside an element where an input file was not
+    /// aligned, and inside a row that has to be blended whole.
+    fn compute_part(&mut self, job: &Job<'_>, part: &Range<usize>, out: &mut [u8]) -> Result<()> {
+        let (dtype, size) = (job.dtype, job.dtype.size());
+        let elements = elements_of(part, dtype);
         let mut watch = Watch::new(job.stopped);
-        // Without rows, sub-tiles start where the part does.
-        let (step, first) = match method.row() {
-            Some(row) => (row.max(1), elements.start / row.max(1) * row.max(1)),
-            None => (SUB_TILE, elements.start),
-        };
-        let end = job.tensor.elements();
-        for start in (first..elements.end).step_by(step) {
-            let stop = if method.row().is_some() { end } else { elements.end };
-            let unit = start..stop.min(start + step);
+        for unit in units(&job.piece.computation, job.piece.region.len(), &elements) {
             let bytes = unit.start * size..unit.end * size;
             watch.pass(unit.len())?;
             if part.start <= bytes.start && bytes.end <= part.end {
-                let place = bytes.start - part.start..bytes.end - part.start;
-                self.compute_elements(job, unit, &mut out[place])?;
+                let out = &mut out[bytes.start - part.start..bytes.end - part.start];
+                self.blender
+                    .blend(job, unit, |kernels, values| kernels.store(dtype, values, out))?;
                 continue;
             }
-            let mut stored = std::mem::take(&mut self.stored);
+            let stored = &mut self.stored;
             stored.resize(bytes.len(), 0);
-            self.compute_elements(job, unit, &mut stored)?;
-            let wanted = bytes.start.max(part.start)..bytes.end.min(part.end);
-            out[wanted.start - part.start..wanted.end - part.start]
-                .copy_from_slice(&stored[wanted.start - bytes.start..wanted.end - bytes.start]);
-            self.stored = stored;
+            self.blender
+                .blend(job, unit, |kernels, values| kernels.store(dtype, values, stored))?;
+            copy_wanted(&bytes, stored, part, out);
         }
         Ok(())
     }
 
-    /// Loads elements of all operands.
-    fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) -> Result<()> {
-        let count = elements.len();
-        let operands = &job.computation.operands;
-        self.operands.resize_with(self.operands.len().max(operands.len()), Vec::new);
-        for (number, (operand, values)) in operands.iter().zip(&mut self.operands).enumerate() {
-            if values.len() < count {
-                values.resize(count.max(SUB_TILE), 0.0);
-            }
-            let from =
-                Loading { number, operand, shared: &job.tensor.shared, stopped: job.stopped };
-            self.loader.load(&from, elements.clone(), &mut values[..count])?;
-        }
-        Ok(())
-    }
-
-    /// Computes whole elements: a sub-tile, or a row.
-    fn compute_elements(
+    /// Computes the bytes `part` of a tensor of several pieces.
+    fn assemble_part(
         &mut self,
-        job: &Job<'_>,
-        elements: Range<usize>,
+        work: &Work<'_>,
+        part: &Range<usize>,
         out: &mut [u8],
     ) -> Result<()> {
-        self.load(job, &elements)?;
-        if self.blended.len() < elements.len() {
-            self.blended.resize(elements.len(), 0.0);
+        let (dtype, size) = (work.assembly.dtype, work.assembly.dtype.size());
+        let elements = elements_of(part, dtype);
+        let mut values = std::mem::take(&mut self.assembled);
+        let mut stored = std::mem::take(&mut self.stored);
+        for start in elements.clone().step_by(ASSEMBLED) {
+            let unit = start..elements.end.min(start + ASSEMBLED);
+            values.resize(values.len().max(unit.len()), 0.0);
+            self.assemble(work, &unit, &mut values[..unit.len()])?;
+            let bytes = unit.start * size..unit.end * size;
+            stored.resize(bytes.len(), 0);
+            // Each piece has been looked at.
+            let _ = self.kernels.store(dtype, &values[..unit.len()], &mut stored);
+            copy_wanted(&bytes, &stored, part, out);
         }
-        let blended = &mut self.blended[..elements.len()];
-        let Computation { method, dtype, .. } = job.computation;
-        with_slice(&self.operands, job.computation, &elements, |slice| {
-            method.blend(&self.kernels, job.facts, slice, blended)
-        })
-        .map_err(|problem| job.error(problem))?;
-        let finite = self.kernels.store(*dtype, blended, out);
-        if finite && (!method.leaves_out() || self.operands_finite(job, elements.len())) {
-            return Ok(());
+        (self.assembled, self.stored) = (values, stored);
+        Ok(())
+    }
+
+    /// Computes some elements of a tensor, whichever pieces they belong to, as numbers.
+    fn assemble(
+        &mut self,
+        work: &Work<'_>,
+        elements: &Range<usize>,
+        values: &mut [f32],
+    ) -> Result<()> {
+        let dtype = work.assembly.dtype;
+        let mut watch = Watch::new(work.stopped);
+        for (piece, entered) in work.tensor.pieces() {
+            let wanted = piece.region.within(elements);
+            if wanted.is_empty() {
+                continue;
+            }
+            work.with(piece, entered, |job| {
+                for unit in units(&piece.computation, piece.region.len(), &wanted) {
+                    watch.pass(unit.len())?;
+                    let stored = &mut self.stored;
+                    let part = unit.start.max(wanted.start)..unit.end.min(wanted.end);
+                    let inside = part.start - unit.start..part.end - unit.start;
+                    self.blender.blend(job, unit, |kernels, blended| {
+                        piece.region.scatter(part.start, &blended[inside], elements.start, values);
+                        stored.resize(blended.len() * dtype.size(), 0);
+                        kernels.store(dtype, blended, stored)
+                    })?;
+                }
+                Ok(())
+            })?;
         }
-        self.explain_nonfinite(job, elements)
+        Ok(())
     }
 
     /// Gives the pages back, by and by, that these elements of the operands were read from; those of factors went when
     /// they were decoded.
-    fn release(&mut self, operands: &[Operand], elements: &Range<usize>) {
-        for operand in operands {
-            self.pages.read(&operand.tensor.input, &operand.tensor.place(elements));
+    fn release(&mut self, computation: &Computation, elements: &Range<usize>) {
+        if elements.is_empty() {
+            return;
+        }
+        for operand in &computation.operands {
+            if let Some(bytes) = operand.tensor.done(elements) {
+                self.pages.read(&operand.tensor.input, &bytes);
+            }
             if let Some(rows) = &operand.rows {
                 self.pages.read(&rows.tensor.input, &(0..rows.tensor.input.range.len()));
             }
         }
     }
-
-    /// Whether the operands' first loaded elements hold neither NaN nor infinity.
-    fn operands_finite(&self, job: &Job<'_>, count: usize) -> bool {
-        let operands = &self.operands[..job.computation.operands.len()];
-        self.kernels.run(
-            #[inline(always)]
-            || {
-                let finite = |values: &Vec<f32>| {
-                    values[..count].iter().fold(true, |finite, value| finite & value.is_finite())
-                };
-                operands.iter().all(finite)
-            },
-        )
-    }
-
-    /// Says where NaN or infinity came from; an error unless the inputs had it and that is allowed.
-    #[cold]
-    fn explain_nonfinite(&mut self, job: &Job<'_>, elements: Range<usize>) -> Result<()> {
-        for (offset, element) in elements.enumerate() {
-            let mut operands = job.computation.operands.iter().zip(&self.operands);
-            if let Some((operand, _)) = operands.find(|(_, values)| !values[offset].is_finite()) {
-                let input = &operand.tensor.input;
-                if !self.allow_nonfinite {
-                    return Err(Error::NonFiniteInput {
-                        path: input.path().to_owned(),
-                        tensor: input.tensor.clone(),
-                        element,
-                        adapted: !operand.low_rank.is_empty() || operand.magnitude.is_some(),
-                    });
-                }
-                let place =
-                    NonFinite { tensor: input.tensor.clone(), path: input.path().to_owned() };
-                if !self.nonfinite_inputs.contains(&place) {
-                    self.nonfinite_inputs.push(place);
-                }
-            } else {
-                // A NaN that finite inputs gave is not below the limit either.
-                let finite = self.blended[offset].abs() < job.computation.dtype.overflow();
-                if !finite {
-                    return Err(Error::NonFiniteResult {
-                        file: job.file.to_owned(),
-                        tensor: job.tensor.output.name.clone(),
-                        element,
-                        dtype: format!("{:?}", job.computation.dtype),
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Gives the loaded elements to `work`.
-fn with_slice<R>(
-    loaded: &[Vec<f32>],
-    computation: &Computation,
-    elements: &Range<usize>,
-    work: impl FnOnce(&Slice<'_>) -> R,
-) -> R {
-    let loaded = &loaded[..computation.operands.len()];
-    let all: Vec<&[f32]> = loaded.iter().map(|values| &values[..elements.len()]).collect();
-    let (operands, base) = all.split_at(all.len() - usize::from(computation.has_base));
-    work(&Slice { operands, base: base.first().copied(), first: elements.start })
+/// Copies those of the bytes `from` that lie in `part` to their places in `out`, which is that part.
+fn copy_wanted(from: &Range<usize>, bytes: &[u8], part: &Range<usize>, out: &mut [u8]) {
+    let wanted = from.start.max(part.start)..from.end.min(part.end);
+    out[wanted.start - part.start..wanted.end - part.start]
+        .copy_from_slice(&bytes[wanted.start - from.start..wanted.end - from.start]);
 }

@@ -8,9 +8,31 @@ use std::ops::Range;
 /// Bytes that a positioned read fetches where the next ones will be asked for too.
 pub(super) const AHEAD: usize = 1 << 20;
 
-/// The windows of one worker, by operand and the operand's part.
+/// What a window is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Place {
+    /// Number of the operand.
+    pub operand: usize,
+    /// Which of its tensors.
+    pub part: Part,
+}
+
+/// One of the tensors that an operand is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Part {
+    /// The matrix that adapters change.
+    Matrix,
+    /// Rows that replace some of its own.
+    Rows,
+    /// DoRA's norms.
+    Magnitude,
+    /// A factor of the product with this number.
+    Factor(usize),
+}
+
+/// The windows of one worker.
 #[derive(Debug, Default)]
-pub(super) struct Windows(HashMap<(usize, usize), Window>);
+pub(super) struct Windows(HashMap<Place, Window>);
 
 #[derive(Debug, Default)]
 struct Window {
@@ -26,13 +48,20 @@ impl Windows {
         }
     }
 
+    /// Forgets what was read for `place`.
+    pub(super) fn forget(&mut self, place: Place) {
+        if let Some(window) = self.0.get_mut(&place) {
+            window.range = 0..0;
+        }
+    }
+
     /// Bytes `range` of an input's data. If they must be read, up to `ahead` bytes are, and kept under `place`.
     ///
     /// # Errors
     /// Those of opening and reading the file.
     pub(super) fn bytes<'a>(
         &'a mut self,
-        place: (usize, usize),
+        place: Place,
         input: &'a Input,
         range: Range<usize>,
         ahead: usize,

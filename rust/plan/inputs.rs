@@ -1,5 +1,7 @@
 //! Inputs of one output tensor: where they lie, and what adapters do to them.
 
+use super::schema;
+use super::view::{Order, Region, View};
 use crate::checkpoint::{Checkpoint, InputFile};
 use crate::dtype::Float;
 use crate::methods::Method;
@@ -14,6 +16,8 @@ use std::sync::{Arc, OnceLock};
 #[derive(Debug)]
 pub struct Input {
     checkpoint: Arc<Checkpoint>,
+    /// What the plan calls the checkpoint.
+    pub source: Arc<str>,
     /// Number of its shard in the checkpoint.
     shard: usize,
     file: OnceLock<Arc<InputFile>>,
@@ -28,14 +32,15 @@ pub struct Input {
 }
 
 impl Input {
-    /// Finds a tensor of a checkpoint.
+    /// Finds a tensor of the checkpoint that is called `source`.
     ///
     /// # Errors
     /// [`Error::NoTensor`].
-    pub fn find(checkpoint: &Arc<Checkpoint>, tensor: &str) -> Result<Self> {
+    pub fn find(checkpoint: &Arc<Checkpoint>, source: &Arc<str>, tensor: &str) -> Result<Self> {
         let (shard, entry) = checkpoint.locate(tensor)?;
         Ok(Self {
             checkpoint: Arc::clone(checkpoint),
+            source: Arc::clone(source),
             shard,
             file: OnceLock::new(),
             tensor: tensor.to_owned(),
@@ -104,44 +109,123 @@ impl Input {
     pub fn place(&self, bytes: &Range<usize>) -> Range<usize> {
         self.range.start + bytes.start..self.range.start + bytes.end
     }
-
-    /// Its dtype, provided that it can be computed with.
-    fn float(&self) -> Result<Float> {
-        Float::from_safetensors(self.dtype).ok_or_else(|| {
-            Error::Plan(format!(
-                "tensor `{}` of {} has dtype {}, which can only be copied; BF16, F16, F32 and F64 can be merged",
-                self.tensor,
-                self.path().display(),
-                self.dtype
-            ))
-        })
-    }
 }
 
-/// An input tensor of floats, loaded as f32 whatever its dtype.
+/// An input tensor of floats, or a part of one, loaded as f32 whatever its dtype.
 #[derive(Debug)]
 pub struct FloatInput {
     /// The tensor.
     pub input: Input,
-    /// Its dtype.
-    pub dtype: Float,
+    /// How its elements are stored.
+    pub stored: Stored,
+    /// Which of them are meant, and in which order; `None` for all.
+    pub view: Option<View>,
+    /// Dimensions, of the view if there is one.
+    pub shape: Vec<usize>,
+}
+
+/// How elements are stored.
+#[derive(Debug)]
+pub enum Stored {
+    /// As numbers.
+    Plain(Float),
 }
 
 impl FloatInput {
-    /// The tensor, if it holds floats.
+    /// The tensor, if it holds floats; what is stated of its view must fit.
     ///
     /// # Errors
-    /// [`Error::Plan`] if its dtype cannot be computed with.
-    pub fn new(input: Input) -> Result<Self> {
-        let dtype = input.float()?;
-        Ok(Self { input, dtype })
+    /// [`Error::Plan`] if its dtype cannot be computed with, or the view does not lie within it.
+    pub fn new(input: Input, view: Option<&schema::View>) -> Result<Self> {
+        let Some(float) = Float::from_safetensors(input.dtype) else {
+            return Err(Error::Plan(format!(
+                "tensor `{}` of {} has dtype {}, which can only be copied; BF16, F16, F32 and F64 can be merged",
+                input.tensor,
+                input.path().display(),
+                input.dtype
+            )));
+        };
+        let shape = view.map_or_else(|| input.shape.clone(), |view| view.shape.clone());
+        let elements = input.shape.iter().product();
+        let view = view.map(|view| View::new(view, elements)).transpose().map_err(|problem| {
+            let (tensor, path) = (&input.tensor, input.path().display());
+            Error::Plan(format!("tensor `{tensor}` of {path}: {problem}"))
+        })?;
+        Ok(Self { input, stored: Stored::Plain(float), view, shape })
     }
 
-    /// The place of some elements among its bytes.
+    /// Number of its elements.
     #[must_use]
-    pub fn place(&self, elements: &Range<usize>) -> Range<usize> {
-        let size = self.dtype.size();
-        elements.start * size..elements.end * size
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Its dtype, if it is a whole tensor of plain numbers.
+    #[must_use]
+    pub fn as_plain(&self) -> Option<Float> {
+        match self {
+            Self { view: None, stored: Stored::Plain(float), .. } => Some(*float),
+            _ => None,
+        }
+    }
+
+    /// Bytes among which one of its elements is read, rounded up.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        let Stored::Plain(float) = self.stored;
+        let apart = match &self.view {
+            Some(view) if matches!(view.order(), Order::Spread(_)) => view.stride(),
+            _ => 1,
+        };
+        float.size() * apart
+    }
+
+    /// Bytes of it that are read, each once.
+    #[must_use]
+    pub fn bytes_read(&self) -> usize {
+        self.stored_bytes(&(0..self.len())).len()
+    }
+
+    /// Bytes of the stored tensor that some of its stored elements take.
+    #[must_use]
+    pub fn stored_bytes(&self, elements: &Range<usize>) -> Range<usize> {
+        match self.stored {
+            Stored::Plain(float) => elements.start * float.size()..elements.end * float.size(),
+        }
+    }
+
+    /// Bytes of the stored tensor among which those of some elements lie, with others between them.
+    #[must_use]
+    pub fn bounds(&self, elements: &Range<usize>) -> Range<usize> {
+        match &self.view {
+            Some(view) => self.stored_bytes(&view.bounds(elements)),
+            None => self.stored_bytes(elements),
+        }
+    }
+
+    /// Bytes to be read soon for some elements; none where they lie too far apart.
+    #[must_use]
+    pub fn ahead(&self, elements: &Range<usize>) -> Option<Range<usize>> {
+        let order = self.view.as_ref().map_or(Order::Runs, View::order);
+        (!matches!(order, Order::Across(_))).then(|| self.bounds(elements))
+    }
+
+    /// Bytes that are not needed any more when some elements have been read, in ascending order, by one of several
+    /// workers. Of what is read across, a part is needed again and again.
+    #[must_use]
+    pub fn done(&self, elements: &Range<usize>) -> Option<Range<usize>> {
+        let order = self.view.as_ref().map_or(Order::Runs, View::order);
+        match order {
+            Order::Across(_) if elements.end < self.len() => None,
+            Order::Across(_) => Some(self.bounds(&(0..self.len()))),
+            _ => Some(self.bounds(elements)),
+        }
     }
 }
 
@@ -209,17 +293,15 @@ pub struct Magnitude {
 
 impl Operand {
     /// A tensor as it is.
-    ///
-    /// # Errors
-    /// [`Error::Plan`] if its dtype cannot be computed with.
-    pub fn plain(input: Input) -> Result<Self> {
-        Ok(Self {
-            columns: input.shape.last().copied().unwrap_or(1),
-            tensor: FloatInput::new(input)?,
+    #[must_use]
+    pub fn plain(tensor: FloatInput) -> Self {
+        Self {
+            columns: tensor.shape.last().copied().unwrap_or(1),
+            tensor,
             rows: None,
             low_rank: Vec::new(),
             magnitude: None,
-        })
+        }
     }
 
     /// Whether it is a tensor as it is stored.
@@ -228,15 +310,19 @@ impl Operand {
         self.rows.is_none() && self.low_rank.is_empty() && self.magnitude.is_none()
     }
 
-    /// All the tensors behind it.
-    pub fn inputs(&self) -> impl Iterator<Item = &Input> {
+    /// All that is read for it.
+    pub fn parts(&self) -> impl Iterator<Item = &FloatInput> {
         let factors = self.low_rank.iter().flat_map(|term| [&term.a, &term.b]);
         [&self.tensor]
             .into_iter()
             .chain(self.rows.iter().map(|rows| &rows.tensor))
             .chain(factors)
             .chain(self.magnitude.iter().map(|magnitude| &magnitude.tensor))
-            .map(|tensor| &tensor.input)
+    }
+
+    /// All the tensors that are read, and how many bytes of each.
+    fn reads(&self) -> impl Iterator<Item = (&Input, usize)> {
+        self.parts().map(|part| (&part.input, part.bytes_read()))
     }
 }
 
@@ -256,8 +342,28 @@ pub struct OutputTensor {
 pub enum Operation {
     /// The input's bytes as they are.
     Copy(Input),
-    /// A method over operands of one shape, rounded once to the dtype.
-    Compute(Computation),
+    /// Pieces, each by a method over operands of one shape; rounded once.
+    Compute(Assembly),
+}
+
+/// A tensor that is computed.
+#[derive(Debug)]
+pub struct Assembly {
+    /// What it consists of. Together they fill it, and each element is one's.
+    pub pieces: Vec<Piece>,
+    /// Number of its elements.
+    pub elements: usize,
+    /// The dtype of the result.
+    pub dtype: Float,
+}
+
+/// A part of a tensor that is computed by itself.
+#[derive(Debug)]
+pub struct Piece {
+    /// Which elements of the tensor it fills.
+    pub region: Region,
+    /// How.
+    pub computation: Computation,
 }
 
 /// A method and what it works on.
@@ -269,17 +375,16 @@ pub struct Computation {
     pub operands: Vec<Operand>,
     /// Whether there is a base.
     pub has_base: bool,
-    /// The dtype of the result.
-    pub dtype: Float,
 }
 
 impl Operation {
-    /// All the tensors that are read.
-    pub fn inputs(&self) -> impl Iterator<Item = &Input> {
-        let (copied, operands) = match self {
-            Self::Copy(input) => (Some(input), [].as_slice()),
-            Self::Compute(computation) => (None, computation.operands.as_slice()),
+    /// All the tensors that are read, and how many bytes of each.
+    pub fn reads(&self) -> impl Iterator<Item = (&Input, usize)> {
+        let (copied, pieces) = match self {
+            Self::Copy(input) => (Some((input, input.range.len())), [].as_slice()),
+            Self::Compute(assembly) => (None, assembly.pieces.as_slice()),
         };
-        copied.into_iter().chain(operands.iter().flat_map(Operand::inputs))
+        let operands = pieces.iter().flat_map(|piece| &piece.computation.operands);
+        copied.into_iter().chain(operands.flat_map(Operand::reads))
     }
 }

@@ -8,10 +8,13 @@ mod plan;
 mod resolve;
 pub mod schema;
 mod sources;
+mod view;
 
 pub use inputs::{
-    Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, OutputTensor, Rows,
+    Assembly, Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, OutputTensor,
+    Piece, Rows, Stored,
 };
 pub use plan::{Plan, PlannedShard};
 pub use resolve::resolve_sum;
 pub use sources::GivenSources;
+pub use view::{Order, Region, View};

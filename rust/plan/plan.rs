@@ -37,8 +37,10 @@ pub struct PlannedShard {
     tensors: Vec<PlannedTensor>,
     /// The tensors' names, one after another.
     names: String,
+    /// What consists of pieces, by the number of the tensor, and what has a shape of its own.
+    special: BTreeMap<usize, Special>,
     /// The files that it reads: source, and the shard's number there.
-    reads: Vec<(String, usize)>,
+    reads: Vec<(Arc<str>, usize)>,
     /// Bytes of the tensors that it reads.
     bytes_read: usize,
 }
@@ -47,8 +49,16 @@ pub struct PlannedShard {
 struct PlannedTensor {
     /// Where its name ends among the names.
     name: u32,
+    /// Of what consists of pieces, that of the first.
     recipe: u32,
     dtype: Dtype,
+}
+
+/// What few tensors have.
+#[derive(Debug, Default)]
+struct Special {
+    shape: Vec<usize>,
+    pieces: Vec<schema::Piece>,
 }
 
 impl PlannedShard {
@@ -85,7 +95,7 @@ impl Plan {
         let plan = parse(json)?;
         let mut sources = Sources::new();
         for (name, source) in &plan.sources {
-            sources.insert(name.clone(), open_source(source, given.get(name), backend)?);
+            sources.insert(name.clone(), open_source(name, source, given.get(name), backend)?);
         }
         let digests = plan.operations.iter().map(digest_of).collect::<Result<Vec<_>>>()?;
         let operations = plan.operations.into_iter().enumerate();
@@ -157,10 +167,14 @@ impl Plan {
     pub fn tensor(&self, shard: &PlannedShard, number: usize) -> Result<OutputTensor> {
         let name = shard.name(number);
         let planned = shard.tensors[number];
-        let recipe = &self.recipes[planned.recipe as usize];
-        let resolver = Resolver { sources: &self.sources, name };
-        let (_, shape) = resolver.like(recipe)?;
-        let operation = resolver.operation(recipe, planned.dtype, shape)?;
+        let resolver = Resolver { sources: &self.sources, name, whole: None };
+        let operation = operation_of(
+            &self.recipes,
+            resolver,
+            planned.recipe,
+            shard.special.get(&number),
+            planned.dtype,
+        )?;
         Ok(OutputTensor { name: name.to_owned(), range: shard.layout.range(number), operation })
     }
 
@@ -215,7 +229,7 @@ impl Plan {
     /// [`Error::InputChanged`].
     pub fn check_inputs_unchanged(&self, shard: &PlannedShard) -> Result<()> {
         for (source, number) in &shard.reads {
-            self.sources[source].checkpoint.shards()[*number].check_unchanged()?;
+            self.sources[&**source].checkpoint.shards()[*number].check_unchanged()?;
         }
         Ok(())
     }
@@ -250,7 +264,11 @@ fn parse(json: &[u8]) -> Result<schema::Plan<'_>> {
 /// For an error: who is made by an operation.
 fn made_by(shards: &[schema::Shard<'_>], number: usize) -> String {
     let mut tensors = shards.iter().flat_map(|shard| &shard.tensors);
-    match tensors.find(|tensor| tensor.operation as usize == number) {
+    let uses = |tensor: &&schema::Tensor<'_>| {
+        let pieces = tensor.pieces.iter().map(|piece| piece.operation);
+        tensor.operation.into_iter().chain(pieces).any(|used| used as usize == number)
+    };
+    match tensors.find(uses) {
         Some(tensor) => format!("tensor `{}`", tensor.name),
         None => format!("operation {number}"),
     }
@@ -281,6 +299,7 @@ fn plan_shard(
         metadata: shard.metadata,
         tensors: Vec::with_capacity(shard.tensors.len()),
         names: String::with_capacity(shard.tensors.iter().map(|tensor| tensor.name.len()).sum()),
+        special: BTreeMap::new(),
         reads: Vec::new(),
         bytes_read: 0,
     };
@@ -292,52 +311,89 @@ fn plan_shard(
         hash_text(&mut hasher, key);
         hash_text(&mut hasher, value);
     }
-    for tensor in shard.tensors {
-        let recipe = recipes.get(tensor.operation as usize).ok_or_else(|| {
-            Error::Plan(format!(
-                "tensor `{}` is made by operation {}, of which the plan has {}",
-                tensor.name,
-                tensor.operation,
-                recipes.len()
-            ))
-        })?;
-        let resolver = Resolver { sources, name: &tensor.name };
-        let like = resolver.like(recipe);
-        let (dtype, shape) = match (tensor.dtype, &tensor.shape) {
-            (Some(dtype), Some(shape)) => (dtype, shape.as_slice()),
-            (dtype, shape) => {
-                let (like_dtype, like_shape) = like?;
-                (dtype.unwrap_or(like_dtype), shape.as_deref().unwrap_or(like_shape))
+    for (number, tensor) in shard.tensors.into_iter().enumerate() {
+        let resolver = Resolver { sources, name: &tensor.name, whole: None };
+        let used = tensor.operation.into_iter().chain(tensor.pieces.iter().map(|p| p.operation));
+        for operation in used {
+            if operation as usize >= recipes.len() {
+                return Err(Error::Plan(format!(
+                    "tensor `{}` is made by operation {operation}, of which the plan has {}",
+                    tensor.name,
+                    recipes.len()
+                )));
+            }
+        }
+        let first = match (tensor.operation, tensor.pieces.as_slice()) {
+            (Some(operation), []) => operation,
+            (None, [first, ..]) => first.operation,
+            _ => {
+                return Err(Error::Plan(format!(
+                    "tensor `{}` needs either an operation or pieces",
+                    tensor.name
+                )));
             }
         };
-        let operation = resolver.operation(recipe, dtype, shape)?;
-        for (input, source) in operation.inputs().zip(recipe.sources()) {
-            planned.bytes_read += input.range.len();
-            if !reads.contains(&(source, input.shard())) {
-                reads.insert((source, input.shard()));
+        let recipe = &recipes[first as usize];
+        let (dtype, shape) = match (tensor.dtype, tensor.shape) {
+            (Some(dtype), shape @ Some(_)) => (dtype, shape),
+            (None, shape @ Some(_)) => (resolver.like(recipe)?.0, shape),
+            (dtype, None) if tensor.pieces.is_empty() => {
+                (dtype.unwrap_or(resolver.like(recipe)?.0), None)
+            }
+            (_, None) => {
+                return Err(Error::Plan(format!(
+                    "tensor `{}` consists of pieces, so that its shape must be given",
+                    tensor.name
+                )));
+            }
+        };
+        let special = shape.map(|shape| Special { shape, pieces: tensor.pieces });
+        let operation = operation_of(recipes, resolver, first, special.as_ref(), dtype)?;
+        for (input, bytes) in operation.reads() {
+            planned.bytes_read += bytes;
+            let place = (Arc::clone(&input.source), input.shard());
+            if !reads.contains(&place) {
+                reads.insert(place);
             }
         }
         planned.names.push_str(&tensor.name);
         let name = u32::try_from(planned.names.len())
             .map_err(|_| Error::Plan(format!("the names of {} are too long", planned.file)))?;
-        planned.tensors.push(PlannedTensor { name, recipe: tensor.operation, dtype });
+        planned.tensors.push(PlannedTensor { name, recipe: first, dtype });
+        let like = resolver.like(recipe)?.1;
+        let (shape, pieces) = match &special {
+            Some(special) => (special.shape.as_slice(), special.pieces.as_slice()),
+            None => (like, [].as_slice()),
+        };
         hash_text(&mut hasher, &tensor.name);
         hash_text(&mut hasher, &dtype.to_string());
         hash_text(&mut hasher, &format!("{shape:?}"));
-        hasher.update(digests[tensor.operation as usize].as_bytes());
+        if pieces.is_empty() {
+            hasher.update(digests[first as usize].as_bytes());
+        }
+        for piece in pieces {
+            hash_text(&mut hasher, &format!("{:?}", piece.view));
+            hasher.update(digests[piece.operation as usize].as_bytes());
+        }
+        // What can be derived is not kept.
+        if let Some(special) =
+            special.filter(|special| !special.pieces.is_empty() || special.shape != like)
+        {
+            planned.special.insert(number, special);
+        }
     }
     let entry = |number: usize| entry(sources, recipes, &planned, number);
     let layout = Layout::of(&planned.file, &planned.metadata, planned.tensors.len(), &entry);
     planned.layout = layout.map_err(Error::Plan)?;
     for (source, number) in reads {
-        let file = &sources[source].checkpoint.shards()[number].name;
-        let identity = &stated[source].files[file];
-        hash_text(&mut hasher, source);
+        let file = &sources[&*source].checkpoint.shards()[number].name;
+        let identity = &stated[&*source].files[file];
+        hash_text(&mut hasher, &source);
         hash_text(&mut hasher, file);
         hasher.update(&identity.size.to_le_bytes());
         hasher.update(&identity.mtime_ns.to_le_bytes());
         hasher.update(identity.header_digest.as_ref());
-        planned.reads.push((source.to_owned(), number));
+        planned.reads.push((source, number));
     }
     planned.digest = hasher.finalize().to_hex().to_string();
     Ok(planned)
@@ -352,9 +408,36 @@ fn entry<'a>(
 ) -> Option<Entry<'a>> {
     let tensor = shard.tensors.get(number)?;
     let name = shard.name(number);
-    let resolver = Resolver { sources, name };
-    let (_, shape) = resolver.like(&recipes[tensor.recipe as usize]).ok()?;
+    let shape = match shard.special.get(&number) {
+        Some(special) => special.shape.as_slice(),
+        None => {
+            let resolver = Resolver { sources, name, whole: None };
+            resolver.like(&recipes[tensor.recipe as usize]).ok()?.1
+        }
+    };
     Some(Entry { name, dtype: tensor.dtype, shape })
+}
+
+/// What makes a tensor: an operation, of what has nothing special the one with this number.
+fn operation_of(
+    recipes: &[Recipe],
+    resolver: Resolver<'_>,
+    recipe: u32,
+    special: Option<&Special>,
+    dtype: Dtype,
+) -> Result<Operation> {
+    let recipe = &recipes[recipe as usize];
+    match special {
+        None => resolver.operation(recipe, dtype, resolver.like(recipe)?.1),
+        Some(Special { shape, pieces }) if pieces.is_empty() => {
+            resolver.operation(recipe, dtype, shape)
+        }
+        Some(Special { shape, pieces }) => {
+            let pieces =
+                pieces.iter().map(|piece| (&piece.view, &recipes[piece.operation as usize]));
+            resolver.assembly(pieces, dtype, shape)
+        }
+    }
 }
 
 /// Digest of an operation. A shard's digest holds those of its tensors; sources' paths are in none of them, since a moved

@@ -1,9 +1,12 @@
 //! From what a plan says of a tensor to that tensor's inputs and method. The same check is made when the plan is
 //! validated and when a worker enters the tensor, so that nothing of it need be kept in between.
 
-use super::inputs::{Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, Rows};
+use super::inputs::{
+    Assembly, Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, Piece, Rows,
+};
 use super::schema;
 use super::sources::{GivenSources, Source, Sources};
+use super::view::{Region, View};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
 use crate::methods::{self, Convert, Prepared};
@@ -26,14 +29,18 @@ pub fn resolve_sum(
 ) -> Result<Vec<(f32, Operand)>> {
     let source = |(name, checkpoint): (&String, &Arc<Checkpoint>)| {
         let listed = vec![true; checkpoint.shards().len()];
-        (name.clone(), Source { checkpoint: Arc::clone(checkpoint), listed })
+        let checkpoint = Arc::clone(checkpoint);
+        (name.clone(), Source { name: name.as_str().into(), checkpoint, listed })
     };
     let sources: Sources = given.iter().map(source).collect();
-    let resolver = Resolver { sources: &sources, name };
+    let resolver = Resolver { sources: &sources, name, whole: None };
     let Some(first) = terms.first() else {
         return Err(Error::Plan(format!("tensor `{name}` is made of nothing")));
     };
-    let shape = resolver.find(&first.operand.source, first.operand.tensor.as_deref())?.shape;
+    let shape = match &first.operand.view {
+        Some(view) => view.shape.clone(),
+        None => resolver.find(&first.operand.source, first.operand.tensor.as_deref())?.shape,
+    };
     let resolve = |term: &schema::WeightedOperand| {
         let weight = crate::dtype::f64_to_f32(term.weight.unwrap_or(1.0));
         if !term.parameters.is_empty() || !weight.is_finite() {
@@ -74,30 +81,6 @@ impl Recipe {
     }
 }
 
-impl Recipe {
-    /// Names of the sources of an operation's inputs, in the order of [`Operation::inputs`].
-    pub(super) fn sources(&self) -> impl Iterator<Item = &str> {
-        let (copied, merged) = match self {
-            Self::Copy(place) => (Some(place.source.as_str()), None),
-            Self::Merge { merge, .. } => (None, Some(merge)),
-        };
-        let operands = merged.into_iter().flat_map(|merge| {
-            merge.operands.iter().map(|weighted| &weighted.operand).chain(&merge.base)
-        });
-        copied.into_iter().chain(operands.flat_map(operand_sources))
-    }
-}
-
-fn operand_sources(operand: &schema::Operand) -> impl Iterator<Item = &str> {
-    let factors = operand.low_rank.iter().flat_map(|term| [&term.a.source, &term.b.source]);
-    [&operand.source]
-        .into_iter()
-        .chain(operand.rows.iter().map(|rows| &rows.source))
-        .chain(factors)
-        .chain(operand.magnitude.iter().map(|magnitude| &magnitude.source))
-        .map(String::as_str)
-}
-
 /// The weight is a parameter like any other, but for its place in the plan.
 fn operand_parameters(weighted: &schema::WeightedOperand) -> Map<String, Value> {
     let mut parameters = weighted.parameters.clone();
@@ -107,13 +90,27 @@ fn operand_parameters(weighted: &schema::WeightedOperand) -> Map<String, Value> 
     parameters
 }
 
-/// Finds the inputs of one tensor.
+/// Finds the inputs of one tensor, or of a piece of one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Resolver<'a> {
     pub sources: &'a Sources,
     /// The output tensor's name.
     pub name: &'a str,
+    /// Of a piece, the whole tensor and which part of it this is.
+    pub whole: Option<Whole<'a>>,
 }
+
+/// What a piece is a part of.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Whole<'a> {
+    /// Dimensions of the whole tensor.
+    pub shape: &'a [usize],
+    /// The part.
+    pub view: &'a schema::View,
+}
+
+/// A piece of a tensor as the plan has it.
+pub(super) type PlannedPiece<'a> = (&'a schema::View, &'a Recipe);
 
 impl<'a> Resolver<'a> {
     /// Dtype and shape that an output tensor has where the plan does not say it: those of what is copied, or of the
@@ -121,20 +118,20 @@ impl<'a> Resolver<'a> {
     ///
     /// # Errors
     /// [`Error::Plan`], [`Error::NoTensor`].
-    pub(super) fn like(&self, recipe: &Recipe) -> Result<(Dtype, &'a [usize])> {
-        let (source, tensor) = match recipe {
-            Recipe::Copy(place) => (&place.source, &place.tensor),
+    pub(super) fn like(&self, recipe: &'a Recipe) -> Result<(Dtype, &'a [usize])> {
+        let (source, tensor, view) = match recipe {
+            Recipe::Copy(place) => (&place.source, &place.tensor, &place.view),
             Recipe::Merge { merge, .. } => {
                 let first = merge.operands.first().map(|weighted| &weighted.operand);
                 let Some(first) = first.or(merge.base.as_ref()) else {
                     return Err(Error::Plan(format!("tensor `{}` is made of nothing", self.name)));
                 };
-                (&first.source, &first.tensor)
+                (&first.source, &first.tensor, &first.view)
             }
         };
         let source = self.source(source)?;
         let (_, entry) = source.checkpoint.locate(tensor.as_deref().unwrap_or(self.name))?;
-        Ok((entry.dtype, entry.shape))
+        Ok((entry.dtype, view.as_ref().map_or(entry.shape, |view| &view.shape)))
     }
 
     /// The operation that makes a tensor of this dtype and shape.
@@ -147,18 +144,61 @@ impl<'a> Resolver<'a> {
         dtype: Dtype,
         shape: &[usize],
     ) -> Result<Operation> {
+        if let Recipe::Copy(place @ schema::TensorRef { view: None, .. }) = recipe {
+            let input = self.find_as(&place.source, place.tensor.as_deref(), shape)?;
+            if input.dtype == dtype {
+                return Ok(Operation::Copy(input));
+            }
+        }
+        let elements = self.elements(shape)?;
+        let computation = self.computation(recipe, shape)?;
+        let pieces = vec![Piece { region: Region::whole(elements), computation }];
+        Ok(Operation::Compute(Assembly { pieces, elements, dtype: self.output_float(dtype)? }))
+    }
+
+    /// The operation that makes a tensor of this dtype and shape of pieces.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if they do not fill the tensor, and those of each piece.
+    pub(super) fn assembly(
+        &self,
+        pieces: impl Iterator<Item = PlannedPiece<'a>>,
+        dtype: Dtype,
+        shape: &[usize],
+    ) -> Result<Operation> {
+        let elements = self.elements(shape)?;
+        let problem = |problem: String| Error::Plan(format!("tensor `{}`: {problem}", self.name));
+        let pieces = pieces
+            .map(|(view, recipe)| {
+                let region = View::new(view, elements).and_then(|view| Region::of(&view));
+                let region = region.map_err(problem)?;
+                let part = Resolver { whole: Some(Whole { shape, view }), ..*self };
+                Ok(Piece { region, computation: part.computation(recipe, &view.shape)? })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let regions: Vec<Region> = pieces.iter().map(|piece| piece.region).collect();
+        Region::check_cover(&regions, elements).map_err(problem)?;
+        Ok(Operation::Compute(Assembly { pieces, elements, dtype: self.output_float(dtype)? }))
+    }
+
+    fn elements(&self, shape: &[usize]) -> Result<usize> {
+        let elements = shape.iter().try_fold(1_usize, |count, &extent| count.checked_mul(extent));
+        elements.ok_or_else(|| {
+            Error::Plan(format!("the size of tensor `{}` of shape {shape:?} overflows", self.name))
+        })
+    }
+
+    /// What computes a tensor or a piece of this shape.
+    fn computation(&self, recipe: &Recipe, shape: &[usize]) -> Result<Computation> {
         match recipe {
             Recipe::Copy(place) => {
-                let input = self.find_as(&place.source, place.tensor.as_deref(), shape)?;
-                if input.dtype == dtype {
-                    return Ok(Operation::Copy(input));
-                }
-                Ok(Operation::Compute(Computation {
+                let tensor =
+                    self.float(&place.source, place.tensor.as_deref(), place.view.as_ref(), shape)?;
+                Ok(Computation {
                     method: Box::new(Convert),
-                    operands: vec![Operand::plain(input)?],
+                    operands: vec![Operand::plain(tensor)],
                     has_base: false,
-                    dtype: self.output_float(dtype)?,
-                }))
+                })
             }
             Recipe::Merge { merge, method } => {
                 let operands = merge.operands.iter().map(|weighted| &weighted.operand);
@@ -170,8 +210,7 @@ impl<'a> Resolver<'a> {
                 let method = method
                     .method(self.name, shape)
                     .map_err(|problem| Error::Plan(format!("tensor `{}`: {problem}", self.name)))?;
-                let dtype = self.output_float(dtype)?;
-                Ok(Operation::Compute(Computation { method, operands, has_base, dtype }))
+                Ok(Computation { method, operands, has_base })
             }
         }
     }
@@ -181,8 +220,9 @@ impl<'a> Resolver<'a> {
     /// # Errors
     /// [`Error::Plan`], [`Error::NoTensor`].
     pub(super) fn operand(&self, operand: &schema::Operand, shape: &[usize]) -> Result<Operand> {
-        let input = self.find_as(&operand.source, operand.tensor.as_deref(), shape)?;
-        let mut found = Operand::plain(input)?;
+        let view = operand.view.as_ref();
+        let tensor = self.float(&operand.source, operand.tensor.as_deref(), view, shape)?;
+        let mut found = Operand::plain(tensor);
         if operand.rows.is_none() && operand.low_rank.is_empty() && operand.magnitude.is_none() {
             return Ok(found);
         }
@@ -201,21 +241,19 @@ impl<'a> Resolver<'a> {
         if let Some(magnitude) = &operand.magnitude {
             let features = if magnitude.transpose { columns } else { rows };
             let tensor = self.find(&magnitude.source, Some(&magnitude.tensor))?;
-            if tensor.shape.iter().product::<usize>() != features {
-                return Err(self.mismatch(&tensor, &[features]));
+            let tensor = FloatInput::new(tensor, None)?;
+            if tensor.len() != features {
+                return Err(self.mismatch(&tensor.input, &tensor.shape, &[features]));
             }
-            let (tensor, transpose) = (FloatInput::new(tensor)?, magnitude.transpose);
+            let transpose = magnitude.transpose;
             found.magnitude = Some(Magnitude { tensor, transpose });
         }
         Ok(found)
     }
 
     fn rows(&self, replaced: &schema::Rows, [rows, columns]: [usize; 2]) -> Result<Rows> {
-        let tensor = self.find(&replaced.source, Some(&replaced.tensor))?;
         let expected = [replaced.indices.len(), columns];
-        if tensor.shape != expected {
-            return Err(self.mismatch(&tensor, &expected));
-        }
+        let tensor = self.float(&replaced.source, Some(&replaced.tensor), None, &expected)?;
         let places: BTreeMap<usize, usize> =
             replaced.indices.iter().enumerate().map(|(place, &row)| (row, place)).collect();
         let beyond = places.last_key_value().is_some_and(|(&row, _)| row >= rows);
@@ -225,19 +263,22 @@ impl<'a> Resolver<'a> {
                 self.name
             )));
         }
-        Ok(Rows { tensor: FloatInput::new(tensor)?, places })
+        Ok(Rows { tensor, places })
     }
 
     fn low_rank(&self, term: &schema::LowRank, [rows, columns]: [usize; 2]) -> Result<LowRank> {
-        let a = self.find(&term.a.source, term.a.tensor.as_deref())?;
-        let b = self.find(&term.b.source, term.b.tensor.as_deref())?;
+        let factor = |part: &schema::TensorRef| {
+            let input = self.find(&part.source, part.tensor.as_deref())?;
+            FloatInput::new(input, part.view.as_ref())
+        };
+        let (a, b) = (factor(&term.a)?, factor(&term.b)?);
         let (out, inner) = if term.transpose { (columns, rows) } else { (rows, columns) };
         let rank = a.shape.first().copied().unwrap_or(0);
         if rank == 0 || a.shape != [rank, inner] {
-            return Err(self.mismatch(&a, &[rank.max(1), inner]));
+            return Err(self.mismatch(&a.input, &a.shape, &[rank.max(1), inner]));
         }
         if b.shape != [out, rank] {
-            return Err(self.mismatch(&b, &[out, rank]));
+            return Err(self.mismatch(&b.input, &b.shape, &[out, rank]));
         }
         let scale = crate::dtype::f64_to_f32(term.scale);
         if !scale.is_finite() {
@@ -246,19 +287,38 @@ impl<'a> Resolver<'a> {
                 term.scale, self.name
             )));
         }
-        let (a, b) = (FloatInput::new(a)?, FloatInput::new(b)?);
         Ok(LowRank { a, b, rank, scale, transpose: term.transpose })
     }
 
     /// A tensor that has this shape.
     fn find_as(&self, source: &str, tensor: Option<&str>, shape: &[usize]) -> Result<Input> {
         let input = self.find(source, tensor)?;
-        if input.shape == shape { Ok(input) } else { Err(self.mismatch(&input, shape)) }
+        if input.shape == shape {
+            return Ok(input);
+        }
+        Err(self.mismatch(&input, &input.shape, shape))
+    }
+
+    /// Numbers of this shape: a tensor, or a part of one. Of a tensor as large as the whole, a piece takes its own part.
+    fn float(
+        &self,
+        source: &str,
+        tensor: Option<&str>,
+        view: Option<&schema::View>,
+        shape: &[usize],
+    ) -> Result<FloatInput> {
+        let input = self.find(source, tensor)?;
+        let own = self.whole.filter(|whole| input.shape == whole.shape).map(|whole| whole.view);
+        let found = FloatInput::new(input, view.or(own))?;
+        if found.shape == shape {
+            return Ok(found);
+        }
+        Err(self.mismatch(&found.input, &found.shape, shape))
     }
 
     fn find(&self, name: &str, tensor: Option<&str>) -> Result<Input> {
         let source = self.source(name)?;
-        let input = Input::find(&source.checkpoint, tensor.unwrap_or(self.name))?;
+        let input = Input::find(&source.checkpoint, &source.name, tensor.unwrap_or(self.name))?;
         if source.listed.get(input.shard()) == Some(&true) {
             return Ok(input);
         }
@@ -288,13 +348,12 @@ impl<'a> Resolver<'a> {
         })
     }
 
-    fn mismatch(&self, input: &Input, expected: &[usize]) -> Error {
+    fn mismatch(&self, input: &Input, shape: &[usize], expected: &[usize]) -> Error {
         Error::Plan(format!(
-            "tensor `{}` needs an input of shape {expected:?}, but `{}` of {} has {:?}",
+            "tensor `{}` needs an input of shape {expected:?}, but `{}` of {} has {shape:?}",
             self.name,
             input.tensor,
-            input.path().display(),
-            input.shape
+            input.path().display()
         ))
     }
 }

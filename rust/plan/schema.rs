@@ -70,14 +70,65 @@ pub struct Tensor<'a> {
     /// Name in the output.
     #[serde(borrow)]
     pub name: Cow<'a, str>,
-    /// Number of its operation.
-    pub operation: u32,
+    /// Number of its operation, if one makes all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<u32>,
+    /// Otherwise the pieces that it consists of, in any order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pieces: Vec<Piece>,
+    /// How its numbers are stored, if not as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encode: Option<Encode>,
     /// Element type in the output; that of the tensor that is copied, or of the first operand's, if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
     /// Dimensions; likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shape: Option<Vec<usize>>,
+}
+
+/// Elements of a tensor, counted row by row, in an order and shape of their own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct View {
+    /// The first of them.
+    pub start: usize,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// How far neighbours of each dimension lie apart, in elements of the tensor.
+    pub strides: Vec<usize>,
+}
+
+/// A part of an output tensor that has an operation of its own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Piece {
+    /// Which elements of the output tensor it fills. Operands that say no view of their own have the same.
+    pub view: View,
+    /// Number of its operation.
+    pub operation: u32,
+}
+
+/// How the numbers of a tensor are stored: as those of an input are.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Encode {
+    /// Key of [`Plan::sources`].
+    pub source: String,
+    /// Name of the encoded tensor there; operands that name none are called the same.
+    pub tensor: String,
+    /// What of it this output tensor holds.
+    pub part: EncodedPart,
+}
+
+/// One of the tensors that an encoded one is stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EncodedPart {
+    /// The numbers, each over its scale.
+    Codes,
+    /// The scales.
+    Scales,
 }
 
 /// What fills tensors.
@@ -99,6 +150,9 @@ pub struct TensorRef {
     /// Name of the tensor there; the output tensor's own if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensor: Option<String>,
+    /// Which of its elements, and in which shape; all of them if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub view: Option<View>,
 }
 
 /// What is merged: a tensor, possibly changed by an adapter on the way, so that no merged copy of it need exist.
@@ -112,6 +166,9 @@ pub struct Operand {
     /// Name of the tensor there; the output tensor's own if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensor: Option<String>,
+    /// Which of its elements, and in which shape; all of them if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub view: Option<View>,
     /// Rows that are replaced (PEFT's trainable tokens).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<Rows>,

@@ -9,6 +9,8 @@ use std::sync::Arc;
 /// A checkpoint that a plan reads, and which of its shards it may.
 #[derive(Debug)]
 pub(super) struct Source {
+    /// What the plan calls it.
+    pub name: Arc<str>,
     pub checkpoint: Arc<Checkpoint>,
     /// By the shard's number in the checkpoint.
     pub listed: Vec<bool>,
@@ -24,6 +26,7 @@ pub(super) type Sources = BTreeMap<String, Source>;
 /// states. Of files that are opened the modification time may differ (copies and clones change it); the size and the
 /// header may not. A checkpoint that is open was looked at before: its files must still be what they were then.
 pub(super) fn open_source(
+    name: &str,
     source: &schema::Source,
     given: Option<&Arc<Checkpoint>>,
     backend: ReadBackend,
@@ -56,5 +59,5 @@ pub(super) fn open_source(
             crate::error::printable(checkpoint.path())
         )));
     }
-    Ok(Source { checkpoint, listed })
+    Ok(Source { name: name.into(), checkpoint, listed })
 }

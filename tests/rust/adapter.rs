@@ -326,7 +326,7 @@ fn norms_that_cannot_be_taken_say_why_to_all_workers() {
     let plan = fixtures::open(&text, ReadBackend::Pread);
     // Half of the file goes after it has been opened; all workers wait for norms that one of them cannot take.
     let held = plan.tensor(&plan.shards()[0], 0).unwrap();
-    for input in held.operation.inputs() {
+    for input in held.operation.reads().map(|(input, _)| input) {
         input.file().unwrap();
     }
     let file = std::fs::File::options().write(true).open(path.join("model.safetensors")).unwrap();

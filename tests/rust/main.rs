@@ -12,4 +12,5 @@ mod kernels;
 mod merge;
 mod methods;
 mod plan;
+mod views;
 mod writer;

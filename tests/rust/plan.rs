@@ -182,7 +182,7 @@ fn what_is_left_out_is_the_input_s_own() {
         let [a, b] = [long.tensor(left, number).unwrap(), short.tensor(right, number).unwrap()];
         assert_eq!((&a.name, &a.range), (&b.name, &b.range));
         let inputs = |tensor: &OutputTensor| -> Vec<_> {
-            let inputs = tensor.operation.inputs();
+            let inputs = tensor.operation.reads().map(|(input, _)| input);
             inputs.map(|input| (input.path().to_owned(), input.range.clone())).collect()
         };
         assert_eq!(inputs(&a), inputs(&b));
