@@ -1,7 +1,9 @@
 //! Integration tests of the engine; the modules mirror `rust/`.
 
 mod adapter;
+mod bands;
 mod checkpoint;
+mod codes;
 mod difference;
 mod directories;
 
