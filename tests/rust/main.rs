@@ -7,6 +7,7 @@ mod codes;
 mod difference;
 mod directories;
 
+mod encodings;
 mod errors;
 mod fixtures;
 mod headers;

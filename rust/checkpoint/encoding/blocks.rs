@@ -3,6 +3,10 @@
 /// What nearly all who quantise in blocks take.
 const USUAL: usize = 128;
 
+/// Where neither it nor a power of two fits, a side is believed that is a multiple of this: any number of scales may be
+/// divided by somehow.
+const STEP: usize = 8;
+
 /// The side of blocks of which `count` cover `length`: the usual one if it does, else the power of two that does, else
 /// the divisor. `None` if none of them does.
 pub(super) fn side(length: usize, count: usize) -> Option<usize> {
@@ -16,8 +20,8 @@ pub(super) fn side(length: usize, count: usize) -> Option<usize> {
     // Two powers of two both cover only where one block covers all, or two do; then the larger is as good.
     let largest = if count == 1 { length } else { (length - 1) / (count - 1) };
     let power = 1 << largest.ilog2();
-    let whole = count == 1 && length > USUAL;
-    [(!whole).then_some(USUAL), (count == 1).then_some(length), Some(power), Some(length / count)]
+    let divisor = (length / count).is_multiple_of(STEP).then_some(length / count);
+    [Some(USUAL), (count == 1).then_some(length), Some(power), divisor]
         .into_iter()
         .flatten()
         .find(|&side| covers(side))
