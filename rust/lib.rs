@@ -20,6 +20,7 @@ compile_error!(
 
 pub mod error;
 
+pub mod code;
 pub mod dtype;
 
 pub mod checkpoint;

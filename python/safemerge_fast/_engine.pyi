@@ -236,19 +236,29 @@ class Verification:
 class TensorInfo:
     """Name, dtype, shape and place of one tensor, from a header.
 
-    A reference into the checkpoint's tables, which it keeps alive; what is asked for is made then.
+    A quantised tensor is spoken of as what it stands for. A reference into the checkpoint's tables, which it keeps
+    alive; what is asked for is made then.
     """
 
     @property
     def name(self) -> str: ...
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """As safetensors names it; of a quantised tensor that of the model it was made from, BF16."""
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def file(self) -> str: ...
+    def encoding(self) -> str | None:
+        """The format of a quantised tensor, in words; None if the bytes are numbers of this dtype."""
     @property
-    def nbytes(self) -> int: ...
+    def stored(self) -> tuple[str, ...]:
+        """Names of the stored tensors that it is made of: codes, scales, the global scale, what else speaks of it."""
+    @property
+    def file(self) -> str:
+        """The file that holds it, or its codes."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it is made of."""
     @property
     def parameters(self) -> int:
         """Number of elements."""
@@ -287,10 +297,17 @@ class Checkpoint:
     def files(self) -> list[str]: ...
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, file by file, then in the order of their bytes."""
+        """Names of all tensors, file by file, then in the order of their bytes.
+
+        A quantised tensor stands once, where its codes lie, under the name that it has where it is not quantised.
+        What asks for names, tensors or their number raises CheckpointError if a quantised one is not whole.
+        """
     @property
     def tensors(self) -> list[TensorInfo]:
         """All tensors, in the order of `names`."""
+    @property
+    def stored_tensors(self) -> list[TensorInfo]:
+        """All tensors as they are stored: codes and scales apart. Never raises."""
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -315,8 +332,21 @@ class Checkpoint:
             PlanError: A shard has changed.
             CheckpointError: A shard is gone.
         """
-    def rows(self, name: str, start: int, stop: int) -> Rows: ...
-    def release(self, name: str) -> None: ...
+    def rows(self, name: str, start: int, stop: int, *, stored: bool = False) -> Rows:
+        """Bytes of some rows of a tensor.
+
+        Args:
+            name: Its name.
+            start: The first row.
+            stop: The row after the last.
+            stored: Whether bytes of codes are wanted where the tensor is quantised; the name is then a stored one's.
+
+        Raises:
+            PlanError: There are not so many rows, or the tensor is quantised and `stored` was not said.
+            CheckpointError: There is no tensor of this name, or it cannot be read.
+        """
+    def release(self, name: str) -> None:
+        """Gives the memory back that a tensor's mapped bytes take."""
 
 @final
 class Matrix:

@@ -1,7 +1,10 @@
 //! `Checkpoint`: headers, and rows of tensors.
 
 use super::error::{detached, to_python};
-use crate::checkpoint::{self, InputFile, ReadBackend, Shard, TensorEntry, TensorId};
+use crate::checkpoint::{
+    self, Encoding, InputFile, LogicalTensor, ReadBackend, Shard, TensorEntry, TensorId,
+};
+use crate::error::printable;
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -15,30 +18,65 @@ use std::sync::Arc;
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct TensorInfo {
     checkpoint: Arc<checkpoint::Checkpoint>,
+    /// Where it is stored, or its codes are.
     id: TensorId,
+    /// Whether it is quantised and spoken of as what it stands for.
+    encoded: bool,
 }
+
+/// The dtype that a quantised tensor stands for: what models that are quantised were trained in.
+const STANDS_FOR: &str = "BF16";
 
 impl TensorInfo {
     fn entry(&self) -> (&Shard, TensorEntry<'_>) {
         self.checkpoint.entry(self.id)
+    }
+
+    /// How it is encoded. Found each time: kept, 100,000 of them would take tens of megabytes.
+    fn found(&self, py: Python<'_>) -> PyResult<Option<Encoding>> {
+        if !self.encoded {
+            return Ok(None);
+        }
+        self.checkpoint.encoding_of(self.id).map_err(|error| to_python(py, &error))
     }
 }
 
 #[pymethods]
 impl TensorInfo {
     #[getter]
-    fn name(&self) -> &str {
-        self.entry().1.name
+    fn name(&self, py: Python<'_>) -> PyResult<Cow<'_, str>> {
+        let found = self.found(py)?.map(|encoding| Cow::Owned(encoding.name));
+        Ok(found.unwrap_or(Cow::Borrowed(self.entry().1.name)))
     }
 
     #[getter]
-    fn dtype(&self) -> String {
-        self.entry().1.dtype.to_string()
+    fn dtype(&self) -> Cow<'_, str> {
+        match self.encoded {
+            true => Cow::Borrowed(STANDS_FOR),
+            false => Cow::Owned(self.entry().1.dtype.to_string()),
+        }
     }
 
     #[getter]
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, self.entry().1.shape)
+        match self.found(py)? {
+            Some(encoding) => PyTuple::new(py, encoding.shape),
+            None => PyTuple::new(py, self.entry().1.shape),
+        }
+    }
+
+    #[getter]
+    fn encoding(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        Ok(self.found(py)?.map(|encoding| encoding.format.to_string()))
+    }
+
+    #[getter]
+    fn stored<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let name = |id| self.checkpoint.entry(id).1.name;
+        match self.found(py)? {
+            Some(encoding) => PyTuple::new(py, encoding.stored().map(name).collect::<Vec<_>>()),
+            None => PyTuple::new(py, [name(self.id)]),
+        }
     }
 
     #[getter]
@@ -47,18 +85,28 @@ impl TensorInfo {
     }
 
     #[getter]
-    fn nbytes(&self) -> usize {
-        self.entry().1.range.len()
+    fn nbytes(&self, py: Python<'_>) -> PyResult<usize> {
+        let bytes = |id| self.checkpoint.entry(id).1.range.len();
+        Ok(match self.found(py)? {
+            Some(encoding) => encoding.stored().map(bytes).sum(),
+            None => bytes(self.id),
+        })
     }
 
     #[getter]
-    fn parameters(&self) -> usize {
-        self.entry().1.elements()
+    fn parameters(&self, py: Python<'_>) -> PyResult<usize> {
+        let encoding = self.found(py)?;
+        Ok(encoding.map_or_else(|| self.entry().1.elements(), |encoding| encoding.elements()))
     }
 
-    fn __repr__(&self) -> String {
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let (shard, TensorEntry { name, dtype, shape, .. }) = self.entry();
-        format!("TensorInfo({name:?}, {dtype}, {shape:?}, {:?})", shard.name)
+        Ok(match self.found(py)? {
+            Some(Encoding { name, shape, format, .. }) => {
+                format!("TensorInfo({name:?}, {format}, {shape:?}, {:?})", shard.name)
+            }
+            None => format!("TensorInfo({name:?}, {dtype}, {shape:?}, {:?})", shard.name),
+        })
     }
 }
 
@@ -194,13 +242,19 @@ impl Checkpoint {
     }
 
     #[getter]
-    fn names(&self) -> Vec<&str> {
-        self.inner.tensors().map(|(_, entry)| entry.name).collect()
+    fn names(&self, py: Python<'_>) -> PyResult<Vec<&str>> {
+        detached(py, || Ok(self.inner.logical()?.map(|tensor| tensor.name).collect()))
     }
 
     #[getter]
-    fn tensors(&self) -> Vec<TensorInfo> {
-        self.inner.ids().map(|id| self.info(id)).collect()
+    fn tensors(&self, py: Python<'_>) -> PyResult<Vec<TensorInfo>> {
+        let list = || Ok(self.inner.logical()?.map(|tensor| self.logical(&tensor)).collect());
+        detached(py, list)
+    }
+
+    #[getter]
+    fn stored_tensors(&self) -> Vec<TensorInfo> {
+        self.inner.ids().map(|id| self.info(id, false)).collect()
     }
 
     #[getter]
@@ -209,23 +263,34 @@ impl Checkpoint {
     }
 
     #[getter]
-    fn parameters(&self) -> usize {
-        self.inner.tensors().map(|(_, entry)| entry.elements()).sum()
+    fn parameters(&self, py: Python<'_>) -> PyResult<usize> {
+        detached(py, || {
+            let mut sum = 0;
+            for tensor in self.inner.logical()? {
+                let encoding =
+                    if tensor.encoded { self.inner.encoding_of(tensor.id)? } else { None };
+                sum += encoding.map_or_else(
+                    || self.inner.entry(tensor.id).1.elements(),
+                    |encoding| encoding.elements(),
+                );
+            }
+            Ok(sum)
+        })
     }
 
-    fn __len__(&self) -> usize {
-        self.inner.len()
+    fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
+        detached(py, || Ok(self.inner.logical()?.count()))
     }
 
-    fn __contains__(&self, name: &str) -> bool {
-        self.inner.id(name).is_some()
+    fn __contains__(&self, py: Python<'_>, name: &str) -> PyResult<bool> {
+        let found = self.inner.logical_tensor(name).map_err(|error| to_python(py, &error))?;
+        Ok(found.is_some())
     }
 
     fn tensor(&self, py: Python<'_>, name: &str) -> PyResult<TensorInfo> {
-        match self.inner.id(name) {
-            Some(id) => Ok(self.info(id)),
-            None => Err(to_python(py, &self.inner.absent(name))),
-        }
+        let found = self.inner.logical_tensor(name).map_err(|error| to_python(py, &error))?;
+        let found = found.ok_or_else(|| to_python(py, &self.inner.absent(name)))?;
+        Ok(self.logical(&found))
     }
 
     fn identity(&self) -> BTreeMap<&str, FileIdentity> {
@@ -237,14 +302,35 @@ impl Checkpoint {
         detached(py, || self.inner.check_unchanged())
     }
 
-    fn rows(&self, py: Python<'_>, name: &str, start: usize, stop: usize) -> PyResult<Rows> {
-        detached(py, || self.find_rows(name, start, stop))
+    #[pyo3(signature = (name, start, stop, *, stored = false))]
+    fn rows(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        start: usize,
+        stop: usize,
+        stored: bool,
+    ) -> PyResult<Rows> {
+        detached(py, || {
+            if !stored {
+                self.refuse_encoded(name)?;
+            }
+            self.find_rows(name, start, stop)
+        })
     }
 
     fn release(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         let release = || {
-            let (shard, entry) = self.inner.locate(name)?;
-            self.inner.file(shard)?.release(entry.range.clone());
+            let encoding = self.inner.encoding(name)?;
+            let whole = || self.inner.id(name).ok_or_else(|| self.inner.absent(name));
+            let parts = match &encoding {
+                Some(encoding) => encoding.stored().collect(),
+                None => vec![whole()?],
+            };
+            for id in parts {
+                let file = self.inner.file(self.inner.shard_of(id))?;
+                file.release(self.inner.entry(id).1.range);
+            }
             Ok(())
         };
         detached(py, release)
@@ -252,8 +338,24 @@ impl Checkpoint {
 }
 
 impl Checkpoint {
-    fn info(&self, id: TensorId) -> TensorInfo {
-        TensorInfo { checkpoint: Arc::clone(&self.inner), id }
+    fn info(&self, id: TensorId, encoded: bool) -> TensorInfo {
+        TensorInfo { checkpoint: Arc::clone(&self.inner), id, encoded }
+    }
+
+    fn logical(&self, tensor: &LogicalTensor<'_>) -> TensorInfo {
+        self.info(tensor.id, tensor.encoded)
+    }
+
+    /// Stored bytes of a quantised tensor are not its numbers; who wants them must say so.
+    fn refuse_encoded(&self, name: &str) -> Result<()> {
+        match self.inner.encoding(name)? {
+            Some(encoding) => Err(Error::Option(format!(
+                "tensor `{}` is encoded as {}, and its stored bytes are not its numbers; ask for stored=True",
+                printable(name),
+                encoding.format
+            ))),
+            None => Ok(()),
+        }
     }
 
     fn find_rows(&self, name: &str, start: usize, stop: usize) -> Result<Rows> {

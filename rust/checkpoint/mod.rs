@@ -1,6 +1,7 @@
 //! Checkpoints on disk: which shards they have, what those hold, and their bytes, opened on demand.
 
 mod advice;
+mod encoding;
 mod header;
 mod header_json;
 mod identity;
@@ -11,8 +12,10 @@ mod lookup;
 mod mapping;
 mod reader;
 mod regular;
+mod stored;
 mod weight_map;
 
+pub use encoding::{Blocks, Encoding, Format, Global, LogicalTensor, Scales};
 pub use header::{Header, TensorEntry};
 pub use identity::{FileIdentity, StatedIdentity};
 pub(crate) use index::check_file_name;
@@ -20,46 +23,16 @@ pub use limits::MOST_TENSORS;
 pub use mapping::MappedFile;
 pub use reader::{InputFile, ReadBackend};
 pub use regular::file_digest;
+pub use stored::{Shard, TensorId};
 
-use crate::error::printable;
+use crate::code::GlobalScale;
 use crate::{Error, Result};
-use lookup::Lookup;
+use encoding::Listing;
 use reader::OpenFiles;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use stored::Stored;
 use weight_map::WeightMap;
-
-/// One shard: its name within the checkpoint and its validated header.
-#[derive(Debug)]
-pub struct Shard {
-    /// File name, as the index or the directory has it.
-    pub name: String,
-    /// Where it lies.
-    pub path: PathBuf,
-    /// What it holds.
-    pub header: Header,
-}
-
-impl Shard {
-    fn open(directory: &Path, name: &str) -> Result<Self> {
-        let path = directory.join(name);
-        let header = Header::read(&path)?;
-        Ok(Self { name: name.to_owned(), path, header })
-    }
-
-    /// Checks that size, times and inode are those seen when the header was read.
-    ///
-    /// # Errors
-    /// [`Error::InputChanged`] if one differs, [`Error::Read`] if the file is gone.
-    pub fn check_unchanged(&self) -> Result<()> {
-        let metadata = std::fs::metadata(&self.path).map_err(|e| Error::read(&self.path, e))?;
-        self.header.identity.check_metadata(&self.path, &metadata)
-    }
-}
-
-/// The place of a tensor in a checkpoint: tensors are numbered in file order, then by offset.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TensorId(u32);
 
 /// A checkpoint: a directory of shards, or one file.
 ///
@@ -68,13 +41,8 @@ pub struct TensorId(u32);
 pub struct Checkpoint {
     path: PathBuf,
     index: Option<String>,
-    shards: Vec<Shard>,
-    /// For each shard, the number of its first tensor.
-    starts: Vec<u32>,
-    lookup: Lookup,
-    /// Numbers of tensors that do not count, since the index names another shard for them; ascending.
-    superseded: Vec<u32>,
-    len: usize,
+    stored: Stored,
+    logical: OnceLock<Listing>,
     files: OpenFiles,
 }
 
@@ -122,67 +90,9 @@ impl Checkpoint {
         weight_map: Option<&WeightMap>,
         backend: ReadBackend,
     ) -> Result<Self> {
-        let mut shards = Vec::with_capacity(files.len());
-        let mut starts = Vec::with_capacity(files.len());
-        let mut total = 0;
-        for file in files {
-            let shard = Shard::open(&path, file)?;
-            starts.push(u32::try_from(total).unwrap_or(u32::MAX));
-            total += shard.header.len();
-            if total > MOST_TENSORS {
-                let problem =
-                    format!("its files hold more than {MOST_TENSORS} tensors, the most allowed");
-                return Err(Error::Unusable { path, problem });
-            }
-            shards.push(shard);
-        }
-        let (lookup, superseded, len) = (Lookup::with_capacity(total), Vec::new(), total);
-        let files = OpenFiles::new(backend);
-        let mut checkpoint = Self { path, index, shards, starts, lookup, superseded, len, files };
-        checkpoint.number_tensors(weight_map)?;
-        Ok(checkpoint)
-    }
-
-    /// Enters all tensors into the lookup table.
-    fn number_tensors(&mut self, weight_map: Option<&WeightMap>) -> Result<()> {
-        let Self { path, shards, starts, lookup, superseded, .. } = self;
-        let (path, shards, starts) = (&*path, &**shards, &**starts);
-        let name_of = |number: u32| entry_of(shards, starts, number).1.name;
-        let mut number = 0;
-        for shard in shards.iter() {
-            for tensor in shard.header.tensors() {
-                let mapped = weight_map.and_then(|map| map.file(tensor.name));
-                if mapped.is_some_and(|file| file != shard.name) {
-                    // The index decides where a tensor stands twice; loaders follow it, and so do we.
-                    superseded.push(number);
-                } else if let Some(first) = lookup.insert(tensor.name, number, name_of) {
-                    return Err(Error::index(
-                        path,
-                        format!(
-                            "tensor `{}` stands in both {} and {}, and nothing says which counts",
-                            printable(tensor.name),
-                            printable(&entry_of(shards, starts, first).0.name),
-                            printable(&shard.name)
-                        ),
-                    ));
-                }
-                number += 1;
-            }
-        }
-        self.len -= self.superseded.len();
-        if let (Some(map), Some(index)) = (weight_map, &self.index)
-            && let Some((tensor, file)) = map.iter().find(|(tensor, _)| self.id(tensor).is_none())
-        {
-            return Err(Error::index(
-                &self.path.join(index),
-                format!(
-                    "it places tensor `{}` in {}, which does not hold it; download the checkpoint again",
-                    printable(tensor),
-                    printable(file)
-                ),
-            ));
-        }
-        Ok(())
+        let stored = Stored::open(&path, index.as_deref(), files, weight_map)?;
+        let (logical, files) = (OnceLock::new(), OpenFiles::new(backend));
+        Ok(Self { path, index, stored, logical, files })
     }
 
     /// The directory that holds the shards, absolute.
@@ -200,39 +110,35 @@ impl Checkpoint {
     /// The shards, in the order of their names.
     #[must_use]
     pub fn shards(&self) -> &[Shard] {
-        &self.shards
+        self.stored.shards()
     }
 
-    /// The places of all tensors, in file order, then by offset.
+    /// The places of all stored tensors, in file order, then by offset.
     pub fn ids(&self) -> impl Iterator<Item = TensorId> {
-        let mut superseded = self.superseded.iter().peekable();
-        let tensors = self.len + self.superseded.len();
-        (0..u32::try_from(tensors).unwrap_or(u32::MAX))
-            .filter(move |number| superseded.next_if_eq(&number).is_none())
-            .map(TensorId)
+        self.stored.ids()
     }
 
-    /// Every tensor with its shard, in file order, then by offset.
+    /// Every stored tensor with its shard, in file order, then by offset.
     pub fn tensors(&self) -> impl Iterator<Item = (&Shard, TensorEntry<'_>)> {
         self.ids().map(|id| self.entry(id))
     }
 
-    /// Number of tensors.
+    /// Number of stored tensors.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.len
+        self.stored.len()
     }
 
     /// Whether there is no tensor at all.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
-    /// The place of a tensor, if the checkpoint has it.
+    /// The place of a stored tensor, if the checkpoint has it.
     #[must_use]
     pub fn id(&self, name: &str) -> Option<TensorId> {
-        self.lookup.find(name, |number| self.entry(TensorId(number)).1.name).map(TensorId)
+        self.stored.id(name)
     }
 
     /// The shard and entry of the tensor with this place, which must be one of this checkpoint.
@@ -241,10 +147,85 @@ impl Checkpoint {
     /// If it is another's, and beyond the last tensor of this one.
     #[must_use]
     pub fn entry(&self, id: TensorId) -> (&Shard, TensorEntry<'_>) {
-        entry_of(&self.shards, &self.starts, id.0)
+        self.stored.entry(id)
     }
 
-    /// The shard and entry of a tensor, if the checkpoint has it.
+    /// The number of the shard that holds the tensor with this place.
+    #[must_use]
+    pub fn shard_of(&self, id: TensorId) -> usize {
+        self.stored.shard(id)
+    }
+
+    /// The tensors that a model is made of, in file order: a quantised one stands once, under its own name, where its
+    /// codes lie; what belongs to it is not listed.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::encoding`], of any tensor.
+    pub fn logical(&self) -> Result<impl Iterator<Item = LogicalTensor<'_>>> {
+        let listing = self.listing()?;
+        Ok(self.ids().filter_map(|id| listing.logical(&self.stored, id)))
+    }
+
+    /// The tensor with this name as [`Checkpoint::logical`] lists it, if it does.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::logical`].
+    pub fn logical_tensor(&self, name: &str) -> Result<Option<LogicalTensor<'_>>> {
+        Ok(self.listing()?.find(&self.stored, name))
+    }
+
+    /// How the tensor of this name is encoded; `None` if it is plain, is unknown, or no known format claims it.
+    ///
+    /// It is found from names, dtypes and shapes.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] if it is a part of a known format that does not fit together.
+    pub fn encoding(&self, name: &str) -> Result<Option<Encoding>> {
+        match self.logical_tensor(name)? {
+            Some(LogicalTensor { id, encoded: true, .. }) => self.encoding_of(id),
+            _ => Ok(None),
+        }
+    }
+
+    /// As [`Checkpoint::encoding`], of the tensor whose codes have this place.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::encoding`].
+    pub fn encoding_of(&self, codes: TensorId) -> Result<Option<Encoding>> {
+        self.listing()?.encoding(&self.stored, codes)
+    }
+
+    /// Checks what the bytes of a quantised tensor's parts say: the shape that is stored as a tensor, if one is.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] if it is not the one that dtypes and shapes say; those of reading.
+    pub fn check_encoding(&self, encoding: &Encoding) -> Result<()> {
+        encoding::check_stated_shape(&self.stored, encoding, |id, bytes| self.read(id, bytes))
+    }
+
+    /// The global scale of a matrix of a quantised tensor, if it has one.
+    ///
+    /// # Errors
+    /// [`Error::Unusable`] if it is not a positive number of a usable size; those of reading.
+    pub fn global_scale(&self, encoding: &Encoding, matrix: usize) -> Result<Option<GlobalScale>> {
+        encoding::global_scale(&self.stored, encoding, matrix, |id, bytes| self.read(id, bytes))
+    }
+
+    /// The bytes of a stored tensor.
+    fn read(&self, id: TensorId, bytes: &mut [u8]) -> Result<()> {
+        self.file(self.shard_of(id))?.read(self.entry(id).1.range, bytes)
+    }
+
+    /// What is listed, found when it is first asked for.
+    fn listing(&self) -> Result<&Listing> {
+        if let Some(listing) = self.logical.get() {
+            return Ok(listing);
+        }
+        let listing = Listing::new(&self.stored)?;
+        Ok(self.logical.get_or_init(|| listing))
+    }
+
+    /// The shard and entry of a stored tensor, if the checkpoint has it.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<(&Shard, TensorEntry<'_>)> {
         self.id(name).map(|id| self.entry(id))
@@ -270,7 +251,7 @@ impl Checkpoint {
     /// [`Error::NoTensor`].
     pub fn locate(&self, name: &str) -> Result<(usize, TensorEntry<'_>)> {
         let id = self.id(name).ok_or_else(|| self.absent(name))?;
-        Ok((shard_of(&self.starts, id.0), self.entry(id).1))
+        Ok((self.shard_of(id), self.entry(id).1))
     }
 
     /// How the data is read.
@@ -285,7 +266,7 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`InputFile::open`].
     pub fn file(&self, shard: usize) -> Result<Arc<InputFile>> {
-        let Shard { path, header, .. } = &self.shards[shard];
+        let Shard { path, header, .. } = &self.shards()[shard];
         self.files.get(shard, path, &header.identity)
     }
 
@@ -294,19 +275,6 @@ impl Checkpoint {
     /// # Errors
     /// Those of [`Shard::check_unchanged`].
     pub fn check_unchanged(&self) -> Result<()> {
-        self.shards.iter().try_for_each(Shard::check_unchanged)
+        self.shards().iter().try_for_each(Shard::check_unchanged)
     }
-}
-
-/// The tensor with this number, of shards whose first ones have the numbers `starts`.
-fn entry_of<'a>(shards: &'a [Shard], starts: &[u32], number: u32) -> (&'a Shard, TensorEntry<'a>) {
-    let shard = shard_of(starts, number);
-    let place = (number - starts[shard]) as usize;
-    (&shards[shard], shards[shard].header.tensor(place))
-}
-
-/// The number of the shard that holds the tensor with this number.
-fn shard_of(starts: &[u32], number: u32) -> usize {
-    // A shard without tensors starts where the next one does: the last of them is the one.
-    starts.partition_point(|&start| start <= number) - 1
 }

@@ -5,10 +5,13 @@
 //! of IEEE half, which it cannot see through, use intrinsics. All levels give the same bits: each operation is one
 //! correctly rounded IEEE operation, and every sum has an order that is written down, whatever the vectors' width.
 
+mod band;
+mod codes;
 mod generic;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use band::Band;
 pub use generic::{COLLECT_MARGIN, Product};
 
 use crate::dtype::Float;

@@ -84,7 +84,10 @@ def test_takes_a_whole_model_that_keeps_its_old_adapter_configuration(tmp_path: 
 
 QUANTISED: dict[str, dict[str, torch.Tensor]] = {
     "GPTQ": {"a.qweight": torch.ones(2, 4, dtype=torch.int32)},
-    "compressed-tensors": {"a.weight_packed": torch.ones(2, 4, dtype=torch.int32)},
+    "compressed-tensors": {
+        "a.weight_packed": torch.ones(2, 4, dtype=torch.int32),
+        "a.weight_zero_point": torch.ones(2, 1, dtype=torch.int32),
+    },
     "FP8": {
         "a.weight": torch.ones(2, 4).to(torch.float8_e4m3fn),
         "a.weight_scale_inv": torch.ones(1, 1),
@@ -92,7 +95,7 @@ QUANTISED: dict[str, dict[str, torch.Tensor]] = {
     "bitsandbytes": {"a.weight": torch.ones(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(2)},
     "MXFP4": {"experts.down_proj_blocks": torch.ones(2, 4, dtype=torch.uint8)},
     "I8": {"a.weight": torch.ones(2, 4, dtype=torch.int8)},
-    "F8_E4M3": {"a.weight": torch.ones(2, 4).to(torch.float8_e4m3fn)},
+    "FP8 without scales": {"a.weight": torch.ones(2, 4).to(torch.float8_e4m3fn)},
 }
 
 

@@ -42,6 +42,7 @@ PYTHON_STAGES = (
 RUST_STAGES = (
     "error",
     "dtype",
+    "code",
     "checkpoint",
     "kernels",
     "methods",

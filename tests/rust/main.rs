@@ -1,10 +1,13 @@
 //! Integration tests of the engine; the modules mirror `rust/`.
 
 mod adapter;
+mod bands;
 mod checkpoint;
+mod codes;
 mod difference;
 mod directories;
 
+mod encodings;
 mod errors;
 mod fixtures;
 mod headers;

@@ -153,9 +153,9 @@ def _modules(where: str, headers: _engine.Checkpoint, settings: AdapterConfig) -
         key = tensor.name
         if not key.startswith(_PREFIX):
             raise AdapterError(f"{where}: the key {key} does not start with {_PREFIX}, as PEFT's do")
-        if tensor.dtype not in FLOATS:
+        if tensor.encoding is not None or tensor.dtype not in FLOATS:
             raise AdapterError(
-                f"{where}: {key} is {tensor.dtype}; only {', '.join(sorted(FLOATS))} can be merged"
+                f"{where}: {key} is {tensor.encoding or tensor.dtype}; only {', '.join(sorted(FLOATS))} can be merged"
             )
         name = key.removeprefix(_PREFIX)
         suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), None)

@@ -237,15 +237,25 @@ def _refuse_quantised(model: Model) -> None:
 
     The tensors decide, not config.json: a dequantised model often keeps its old quantization_config.
     """
-    kinds = [(tensor, _quantisation(tensor)) for tensor in model.headers.tensors]
+    tensors = model.headers.tensors
+    kinds = [(tensor, _quantisation(tensor)) for tensor in tensors if tensor.encoding is None]
     found = [(tensor, kind) for tensor, kind in kinds if kind is not None]
-    if not found:
-        return
-    named = next((pair for pair in found if pair[1]), found[0])
-    tensor, kind = named
-    name = quantization_method(model.config) or kind or tensor.dtype
+    name = quantization_method(model.config)
+    if found:
+        tensor, kind = next((pair for pair in found if pair[1]), found[0])
+        what = f"{name or kind or tensor.dtype}: {tensor.name} is {tensor.dtype}"
+    else:
+        # Merges do not read and write encoded tensors yet. Once they do, this branch goes, and nothing else.
+        encoded = next((tensor for tensor in tensors if tensor.encoding is not None), None)
+        if encoded is None:
+            return
+        what = (
+            f"{encoded.name} is {encoded.encoding}"
+            if name is None
+            else f"{name}: {encoded.name} is {encoded.encoding}"
+        )
     raise CheckpointError(
-        f"{model.role}: {model.path} is quantised ({name}: {tensor.name} is {tensor.dtype}), and averaging its "
+        f"{model.role}: {model.path} is quantised ({what}), and averaging its "
         f"stored numbers would be silently wrong; give the full-precision checkpoint it was made from"
     )
 
