@@ -2,7 +2,6 @@
 //! change, by the same arithmetic as in a merge; and differences of two, with their squares.
 
 use crate::checkpoint::Checkpoint;
-use crate::dtype::Float;
 use crate::kernels::Kernels;
 use crate::merge::loader::{Loading, OperandLoader, Shared};
 use crate::plan::{FloatInput, GivenSources, Input, Operand, resolve_sum, schema};
@@ -37,11 +36,8 @@ impl Matrix {
     /// # Errors
     /// [`Error::NoTensor`]; [`Error::Option`] if it is not 2-D or its dtype is not a [`Float`].
     pub fn stored(checkpoint: &Arc<Checkpoint>, name: &str) -> Result<Self> {
-        let input = Input::find(checkpoint, &"".into(), name)?;
-        if Float::from_safetensors(input.dtype).is_none() {
-            return Err(not_a_matrix(&input, &input.shape));
-        }
-        Self::of(name, vec![(1.0, Operand::plain(FloatInput::new(input, None)?))])
+        let tensor = FloatInput::find(checkpoint, &"".into(), name, None)?;
+        Self::of(name, vec![(1.0, Operand::plain(tensor))])
     }
 
     /// The sum of weight · operand over terms; `name` is for messages, and the tensor of operands that name none.
@@ -204,7 +200,7 @@ impl Matrix {
     /// Gives the pages of its inputs back.
     pub fn release(&self) {
         for part in self.terms.iter().flat_map(|(_, operand)| operand.parts()) {
-            part.input.release(&part.bounds(&(0..part.len())));
+            part.release(&(0..part.len()));
         }
     }
 }

@@ -72,6 +72,7 @@ pub struct ShardFacts {
     write: &'static str,
     resumed: bool,
     nonfinite_inputs: Vec<NonFinite>,
+    survival: BTreeMap<String, f64>,
 }
 
 impl From<stream::ShardFacts> for ShardFacts {
@@ -80,7 +81,12 @@ impl From<stream::ShardFacts> for ShardFacts {
             path: place.path.to_string_lossy().into_owned(),
             tensor: place.tensor,
         });
+        let survival = facts.changes.into_iter().filter_map(|(tensor, change)| {
+            // Where nothing was to change there is no share of it.
+            (change.wanted > 0.0).then(|| (tensor, (change.stored / change.wanted).sqrt()))
+        });
         Self {
+            survival: survival.collect(),
             file: facts.file,
             bytes_written: facts.bytes_written,
             seconds: facts.seconds,

@@ -160,7 +160,7 @@ impl OperandLoader {
         values: &mut [f32],
     ) -> Result<()> {
         let Loading { number, operand, shared, stopped } = *from;
-        let place = |part: Part| Place { operand: number, part };
+        let place = |part: Part| Place::new(number, part);
         self.reader.load(place(Part::Matrix), &operand.tensor, span.clone(), values)?;
         if let Some(rows) = &operand.rows {
             for segment in segments(span.clone(), operand.columns) {
@@ -199,7 +199,7 @@ impl OperandLoader {
         term: &LowRank,
     ) -> Result<Vec<f32>> {
         let (source, columns) = (term.right(), from.operand.columns);
-        let place = Place { operand: from.number, part: Part::Factor(position) };
+        let place = Place::new(from.number, Part::Factor(position));
         let total = term.rank * columns;
         let mut values = vec![0.0; total];
         // What is kept under this place may be of the left factor.
@@ -226,7 +226,7 @@ impl OperandLoader {
                 self.reader.load(place, source, elements.clone(), &mut values[elements])?;
             }
         }
-        source.input.release(&source.bounds(&(0..total)));
+        source.release(&(0..total));
         self.reader.forget(place);
         Ok(values)
     }
@@ -258,7 +258,7 @@ impl OperandLoader {
         term: &LowRank,
         block: &mut LeftBlock,
     ) -> Result<()> {
-        let place = Place { operand: place.0, part: Part::Factor(place.1) };
+        let place = Place::new(place.0, Part::Factor(place.1));
         let (source, rank) = (term.left(), term.rank);
         if term.transpose {
             let rows = source.shape[1];
@@ -271,12 +271,12 @@ impl OperandLoader {
                 for (row, &value) in block.values.chunks_exact_mut(rank).zip(&column) {
                     row[k] = value;
                 }
-                source.input.release(&source.bounds(&elements));
+                source.release(&elements);
             }
         } else {
             let elements = block.rows.start * rank..block.rows.end * rank;
             self.reader.load(place, source, elements.clone(), &mut block.values)?;
-            source.input.release(&source.bounds(&elements));
+            source.release(&elements);
         }
         Ok(())
     }
@@ -293,7 +293,7 @@ impl OperandLoader {
         self.load_adapted(from, row * columns..(row + 1) * columns, &mut values)?;
         let squares: f64 = values.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
         let mut wanted = [0.0];
-        let place = Place { operand: from.number, part: Part::Magnitude };
+        let place = Place::new(from.number, Part::Magnitude);
         self.reader.load(place, &magnitude.tensor, row..row + 1, &mut wanted)?;
         let factor = crate::dtype::f64_to_f32(f64::from(wanted[0]) / squares.sqrt());
         self.whole_row = values;
@@ -331,14 +331,14 @@ impl OperandLoader {
             }
             read += columns;
             if read >= PATIENCE || span.end == elements {
-                input.input.release(&input.bounds(&(span.end - read..span.end)));
+                input.release(&(span.end - read..span.end));
                 read = 0;
                 if (from.stopped)() {
                     return Err(Error::Interrupted);
                 }
             }
         }
-        let place = Place { operand: from.number, part: Part::Magnitude };
+        let place = Place::new(from.number, Part::Magnitude);
         self.reader.load(place, &magnitude.tensor, 0..columns, &mut values)?;
         let factors = values
             .iter()

@@ -2,11 +2,14 @@
 
 use super::loader::LEFT_BLOCK;
 use super::reading::ACROSS;
+use super::requantising::{COMPARED, HELD};
 use super::tile::ASSEMBLED;
 use super::windows::AHEAD;
 use super::work::{CHUNK, SUB_TILE, TILE_ALIGNMENT};
 use crate::checkpoint::ReadBackend;
-use crate::plan::{Computation, Operand, Operation, Order, OutputTensor, Plan, PlannedShard};
+use crate::plan::{
+    Computation, EncodedTarget, Operand, Operation, Order, OutputTensor, Plan, PlannedShard, Target,
+};
 use crate::{Error, Result};
 
 /// Bytes of counters for an operand of a tensor that is observed: 2^20 of them, and a copy when a pass is concluded.
@@ -75,6 +78,9 @@ impl Demand {
             if assembly.pieces.len() > 1 {
                 buffers += 2 * 4 * ASSEMBLED;
             }
+            if let Target::Encoded(target) = &assembly.target {
+                buffers += requantising(target);
+            }
             for operand in operands {
                 let (held, common) = operand_bytes(operand, elements, mapped);
                 buffers += held;
@@ -93,7 +99,10 @@ impl Demand {
             self.buffers = self.buffers.max(buffers);
         }
         if mapped {
-            let bytes = element.div_ceil(assembly.dtype.size());
+            let bytes = match &assembly.target {
+                Target::Plain(float) => element.div_ceil(float.size()),
+                Target::Encoded(target) => element * target.like.encoding.code.per_byte(),
+            };
             self.window_per_byte = self.window_per_byte.max(bytes);
             self.largest_window = self.largest_window.max(assembly.elements * element + around);
         }
@@ -134,6 +143,15 @@ impl Demand {
         }
         Ok((threads, tile))
     }
+}
+
+/// Bytes that a worker holds of a band, beside its codes, to quantise it.
+fn requantising(target: &EncodedTarget) -> usize {
+    let band = &target.like.band;
+    let compared = COMPARED.max(band.columns);
+    let held = (band.rows * band.columns).min(HELD.max(band.columns));
+    (held + 2 * compared) * size_of::<f32>()
+        + band.rows.min(target.like.encoding.rows()) * band.row_bytes()
 }
 
 /// Bytes that a worker holds of an operand beside the window on its matrix, and bytes that all workers share of it.

@@ -1,9 +1,11 @@
 //! Execution of plans: output files are cut into tiles and tensors into chunks (`work`); a tensor is entered (`entered`),
 //! its operands are read (`reading`) and changed by adapters (`loader`), observed whole where a method asks for it (`observation`),
-//! and blended (`blending`) into tiles (`tile`). A queue puts all that in order (`queue`); workers stream the tiles to disk
+//! blended (`blending`), put together where it has pieces (`assembling`), and written into tiles (`tile`), quantised where
+//! that is asked for (`requantising`, `scales`). A queue puts all that in order (`queue`); workers stream the tiles to disk
 //! ([`stream`]) or compare them with what is there ([`verify`]).
 //! What all that takes is known beforehand (`memory`).
 
+mod assembling;
 mod blending;
 mod entered;
 pub(crate) mod loader;
@@ -13,6 +15,8 @@ mod once;
 mod pages;
 mod queue;
 mod reading;
+mod requantising;
+mod scales;
 pub mod stream;
 mod tile;
 pub mod verify;

@@ -5,7 +5,7 @@
 //! leaves them one by one, so that a tile of thousands of them holds but one at a time.
 
 use super::entered::Entered;
-use super::work::{CHUNK, chunks, elements_of, parts};
+use super::work::{CHUNK, chunks, parts};
 use crate::Result;
 use crate::checkpoint::ReadBackend;
 use crate::plan::{Computation, Operation, Plan, PlannedShard};
@@ -216,7 +216,7 @@ fn prefetch_bytes(tensor: &Entered, bytes: &Range<usize>) {
     match &tensor.output.operation {
         Operation::Copy(input) => input.prefetch(bytes),
         Operation::Compute(assembly) => {
-            let elements = elements_of(bytes, assembly.dtype);
+            let elements = assembly.elements_of(bytes);
             for piece in &assembly.pieces {
                 prefetch_elements(&piece.computation, &piece.region.within(&elements));
             }
@@ -230,8 +230,6 @@ fn prefetch_elements(computation: &Computation, elements: &Range<usize>) {
         return;
     }
     for operand in &computation.operands {
-        if let Some(bytes) = operand.tensor.ahead(elements) {
-            operand.tensor.input.prefetch(&bytes);
-        }
+        operand.tensor.prefetch(elements);
     }
 }

@@ -3,7 +3,7 @@
 use super::windows::{AHEAD, Place, Windows};
 use crate::Result;
 use crate::kernels::Kernels;
-use crate::plan::{FloatInput, Order, Stored, View};
+use crate::plan::{Encoded, FloatInput, Input, Order, Stored, View};
 use std::collections::HashMap;
 use std::ops::Range;
 
@@ -22,6 +22,8 @@ pub(super) struct Reader {
     /// Rows of matrices that are read across.
     blocks: HashMap<Place, Block>,
     run: Vec<f32>,
+    /// What codes are multiplied by.
+    factors: Vec<f32>,
 }
 
 /// Some rows of a view, (rows, columns).
@@ -33,7 +35,13 @@ struct Block {
 
 impl Reader {
     pub(super) fn new(kernels: Kernels) -> Self {
-        Self { kernels, windows: Windows::default(), blocks: HashMap::new(), run: Vec::new() }
+        Self {
+            kernels,
+            windows: Windows::default(),
+            blocks: HashMap::new(),
+            run: Vec::new(),
+            factors: Vec::new(),
+        }
     }
 
     /// Forgets what was read; memory is kept.
@@ -113,12 +121,64 @@ impl Reader {
         ahead: usize,
         values: &mut [f32],
     ) -> Result<()> {
-        match &tensor.stored {
-            Stored::Plain(float) => {
-                let range = tensor.stored_bytes(&elements);
-                let bytes = self.windows.bytes(place, &tensor.input, range, ahead)?;
-                self.kernels.load(*float, bytes, values);
+        let float = match &tensor.stored {
+            Stored::Plain(float) => *float,
+            Stored::Encoded(encoded) => {
+                return self.load_encoded(place, &tensor.input, encoded, elements, ahead, values);
             }
+        };
+        let range = tensor.stored_bytes(&elements);
+        let bytes = self.windows.bytes(place, &tensor.input, range, ahead)?;
+        self.kernels.load(float, bytes, values);
+        Ok(())
+    }
+
+    /// Loads elements of a quantised tensor that follow one another; bytes that follow are read with them.
+    ///
+    /// # Errors
+    /// Those of [`Reader::load`].
+    pub(super) fn load_codes(
+        &mut self,
+        place: Place,
+        codes: &Input,
+        encoded: &Encoded,
+        elements: Range<usize>,
+        values: &mut [f32],
+    ) -> Result<()> {
+        self.load_encoded(place, codes, encoded, elements, AHEAD, values)
+    }
+
+    fn load_encoded(
+        &mut self,
+        place: Place,
+        codes: &Input,
+        encoded: &Encoded,
+        elements: Range<usize>,
+        ahead: usize,
+        values: &mut [f32],
+    ) -> Result<()> {
+        let Encoded { encoding, band, scales, .. } = encoded;
+        let (mut next, mut rest) = (elements.start, values);
+        while next < elements.end {
+            let (row, column) = (next / band.columns, next % band.columns);
+            let count = (band.columns - column).min(elements.end - next);
+            let (now, later) = rest.split_at_mut(count);
+            // Only the factors that these columns need; a block begins at a whole byte of codes.
+            let (first, last) = (column / band.block, (column + count - 1) / band.block);
+            if let (Some(scales), Some(scale_type)) = (scales, band.scale_type) {
+                let (matrix, row) = encoded.matrix_and_row(row);
+                let start = encoding.scale_range(matrix, row).start;
+                let bytes =
+                    start + first * scale_type.size()..start + (last + 1) * scale_type.size();
+                let bytes = self.windows.bytes(place.scales(), scales, bytes, ahead)?;
+                self.factors.resize(last + 1 - first, 0.0);
+                band.factors(&self.kernels, bytes, encoded.global(matrix)?, &mut self.factors);
+            }
+            let bytes = encoding.code_range(next..next + count);
+            let bytes = self.windows.bytes(place, codes, bytes, ahead)?;
+            let start = column - first * band.block;
+            band.decode_part(&self.kernels, bytes, start, &self.factors, now);
+            (rest, next) = (later, next + count);
         }
         Ok(())
     }

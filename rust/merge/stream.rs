@@ -8,7 +8,7 @@ use super::tile::TileFiller;
 use super::work::{DEFAULT_TILE, TILE_ALIGNMENT};
 use super::workers;
 use crate::kernels::Kernels;
-use crate::plan::{Plan, PlannedShard};
+use crate::plan::{Changes, Plan, PlannedShard};
 use crate::writer::{JobDirectory, TileBuffer, TileFile, WriteMode};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
@@ -96,6 +96,8 @@ pub struct ShardFacts {
     pub resumed: bool,
     /// Input tensors that were merged though they hold NaN or infinity, if that was allowed.
     pub nonfinite_inputs: Vec<NonFinite>,
+    /// How far requantised tensors changed.
+    pub changes: Changes,
 }
 
 /// A shard being written.
@@ -103,14 +105,23 @@ struct OpenShard {
     tiles_left: AtomicUsize,
     state: Mutex<Option<(Arc<TileFile>, Instant)>>,
     nonfinite_inputs: Mutex<BTreeSet<NonFinite>>,
+    changes: Mutex<Changes>,
 }
 
 impl OpenShard {
-    /// Moves a worker's findings, nearly always none, to the shard.
-    fn note_nonfinite(&self, found: &mut Vec<NonFinite>) {
+    /// Moves a worker's findings, mostly none, to the shard.
+    fn note(&self, filler: &mut TileFiller) {
+        let found = filler.nonfinite_inputs();
         if !found.is_empty() {
             let mut known = self.nonfinite_inputs.lock().unwrap_or_else(PoisonError::into_inner);
             known.extend(found.drain(..));
+        }
+        let found = filler.changes();
+        if !found.is_empty() {
+            let mut known = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+            for (tensor, change) in std::mem::take(found) {
+                known.entry(tensor).or_default().add(change);
+            }
         }
     }
 
@@ -163,9 +174,11 @@ pub fn execute(
             tiles_left: AtomicUsize::new(queue.tiles_of(number)),
             state: Mutex::new(None),
             nonfinite_inputs: Mutex::default(),
+            changes: Mutex::default(),
         })
         .collect();
     let facts = Mutex::new(cloned);
+    let scales = Arc::default();
     workers::run(
         &queue,
         threads,
@@ -173,7 +186,8 @@ pub fn execute(
         poll,
         || {
             let buffer = TileBuffer::new(tile_bytes)?;
-            Ok((buffer, TileFiller::new(options.kernels, options.allow_nonfinite)))
+            let filler = TileFiller::new(options.kernels, options.allow_nonfinite, &scales);
+            Ok((buffer, filler))
         },
         |(buffer, filler), item, stopped| {
             let tile = match item {
@@ -185,7 +199,7 @@ pub fn execute(
             let (shard, slot) = (pending[tile.shard], &open[tile.shard]);
             let file = slot.file(output, shard, options.write)?;
             filler.fill(plan, shard, &tile, buffer.filled(tile.span.len()), stopped)?;
-            slot.note_nonfinite(filler.nonfinite_inputs());
+            slot.note(filler);
             file.write(buffer, tile.span.start)?;
             progress.advance(tile.span.len());
             // The release of every earlier tile is seen by the worker that takes the last one.
@@ -205,6 +219,7 @@ pub fn execute(
         write: "buffered",
         resumed: true,
         nonfinite_inputs: Vec::new(),
+        changes: output.changes(&shard.file),
     }));
     written.sort_by_key(|fact| shards.iter().position(|shard| shard.file == fact.file));
     Ok(written)
@@ -240,7 +255,7 @@ fn clone_equal<'a>(
             continue;
         };
         plan.check_inputs_unchanged(shard)?;
-        output.commit_shard(&file, &shard.digest)?;
+        output.commit_shard(&file, &shard.digest, &Changes::new())?;
         progress.advance(size);
         progress.finish_shard();
         facts.push(ShardFacts {
@@ -250,6 +265,7 @@ fn clone_equal<'a>(
             write: "cloned",
             resumed: false,
             nonfinite_inputs: Vec::new(),
+            changes: Changes::new(),
         });
     }
     Ok((facts, left))
@@ -267,7 +283,8 @@ fn commit(
     let Some((file, started)) = taken else {
         return Err(Error::Plan(format!("{} was committed twice", shard.file)));
     };
-    output.commit_shard(&file, &shard.digest)?;
+    let changes = std::mem::take(&mut *slot.changes.lock().unwrap_or_else(PoisonError::into_inner));
+    output.commit_shard(&file, &shard.digest, &changes)?;
     Ok(ShardFacts {
         file: shard.file.clone(),
         bytes_written: shard.layout.size,
@@ -275,5 +292,6 @@ fn commit(
         write: if file.is_direct() { "direct" } else { "buffered" },
         resumed: false,
         nonfinite_inputs: slot.nonfinite_inputs(),
+        changes,
     })
 }

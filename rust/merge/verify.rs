@@ -78,6 +78,7 @@ pub fn verify(
             file: Mutex::new(None),
         })
         .collect();
+    let scales = Arc::default();
     let states = workers::run(
         &queue,
         options.threads.max(1),
@@ -87,7 +88,7 @@ pub fn verify(
         || {
             Ok((
                 vec![0; DEFAULT_TILE],
-                TileFiller::new(options.kernels, true),
+                TileFiller::new(options.kernels, true, &scales),
                 Verification::default(),
             ))
         },

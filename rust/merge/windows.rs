@@ -15,6 +15,20 @@ pub(super) struct Place {
     pub operand: usize,
     /// Which of its tensors.
     pub part: Part,
+    /// Whether it is that tensor's scales.
+    pub scales: bool,
+}
+
+impl Place {
+    /// That of numbers or codes.
+    pub(super) fn new(operand: usize, part: Part) -> Self {
+        Self { operand, part, scales: false }
+    }
+
+    /// That of the scales which belong to them.
+    pub(super) fn scales(self) -> Self {
+        Self { scales: true, ..self }
+    }
 }
 
 /// One of the tensors that an operand is made of.
@@ -48,10 +62,12 @@ impl Windows {
         }
     }
 
-    /// Forgets what was read for `place`.
+    /// Forgets what was read for `place`, and its scales.
     pub(super) fn forget(&mut self, place: Place) {
-        if let Some(window) = self.0.get_mut(&place) {
-            window.range = 0..0;
+        for place in [place, place.scales()] {
+            if let Some(window) = self.0.get_mut(&place) {
+                window.range = 0..0;
+            }
         }
     }
 

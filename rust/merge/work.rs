@@ -2,6 +2,7 @@
 
 use crate::dtype::Float;
 use crate::plan::layout::Layout;
+use crate::{Error, Result};
 use std::ops::Range;
 
 /// Tiles and input windows of this size are where mapped reads and direct writes reach their full speed.
@@ -15,6 +16,33 @@ pub(super) const SUB_TILE: usize = 1024;
 
 /// Elements of a chunk of an observe pass, about.
 pub(super) const CHUNK: usize = 1 << 20;
+
+/// Elements after which a worker looks whether it is to stop: a chunk or a tile of a slow method takes long.
+const PATIENCE: usize = 1 << 16;
+
+/// Looks from time to time whether to stop.
+pub(super) struct Watch<'a> {
+    stopped: &'a dyn Fn() -> bool,
+    elements: usize,
+}
+
+impl<'a> Watch<'a> {
+    pub(super) fn new(stopped: &'a dyn Fn() -> bool) -> Self {
+        Self { stopped, elements: 0 }
+    }
+
+    /// Called before so many elements are worked on.
+    pub(super) fn pass(&mut self, elements: usize) -> Result<()> {
+        self.elements += elements;
+        if self.elements >= PATIENCE {
+            self.elements = 0;
+            if (self.stopped)() {
+                return Err(Error::Interrupted);
+            }
+        }
+        Ok(())
+    }
+}
 
 /// The elements of each chunk of a tensor; `row` is the length of rows that must be whole.
 pub(super) fn chunks(elements: usize, row: Option<usize>) -> impl Iterator<Item = Range<usize>> {

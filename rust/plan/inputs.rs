@@ -1,8 +1,9 @@
 //! Inputs of one output tensor: where they lie, and what adapters do to them.
 
+use super::encoded::{Encoded, EncodedTarget};
 use super::schema;
 use super::view::{Order, Region, View};
-use crate::checkpoint::{Checkpoint, InputFile};
+use crate::checkpoint::{Checkpoint, InputFile, TensorId};
 use crate::dtype::Float;
 use crate::methods::Method;
 use crate::{Error, Result};
@@ -37,17 +38,24 @@ impl Input {
     /// # Errors
     /// [`Error::NoTensor`].
     pub fn find(checkpoint: &Arc<Checkpoint>, source: &Arc<str>, tensor: &str) -> Result<Self> {
-        let (shard, entry) = checkpoint.locate(tensor)?;
-        Ok(Self {
+        let id = checkpoint.id(tensor).ok_or_else(|| checkpoint.absent(tensor))?;
+        Ok(Self::at(checkpoint, source, id))
+    }
+
+    /// The stored tensor with this place in the checkpoint that is called `source`.
+    #[must_use]
+    pub fn at(checkpoint: &Arc<Checkpoint>, source: &Arc<str>, id: TensorId) -> Self {
+        let (_, entry) = checkpoint.entry(id);
+        Self {
             checkpoint: Arc::clone(checkpoint),
             source: Arc::clone(source),
-            shard,
+            shard: checkpoint.shard_of(id),
             file: OnceLock::new(),
-            tensor: tensor.to_owned(),
+            tensor: entry.name.to_owned(),
             range: entry.range.clone(),
             dtype: entry.dtype,
             shape: entry.shape.to_vec(),
-        })
+        }
     }
 
     /// Number of its shard in the checkpoint.
@@ -129,29 +137,62 @@ pub struct FloatInput {
 pub enum Stored {
     /// As numbers.
     Plain(Float),
+    /// As codes, to be multiplied by scales.
+    Encoded(Box<Encoded>),
 }
 
 impl FloatInput {
-    /// The tensor, if it holds floats; what is stated of its view must fit.
+    /// The tensor of this name of the checkpoint that is called `source`, plain or quantised; what is stated of its view
+    /// must fit.
     ///
     /// # Errors
-    /// [`Error::Plan`] if its dtype cannot be computed with, or the view does not lie within it.
-    pub fn new(input: Input, view: Option<&schema::View>) -> Result<Self> {
-        let Some(float) = Float::from_safetensors(input.dtype) else {
+    /// [`Error::NoTensor`]; [`Error::Plan`] if it cannot be computed with, or the view does not lie within it; those of
+    /// [`Checkpoint::encoding`].
+    pub fn find(
+        checkpoint: &Arc<Checkpoint>,
+        source: &Arc<str>,
+        tensor: &str,
+        view: Option<&schema::View>,
+    ) -> Result<Self> {
+        let input = match checkpoint.id(tensor) {
+            Some(id) => Some(Input::at(checkpoint, source, id)),
+            None => None,
+        };
+        let float = input.as_ref().and_then(|input| Float::from_safetensors(input.dtype));
+        if let (Some(input), Some(float)) = (input, float) {
+            let shape = input.shape.clone();
+            return Self::of(input, Stored::Plain(float), shape, view);
+        }
+        let Some(encoding) = checkpoint.encoding(tensor)? else {
+            let input = Input::find(checkpoint, source, tensor)?;
             return Err(Error::Plan(format!(
-                "tensor `{}` of {} has dtype {}, which can only be copied; BF16, F16, F32 and F64 can be merged",
+                "tensor `{}` of {} has dtype {}, which can only be copied; BF16, F16, F32, F64 and the quantised \
+                 formats that are documented can be merged",
                 input.tensor,
                 input.path().display(),
                 input.dtype
             )));
         };
-        let shape = view.map_or_else(|| input.shape.clone(), |view| view.shape.clone());
-        let elements = input.shape.iter().product();
-        let view = view.map(|view| View::new(view, elements)).transpose().map_err(|problem| {
+        let (codes, shape) =
+            (Input::at(checkpoint, source, encoding.codes), encoding.shape.clone());
+        let encoded = Encoded::new(checkpoint, source, encoding)?;
+        Self::of(codes, Stored::Encoded(Box::new(encoded)), shape, view)
+    }
+
+    fn of(
+        input: Input,
+        stored: Stored,
+        whole: Vec<usize>,
+        view: Option<&schema::View>,
+    ) -> Result<Self> {
+        let Some(stated) = view else {
+            return Ok(Self { input, stored, view: None, shape: whole });
+        };
+        let view = View::new(stated, whole.iter().product()).map_err(|problem| {
             let (tensor, path) = (&input.tensor, input.path().display());
             Error::Plan(format!("tensor `{tensor}` of {path}: {problem}"))
         })?;
-        Ok(Self { input, stored: Stored::Plain(float), view, shape })
+        Ok(Self { input, stored, view: Some(view), shape: stated.shape.clone() })
     }
 
     /// Number of its elements.
@@ -178,54 +219,87 @@ impl FloatInput {
     /// Bytes among which one of its elements is read, rounded up.
     #[must_use]
     pub fn width(&self) -> usize {
-        let Stored::Plain(float) = self.stored;
+        let size = match &self.stored {
+            Stored::Plain(float) => float.size(),
+            // A code of at most one byte, and as much again for its part of a scale.
+            Stored::Encoded(_) => 2,
+        };
         let apart = match &self.view {
             Some(view) if matches!(view.order(), Order::Spread(_)) => view.stride(),
             _ => 1,
         };
-        float.size() * apart
+        size * apart
     }
 
-    /// Bytes of it that are read, each once.
-    #[must_use]
-    pub fn bytes_read(&self) -> usize {
-        self.stored_bytes(&(0..self.len())).len()
+    /// The tensors that are read for it, and how many bytes of each.
+    pub fn reads(&self) -> impl Iterator<Item = (&Input, usize)> {
+        // Of a view, as many bytes as its elements take.
+        let elements = 0..self.len();
+        let codes = (&self.input, self.stored_bytes(&elements).len());
+        let scales = self.scales();
+        let scales =
+            scales.map(|(encoded, scales)| (scales, encoded.scale_bounds(&elements).len()));
+        [codes].into_iter().chain(scales)
+    }
+
+    /// Its scales, if it is quantised and has any.
+    fn scales(&self) -> Option<(&Encoded, &Input)> {
+        match &self.stored {
+            Stored::Encoded(encoded) => Some((encoded, encoded.scales.as_ref()?)),
+            Stored::Plain(_) => None,
+        }
     }
 
     /// Bytes of the stored tensor that some of its stored elements take.
     #[must_use]
     pub fn stored_bytes(&self, elements: &Range<usize>) -> Range<usize> {
-        match self.stored {
+        match &self.stored {
             Stored::Plain(float) => elements.start * float.size()..elements.end * float.size(),
+            Stored::Encoded(encoded) => encoded.encoding.code_range(elements.clone()),
         }
     }
 
-    /// Bytes of the stored tensor among which those of some elements lie, with others between them.
-    #[must_use]
-    pub fn bounds(&self, elements: &Range<usize>) -> Range<usize> {
-        match &self.view {
-            Some(view) => self.stored_bytes(&view.bounds(elements)),
-            None => self.stored_bytes(elements),
+    /// The tensors and their bytes among which some elements lie, with others between them.
+    pub fn bounds<'a>(
+        &'a self,
+        elements: &Range<usize>,
+    ) -> impl Iterator<Item = (&'a Input, Range<usize>)> + use<'a> {
+        let stored = match &self.view {
+            Some(view) => view.bounds(elements),
+            None => elements.clone(),
+        };
+        let codes = (&self.input, self.stored_bytes(&stored));
+        let scales = self.scales().map(|(encoded, scales)| (scales, encoded.scale_bounds(&stored)));
+        [codes].into_iter().chain(scales)
+    }
+
+    /// Starts to read what some elements need, unless they lie too far apart.
+    pub fn prefetch(&self, elements: &Range<usize>) {
+        if !self.is_across() {
+            self.bounds(elements).for_each(|(input, bytes)| input.prefetch(&bytes));
         }
     }
 
-    /// Bytes to be read soon for some elements; none where they lie too far apart.
-    #[must_use]
-    pub fn ahead(&self, elements: &Range<usize>) -> Option<Range<usize>> {
-        let order = self.view.as_ref().map_or(Order::Runs, View::order);
-        (!matches!(order, Order::Across(_))).then(|| self.bounds(elements))
+    /// Gives the pages of some elements back.
+    pub fn release(&self, elements: &Range<usize>) {
+        self.bounds(elements).for_each(|(input, bytes)| input.release(&bytes));
     }
 
-    /// Bytes that are not needed any more when some elements have been read, in ascending order, by one of several
-    /// workers. Of what is read across, a part is needed again and again.
-    #[must_use]
-    pub fn done(&self, elements: &Range<usize>) -> Option<Range<usize>> {
-        let order = self.view.as_ref().map_or(Order::Runs, View::order);
-        match order {
-            Order::Across(_) if elements.end < self.len() => None,
-            Order::Across(_) => Some(self.bounds(&(0..self.len()))),
-            _ => Some(self.bounds(elements)),
-        }
+    /// What is not needed any more when some elements have been read, in ascending order, by one of several workers. Of
+    /// what is read across, a part is needed again and again.
+    pub fn done<'a>(
+        &'a self,
+        elements: &Range<usize>,
+    ) -> impl Iterator<Item = (&'a Input, Range<usize>)> + use<'a> {
+        let elements = match self.is_across() {
+            false => Some(elements.clone()),
+            true => (elements.end == self.len()).then(|| 0..self.len()),
+        };
+        elements.into_iter().flat_map(move |elements| self.bounds(&elements))
+    }
+
+    fn is_across(&self) -> bool {
+        self.view.as_ref().is_some_and(|view| matches!(view.order(), Order::Across(_)))
     }
 }
 
@@ -322,7 +396,7 @@ impl Operand {
 
     /// All the tensors that are read, and how many bytes of each.
     fn reads(&self) -> impl Iterator<Item = (&Input, usize)> {
-        self.parts().map(|part| (&part.input, part.bytes_read()))
+        self.parts().flat_map(FloatInput::reads)
     }
 }
 
@@ -353,8 +427,37 @@ pub struct Assembly {
     pub pieces: Vec<Piece>,
     /// Number of its elements.
     pub elements: usize,
-    /// The dtype of the result.
-    pub dtype: Float,
+    /// What it is stored as.
+    pub target: Target,
+}
+
+/// What a computed tensor is stored as.
+#[derive(Debug)]
+pub enum Target {
+    /// Numbers, each rounded once.
+    Plain(Float),
+    /// A part of a quantised tensor.
+    Encoded(Box<EncodedTarget>),
+}
+
+impl Assembly {
+    /// The dtype of its numbers; of what is quantised, that of the arithmetic.
+    #[must_use]
+    pub fn dtype(&self) -> Float {
+        match &self.target {
+            Target::Plain(float) => *float,
+            Target::Encoded(_) => Float::F32,
+        }
+    }
+
+    /// The elements that some of its bytes are part of, or depend on.
+    #[must_use]
+    pub fn elements_of(&self, bytes: &Range<usize>) -> Range<usize> {
+        match &self.target {
+            Target::Plain(float) => bytes.start / float.size()..bytes.end.div_ceil(float.size()),
+            Target::Encoded(target) => target.elements_of(bytes),
+        }
+    }
 }
 
 /// A part of a tensor that is computed by itself.
@@ -362,6 +465,8 @@ pub struct Assembly {
 pub struct Piece {
     /// Which elements of the tensor it fills.
     pub region: Region,
+    /// Whether these are, unchanged, those of the input that the tensor is encoded like.
+    pub kept: bool,
     /// How.
     pub computation: Computation,
 }
@@ -381,10 +486,11 @@ impl Operation {
     /// All the tensors that are read, and how many bytes of each.
     pub fn reads(&self) -> impl Iterator<Item = (&Input, usize)> {
         let (copied, pieces) = match self {
-            Self::Copy(input) => (Some((input, input.range.len())), [].as_slice()),
-            Self::Compute(assembly) => (None, assembly.pieces.as_slice()),
+            Self::Copy(input) => (Some((input, input.range.len())), None),
+            Self::Compute(assembly) => (None, Some(assembly)),
         };
-        let operands = pieces.iter().flat_map(|piece| &piece.computation.operands);
+        let pieces = pieces.into_iter().flat_map(|assembly| &assembly.pieces);
+        let operands = pieces.flat_map(|piece| &piece.computation.operands);
         copied.into_iter().chain(operands.flat_map(Operand::reads))
     }
 }

@@ -1,6 +1,6 @@
 //! From JSON to something that can be executed: nothing that the plan claims is believed.
 
-use super::inputs::{Operation, OutputTensor};
+use super::inputs::{Operation, OutputTensor, Target};
 use super::layout::{Entry, Layout};
 use super::resolve::{Recipe, Resolver};
 use super::schema;
@@ -8,6 +8,7 @@ use super::sources::{GivenSources, Sources, open_source};
 use crate::checkpoint::{InputFile, ReadBackend};
 use crate::{Error, Result};
 use safetensors::Dtype;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -59,6 +60,7 @@ struct PlannedTensor {
 struct Special {
     shape: Vec<usize>,
     pieces: Vec<schema::Piece>,
+    encode: Option<schema::Encode>,
 }
 
 impl PlannedShard {
@@ -334,20 +336,29 @@ fn plan_shard(
             }
         };
         let recipe = &recipes[first as usize];
-        let (dtype, shape) = match (tensor.dtype, tensor.shape) {
-            (Some(dtype), shape @ Some(_)) => (dtype, shape),
-            (None, shape @ Some(_)) => (resolver.like(recipe)?.0, shape),
-            (dtype, None) if tensor.pieces.is_empty() => {
+        let encoded = tensor.encode.as_ref().map(|encode| resolver.encoded_like(encode));
+        let (dtype, shape) = match (encoded.transpose()?, tensor.dtype, tensor.shape) {
+            (Some((dtype, shape)), None, None) => (dtype, Some(shape.to_vec())),
+            (Some(_), _, _) => {
+                return Err(Error::Plan(format!(
+                    "tensor `{}` is stored like another, so that its dtype and shape must not be given",
+                    tensor.name
+                )));
+            }
+            (None, Some(dtype), shape @ Some(_)) => (dtype, shape),
+            (None, None, shape @ Some(_)) => (resolver.like(recipe)?.0, shape),
+            (None, dtype, None) if tensor.pieces.is_empty() => {
                 (dtype.unwrap_or(resolver.like(recipe)?.0), None)
             }
-            (_, None) => {
+            (None, _, None) => {
                 return Err(Error::Plan(format!(
                     "tensor `{}` consists of pieces, so that its shape must be given",
                     tensor.name
                 )));
             }
         };
-        let special = shape.map(|shape| Special { shape, pieces: tensor.pieces });
+        let special =
+            shape.map(|shape| Special { shape, pieces: tensor.pieces, encode: tensor.encode });
         let operation = operation_of(recipes, resolver, first, special.as_ref(), dtype)?;
         for (input, bytes) in operation.reads() {
             planned.bytes_read += bytes;
@@ -360,25 +371,31 @@ fn plan_shard(
         let name = u32::try_from(planned.names.len())
             .map_err(|_| Error::Plan(format!("the names of {} are too long", planned.file)))?;
         planned.tensors.push(PlannedTensor { name, recipe: first, dtype });
-        let like = resolver.like(recipe)?.1;
-        let (shape, pieces) = match &special {
-            Some(special) => (special.shape.as_slice(), special.pieces.as_slice()),
-            None => (like, [].as_slice()),
-        };
         hash_text(&mut hasher, &tensor.name);
         hash_text(&mut hasher, &dtype.to_string());
-        hash_text(&mut hasher, &format!("{shape:?}"));
-        if pieces.is_empty() {
+        match &special {
+            Some(Special { shape, .. }) => hash_text(&mut hasher, &format!("{shape:?}")),
+            None => hash_text(&mut hasher, &format!("{:?}", resolver.like(recipe)?.1)),
+        }
+        let Some(special) = special else {
+            hasher.update(digests[first as usize].as_bytes());
+            continue;
+        };
+        if special.pieces.is_empty() {
             hasher.update(digests[first as usize].as_bytes());
         }
-        for piece in pieces {
+        for piece in &special.pieces {
             hash_text(&mut hasher, &format!("{:?}", piece.view));
             hasher.update(digests[piece.operation as usize].as_bytes());
         }
+        if let Some(encode) = &special.encode {
+            hash_text(&mut hasher, &format!("{encode:?}"));
+        }
         // What can be derived is not kept.
-        if let Some(special) =
-            special.filter(|special| !special.pieces.is_empty() || special.shape != like)
-        {
+        let derived = special.pieces.is_empty()
+            && special.encode.is_none()
+            && resolver.like(recipe).is_ok_and(|(_, shape)| shape == special.shape);
+        if !derived {
             planned.special.insert(number, special);
         }
     }
@@ -427,17 +444,23 @@ fn operation_of(
     dtype: Dtype,
 ) -> Result<Operation> {
     let recipe = &recipes[recipe as usize];
-    match special {
-        None => resolver.operation(recipe, dtype, resolver.like(recipe)?.1),
-        Some(Special { shape, pieces }) if pieces.is_empty() => {
-            resolver.operation(recipe, dtype, shape)
+    let Some(Special { shape, pieces, encode }) = special else {
+        return resolver.operation(recipe, dtype, resolver.like(recipe)?.1);
+    };
+    let (resolver, target, shape) = match encode {
+        None if pieces.is_empty() => return resolver.operation(recipe, dtype, shape),
+        None => (resolver, Target::Plain(resolver.output_float(dtype)?), Cow::from(shape)),
+        Some(encode) => {
+            let (target, shape) = resolver.encoded(encode)?;
+            // What operands leave out is the name of the quantised tensor.
+            (Resolver { name: &encode.tensor, ..resolver }, target, Cow::from(shape))
         }
-        Some(Special { shape, pieces }) => {
-            let pieces =
-                pieces.iter().map(|piece| (&piece.view, &recipes[piece.operation as usize]));
-            resolver.assembly(pieces, dtype, shape)
-        }
+    };
+    if pieces.is_empty() {
+        return resolver.computed(recipe, target, &shape);
     }
+    let pieces = pieces.iter().map(|piece| (&piece.view, &recipes[piece.operation as usize]));
+    resolver.assembled(pieces, target, &shape)
 }
 
 /// Digest of an operation. A shard's digest holds those of its tensors; sources' paths are in none of them, since a moved

@@ -1,8 +1,10 @@
 //! From what a plan says of a tensor to that tensor's inputs and method. The same check is made when the plan is
 //! validated and when a worker enters the tensor, so that nothing of it need be kept in between.
 
+use super::encoded::EncodedTarget;
 use super::inputs::{
     Assembly, Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, Piece, Rows,
+    Stored, Target,
 };
 use super::schema;
 use super::sources::{GivenSources, Source, Sources};
@@ -39,7 +41,10 @@ pub fn resolve_sum(
     };
     let shape = match &first.operand.view {
         Some(view) => view.shape.clone(),
-        None => resolver.find(&first.operand.source, first.operand.tensor.as_deref())?.shape,
+        None => {
+            let (source, tensor) = (&first.operand.source, first.operand.tensor.as_deref());
+            resolver.float(source, tensor, None, None)?.shape
+        }
     };
     let resolve = |term: &schema::WeightedOperand| {
         let weight = crate::dtype::f64_to_f32(term.weight.unwrap_or(1.0));
@@ -144,26 +149,42 @@ impl<'a> Resolver<'a> {
         dtype: Dtype,
         shape: &[usize],
     ) -> Result<Operation> {
-        if let Recipe::Copy(place @ schema::TensorRef { view: None, .. }) = recipe {
-            let input = self.find_as(&place.source, place.tensor.as_deref(), shape)?;
-            if input.dtype == dtype {
-                return Ok(Operation::Copy(input));
+        if let Recipe::Copy(place @ schema::TensorRef { view: None, .. }) = recipe
+            && let Some(input) = self.stored(&place.source, place.tensor.as_deref())?
+            && input.dtype == dtype
+        {
+            if input.shape != shape {
+                return Err(self.mismatch(&input, &input.shape, shape));
             }
+            return Ok(Operation::Copy(input));
         }
-        let elements = self.elements(shape)?;
-        let computation = self.computation(recipe, shape)?;
-        let pieces = vec![Piece { region: Region::whole(elements), computation }];
-        Ok(Operation::Compute(Assembly { pieces, elements, dtype: self.output_float(dtype)? }))
+        self.computed(recipe, Target::Plain(self.output_float(dtype)?), shape)
     }
 
-    /// The operation that makes a tensor of this dtype and shape of pieces.
+    /// As [`Resolver::operation`], stored as `target` says.
+    ///
+    /// # Errors
+    /// Those of [`Resolver::operation`].
+    pub(super) fn computed(
+        &self,
+        recipe: &Recipe,
+        target: Target,
+        shape: &[usize],
+    ) -> Result<Operation> {
+        let elements = self.elements(shape)?;
+        let computation = self.computation(recipe, shape)?;
+        let pieces = vec![Piece { region: Region::whole(elements), kept: false, computation }];
+        Ok(Operation::Compute(Assembly { pieces, elements, target }))
+    }
+
+    /// The operation that makes a tensor of this shape of pieces.
     ///
     /// # Errors
     /// [`Error::Plan`] if they do not fill the tensor, and those of each piece.
-    pub(super) fn assembly(
+    pub(super) fn assembled(
         &self,
         pieces: impl Iterator<Item = PlannedPiece<'a>>,
-        dtype: Dtype,
+        target: Target,
         shape: &[usize],
     ) -> Result<Operation> {
         let elements = self.elements(shape)?;
@@ -173,12 +194,65 @@ impl<'a> Resolver<'a> {
                 let region = View::new(view, elements).and_then(|view| Region::of(&view));
                 let region = region.map_err(problem)?;
                 let part = Resolver { whole: Some(Whole { shape, view }), ..*self };
-                Ok(Piece { region, computation: part.computation(recipe, &view.shape)? })
+                let kept = self.keeps(recipe, &target);
+                Ok(Piece { region, kept, computation: part.computation(recipe, &view.shape)? })
             })
             .collect::<Result<Vec<_>>>()?;
         let regions: Vec<Region> = pieces.iter().map(|piece| piece.region).collect();
         Region::check_cover(&regions, elements).map_err(problem)?;
-        Ok(Operation::Compute(Assembly { pieces, elements, dtype: self.output_float(dtype)? }))
+        Ok(Operation::Compute(Assembly { pieces, elements, target }))
+    }
+
+    /// Whether a piece is that part of the input itself that its tensor is encoded like.
+    fn keeps(&self, recipe: &Recipe, target: &Target) -> bool {
+        let (Recipe::Copy(place), Target::Encoded(target)) = (recipe, target) else { return false };
+        let (source, tensor) = &target.name;
+        place.view.is_none()
+            && place.source == **source
+            && place.tensor.as_deref().unwrap_or(self.name) == tensor
+    }
+
+    /// What stores a tensor as this part of an input is stored, and the shape of the numbers that it stands for.
+    ///
+    /// # Errors
+    /// [`Error::Plan`] if that input is not quantised or has no such part.
+    pub(super) fn encoded(&self, encode: &schema::Encode) -> Result<(Target, Vec<usize>)> {
+        let like = self.float(&encode.source, Some(&encode.tensor), None, None)?;
+        let FloatInput { input: codes, stored: Stored::Encoded(like), shape, .. } = like else {
+            return Err(self.not_encoded(encode));
+        };
+        if encode.part == schema::EncodedPart::Scales && like.scales.is_none() {
+            return Err(self.not_encoded(encode));
+        }
+        let name = (Arc::clone(&codes.source), encode.tensor.clone());
+        let target = EncodedTarget { like: *like, name, codes, part: encode.part };
+        Ok((Target::Encoded(Box::new(target)), shape))
+    }
+
+    /// Dtype and shape of the stored tensor that `encode` speaks of.
+    ///
+    /// # Errors
+    /// Those of finding it.
+    pub(super) fn encoded_like(&self, encode: &schema::Encode) -> Result<(Dtype, &'a [usize])> {
+        let checkpoint = &self.source(&encode.source)?.checkpoint;
+        let encoding = checkpoint.encoding(&encode.tensor)?;
+        let part = encoding.and_then(|encoding| match encode.part {
+            schema::EncodedPart::Codes => Some(encoding.codes),
+            schema::EncodedPart::Scales => encoding.scales.map(|scales| scales.tensor),
+        });
+        let (_, entry) = checkpoint.entry(part.ok_or_else(|| self.not_encoded(encode))?);
+        Ok((entry.dtype, entry.shape))
+    }
+
+    fn not_encoded(&self, encode: &schema::Encode) -> Error {
+        let part = match encode.part {
+            schema::EncodedPart::Codes => "is not quantised",
+            schema::EncodedPart::Scales => "has no scales",
+        };
+        Error::Plan(format!(
+            "tensor `{}` is to be stored like `{}` of source `{}`, which {part}",
+            self.name, encode.tensor, encode.source
+        ))
     }
 
     fn elements(&self, shape: &[usize]) -> Result<usize> {
@@ -192,8 +266,9 @@ impl<'a> Resolver<'a> {
     fn computation(&self, recipe: &Recipe, shape: &[usize]) -> Result<Computation> {
         match recipe {
             Recipe::Copy(place) => {
+                let view = place.view.as_ref();
                 let tensor =
-                    self.float(&place.source, place.tensor.as_deref(), place.view.as_ref(), shape)?;
+                    self.float(&place.source, place.tensor.as_deref(), view, Some(shape))?;
                 Ok(Computation {
                     method: Box::new(Convert),
                     operands: vec![Operand::plain(tensor)],
@@ -221,7 +296,7 @@ impl<'a> Resolver<'a> {
     /// [`Error::Plan`], [`Error::NoTensor`].
     pub(super) fn operand(&self, operand: &schema::Operand, shape: &[usize]) -> Result<Operand> {
         let view = operand.view.as_ref();
-        let tensor = self.float(&operand.source, operand.tensor.as_deref(), view, shape)?;
+        let tensor = self.float(&operand.source, operand.tensor.as_deref(), view, Some(shape))?;
         let mut found = Operand::plain(tensor);
         if operand.rows.is_none() && operand.low_rank.is_empty() && operand.magnitude.is_none() {
             return Ok(found);
@@ -240,8 +315,7 @@ impl<'a> Resolver<'a> {
         }
         if let Some(magnitude) = &operand.magnitude {
             let features = if magnitude.transpose { columns } else { rows };
-            let tensor = self.find(&magnitude.source, Some(&magnitude.tensor))?;
-            let tensor = FloatInput::new(tensor, None)?;
+            let tensor = self.float(&magnitude.source, Some(&magnitude.tensor), None, None)?;
             if tensor.len() != features {
                 return Err(self.mismatch(&tensor.input, &tensor.shape, &[features]));
             }
@@ -253,7 +327,7 @@ impl<'a> Resolver<'a> {
 
     fn rows(&self, replaced: &schema::Rows, [rows, columns]: [usize; 2]) -> Result<Rows> {
         let expected = [replaced.indices.len(), columns];
-        let tensor = self.float(&replaced.source, Some(&replaced.tensor), None, &expected)?;
+        let tensor = self.float(&replaced.source, Some(&replaced.tensor), None, Some(&expected))?;
         let places: BTreeMap<usize, usize> =
             replaced.indices.iter().enumerate().map(|(place, &row)| (row, place)).collect();
         let beyond = places.last_key_value().is_some_and(|(&row, _)| row >= rows);
@@ -268,8 +342,7 @@ impl<'a> Resolver<'a> {
 
     fn low_rank(&self, term: &schema::LowRank, [rows, columns]: [usize; 2]) -> Result<LowRank> {
         let factor = |part: &schema::TensorRef| {
-            let input = self.find(&part.source, part.tensor.as_deref())?;
-            FloatInput::new(input, part.view.as_ref())
+            self.float(&part.source, part.tensor.as_deref(), part.view.as_ref(), None)
         };
         let (a, b) = (factor(&term.a)?, factor(&term.b)?);
         let (out, inner) = if term.transpose { (columns, rows) } else { (rows, columns) };
@@ -290,43 +363,57 @@ impl<'a> Resolver<'a> {
         Ok(LowRank { a, b, rank, scale, transpose: term.transpose })
     }
 
-    /// A tensor that has this shape.
-    fn find_as(&self, source: &str, tensor: Option<&str>, shape: &[usize]) -> Result<Input> {
-        let input = self.find(source, tensor)?;
-        if input.shape == shape {
-            return Ok(input);
-        }
-        Err(self.mismatch(&input, &input.shape, shape))
-    }
-
-    /// Numbers of this shape: a tensor, or a part of one. Of a tensor as large as the whole, a piece takes its own part.
+    /// Numbers, of this shape if one is given: a tensor, or a part of one. Of a tensor as large as the whole, a piece takes
+    /// its own part.
     fn float(
         &self,
-        source: &str,
+        name: &str,
         tensor: Option<&str>,
         view: Option<&schema::View>,
-        shape: &[usize],
+        shape: Option<&[usize]>,
     ) -> Result<FloatInput> {
-        let input = self.find(source, tensor)?;
-        let own = self.whole.filter(|whole| input.shape == whole.shape).map(|whole| whole.view);
-        let found = FloatInput::new(input, view.or(own))?;
-        if found.shape == shape {
-            return Ok(found);
+        let source = self.source(name)?;
+        let find = |view: Option<&schema::View>| {
+            FloatInput::find(&source.checkpoint, &source.name, tensor.unwrap_or(self.name), view)
+        };
+        let mut found = find(view)?;
+        if let (None, Some(whole), Some(_)) = (view, self.whole, shape)
+            && found.shape == whole.shape
+        {
+            found = find(Some(whole.view))?;
         }
-        Err(self.mismatch(&found.input, &found.shape, shape))
+        for (input, _) in found.reads() {
+            self.check_listed(input)?;
+        }
+        match shape {
+            Some(shape) if found.shape != shape => {
+                Err(self.mismatch(&found.input, &found.shape, shape))
+            }
+            _ => Ok(found),
+        }
     }
 
-    fn find(&self, name: &str, tensor: Option<&str>) -> Result<Input> {
+    /// A tensor as it is stored; `None` if there is none of that name.
+    fn stored(&self, name: &str, tensor: Option<&str>) -> Result<Option<Input>> {
         let source = self.source(name)?;
-        let input = Input::find(&source.checkpoint, &source.name, tensor.unwrap_or(self.name))?;
+        let Some(id) = source.checkpoint.id(tensor.unwrap_or(self.name)) else { return Ok(None) };
+        let input = Input::at(&source.checkpoint, &source.name, id);
+        self.check_listed(&input)?;
+        Ok(Some(input))
+    }
+
+    /// Refuses a file that the plan does not list, whose identity it thus does not state.
+    fn check_listed(&self, input: &Input) -> Result<()> {
+        let source = self.source(&input.source)?;
         if source.listed.get(input.shard()) == Some(&true) {
-            return Ok(input);
+            return Ok(());
         }
         Err(Error::Plan(format!(
-            "tensor `{}` takes `{}` from {}, which the plan does not list among the files of source `{name}`",
+            "tensor `{}` takes `{}` from {}, which the plan does not list among the files of source `{}`",
             self.name,
             input.tensor,
-            input.path().display()
+            input.path().display(),
+            input.source
         )))
     }
 
@@ -339,7 +426,7 @@ impl<'a> Resolver<'a> {
         })
     }
 
-    fn output_float(&self, dtype: Dtype) -> Result<Float> {
+    pub(super) fn output_float(&self, dtype: Dtype) -> Result<Float> {
         Float::from_safetensors(dtype).ok_or_else(|| {
             Error::Plan(format!(
                 "tensor `{}` cannot be computed in dtype {dtype}; use BF16, F16, F32 or F64",

@@ -12,6 +12,7 @@ use super::placement::{self, Place, Placement};
 use super::publication::{self, MAKING, MOVES};
 use super::record::{Overwrite, Record};
 use super::tile_file::{TileFile, WriteMode};
+use crate::plan::Changes;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -185,6 +186,15 @@ impl JobDirectory {
         listed && there
     }
 
+    /// How far requantised tensors of a committed shard changed.
+    #[must_use]
+    pub fn changes(&self, file: &str) -> Changes {
+        let state = self.lock();
+        let entries = state.held.as_ref().map(|held| held.journal.entries());
+        let entry = entries.zip(FileName::new(file)).and_then(|(entries, name)| entries.get(&name));
+        entry.map(|entry| entry.changes.clone()).unwrap_or_default()
+    }
+
     /// Creates the partial file of a shard.
     ///
     /// # Errors
@@ -210,7 +220,7 @@ impl JobDirectory {
     ///
     /// # Errors
     /// [`Error::DiskFull`], [`Error::Write`].
-    pub fn commit_shard(&self, shard: &TileFile, digest: &str) -> Result<()> {
+    pub fn commit_shard(&self, shard: &TileFile, digest: &str, changes: &Changes) -> Result<()> {
         let size = shard.finish()? as u64;
         let name = shard.name();
         let mut state = self.lock();
@@ -222,7 +232,8 @@ impl JobDirectory {
         }
         shard.rename()?;
         disk::sync_directory(Point::ShardDirectorySync, &self.making())?;
-        journal.commit(name, Entry { size, digest: digest.to_owned() })?;
+        let (digest, changes) = (digest.to_owned(), changes.clone());
+        journal.commit(name, Entry { size, digest, changes })?;
         state.written.insert(name.clone(), (size, None));
         Ok(())
     }

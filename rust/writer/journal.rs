@@ -6,6 +6,7 @@
 use super::disk;
 use super::fault::Point;
 use super::name::FileName;
+use crate::plan::Changes;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -17,18 +18,28 @@ use std::path::{Path, PathBuf};
 const LARGEST: u64 = 64 << 20;
 
 /// A shard that was renamed and synced.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Entry {
     pub size: u64,
     /// Digest of the plan and input identities that made it.
     pub digest: String,
+    /// How far requantised tensors changed, for the report of a run that goes on.
+    pub changes: Changes,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Line {
-    Commit { file: FileName, size: u64, digest: String },
-    Revoke { revoked: FileName },
+    Commit {
+        file: FileName,
+        size: u64,
+        digest: String,
+        #[serde(default, skip_serializing_if = "Changes::is_empty")]
+        changes: Changes,
+    },
+    Revoke {
+        revoked: FileName,
+    },
 }
 
 /// An open journal.
@@ -54,8 +65,8 @@ impl Journal {
         let mut entries = BTreeMap::new();
         for line in bytes.unwrap_or_default().split(|&byte| byte == b'\n') {
             match serde_json::from_slice(line) {
-                Ok(Line::Commit { file, size, digest }) => {
-                    entries.insert(file, Entry { size, digest });
+                Ok(Line::Commit { file, size, digest, changes }) => {
+                    entries.insert(file, Entry { size, digest, changes });
                 }
                 Ok(Line::Revoke { revoked }) => {
                     entries.remove(&revoked);
@@ -78,8 +89,8 @@ impl Journal {
 
     /// Enters a shard durably; it has its name already.
     pub(super) fn commit(&mut self, file: &FileName, entry: Entry) -> Result<()> {
-        let line =
-            Line::Commit { file: file.clone(), size: entry.size, digest: entry.digest.clone() };
+        let Entry { size, digest, changes } = entry.clone();
+        let line = Line::Commit { file: file.clone(), size, digest, changes };
         self.append(Point::CommitWrite, Point::CommitSync, &line)?;
         self.entries.insert(file.clone(), entry);
         Ok(())

@@ -15,5 +15,6 @@ mod kernels;
 mod merge;
 mod methods;
 mod plan;
+mod requantising;
 mod views;
 mod writer;

@@ -8,6 +8,7 @@ mod publication;
 mod shards;
 
 use crate::fixtures::{Pair, publish};
+use safemerge_fast::plan::Changes;
 use safemerge_fast::writer::{JobDirectory, Overwrite, Placement, REPORT, TileBuffer, WriteMode};
 use safemerge_fast::{Error, Result};
 use safetensors::Dtype;
@@ -79,7 +80,7 @@ pub fn put_shard(job: &JobDirectory, name: &str, bytes: &[u8], digest: &str) -> 
     buffer.filled(bytes.len()).copy_from_slice(bytes);
     let shard = job.create_shard(name, bytes.len(), WriteMode::Auto)?;
     shard.write(&mut buffer, 0)?;
-    job.commit_shard(&shard, digest)
+    job.commit_shard(&shard, digest, &Changes::new())
 }
 
 /// The files of a made-up model; `kind` decides on bytes, and on the layout.

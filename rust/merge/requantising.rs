@@ -1,0 +1,208 @@
+//! Quantised output tensors: their numbers are computed band by band (rows that share scales), the scales are chosen from
+//! them, and codes are written. Rows that nothing changes keep their bytes.
+
+use super::assembling::{Assembler, Work};
+use super::reading::Reader;
+use super::scales::{RecentScales, TensorScales};
+use super::tile::copy_wanted;
+use super::windows::{Part, Place};
+use crate::Result;
+use crate::kernels::Kernels;
+use crate::plan::{Change, Changes, EncodedPart, EncodedRows, EncodedTarget};
+use std::ops::Range;
+use std::sync::{Arc, PoisonError};
+
+/// Elements of a band that are held at a time; a larger one is gone through twice.
+pub(super) const HELD: usize = 3 << 20;
+/// Elements whose change is measured at a time.
+pub(super) const COMPARED: usize = 1 << 16;
+
+/// Writes quantised tensors for one worker.
+#[derive(Debug)]
+pub(super) struct Requantiser {
+    kernels: Kernels,
+    reader: Reader,
+    recent: Arc<RecentScales>,
+    values: Vec<f32>,
+    before: Vec<f32>,
+    after: Vec<f32>,
+    factors: Vec<f32>,
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    /// By the tensor's name in the input that it is encoded like; whoever asks takes them over.
+    pub changes: Changes,
+}
+
+impl Requantiser {
+    pub(super) fn new(kernels: Kernels, recent: Arc<RecentScales>) -> Self {
+        Self {
+            kernels,
+            reader: Reader::new(kernels),
+            recent,
+            values: Vec::new(),
+            before: Vec::new(),
+            after: Vec::new(),
+            factors: Vec::new(),
+            codes: Vec::new(),
+            scales: Vec::new(),
+            changes: Changes::new(),
+        }
+    }
+
+    /// Fills `out` with the bytes `part` of an output tensor. Calls `read` with elements whose operands have been read.
+    ///
+    /// # Errors
+    /// Those of [`Assembler::numbers`], and of reading the input.
+    pub(super) fn fill(
+        &mut self,
+        assembler: &mut Assembler,
+        work: &Work<'_>,
+        target: &EncodedTarget,
+        part: &Range<usize>,
+        out: &mut [u8],
+        mut read: impl FnMut(&Range<usize>),
+    ) -> Result<()> {
+        self.reader.clear();
+        let known = self.recent.of(target);
+        let columns = target.like.band.columns;
+        for band in target.bands_of(part) {
+            let band = target.band(band);
+            let kept = target.keeps(work.assembly, &band);
+            match target.part {
+                EncodedPart::Codes => {
+                    let rows = target.rows_of(part, &band);
+                    let width = target.like.band.row_bytes();
+                    let bytes = rows.start * width..rows.end * width;
+                    if kept {
+                        let wanted = bytes.start.max(part.start)..bytes.end.min(part.end);
+                        let place = wanted.start - part.start..wanted.end - part.start;
+                        target.codes.read(&wanted, &mut out[place])?;
+                        continue;
+                    }
+                    self.write_codes(assembler, work, target, &known, &band, &rows, &mut read)?;
+                    copy_wanted(&bytes, &self.codes[..bytes.len()], part, out);
+                    read(&(rows.start * columns..rows.end * columns));
+                }
+                EncodedPart::Scales => {
+                    let width = target.like.band.scale_bytes();
+                    let bytes = band.band * width..(band.band + 1) * width;
+                    self.scales.resize(width, 0);
+                    if kept && let Some(scales) = &target.like.scales {
+                        scales.read(&bytes, &mut self.scales)?;
+                    } else if self.find_scales(assembler, work, target, &known, &band, &mut read)? {
+                        read(&(band.rows.start * columns..band.rows.end * columns));
+                    }
+                    copy_wanted(&bytes, &self.scales, part, out);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the codes of some rows of a band to the beginning of the buffer of codes.
+    #[expect(clippy::too_many_arguments, reason = "what, where, and who is told")]
+    fn write_codes(
+        &mut self,
+        assembler: &mut Assembler,
+        work: &Work<'_>,
+        target: &EncodedTarget,
+        known: &TensorScales,
+        band: &EncodedRows,
+        rows: &Range<usize>,
+        read: &mut impl FnMut(&Range<usize>),
+    ) -> Result<()> {
+        let quantised = &target.like.band;
+        let columns = quantised.columns;
+        let held = self.find_scales(assembler, work, target, known, band, read)?;
+        self.factors.resize(quantised.scales(), 0.0);
+        let global = target.like.global(band.matrix)?;
+        quantised.factors(&self.kernels, &self.scales, global, &mut self.factors);
+        self.codes.resize(rows.len() * quantised.row_bytes(), 0);
+        let mut values = std::mem::take(&mut self.values);
+        let step = (COMPARED / columns.max(1)).max(1);
+        for start in rows.clone().step_by(step) {
+            let part = start..rows.end.min(start + step);
+            let place = if held { part.start - band.rows.start } else { 0 } * columns;
+            let values = {
+                let length = part.len() * columns;
+                values.resize(values.len().max(place + length), 0.0);
+                &mut values[place..place + length]
+            };
+            let elements = part.start * columns..part.end * columns;
+            if !held {
+                assembler.numbers(work, &elements, values)?;
+            }
+            let change = self.begin_change(target, &elements, values)?;
+            let bytes = quantised.row_bytes();
+            let codes = &mut self.codes[(part.start - rows.start) * bytes..][..part.len() * bytes];
+            quantised.write(&self.kernels, values, &self.factors, codes);
+            self.after.resize(elements.len(), 0.0);
+            quantised.decode(&self.kernels, codes, &self.factors, &mut self.after);
+            self.kernels.multiply_add(&mut self.after, &self.before, -1.0);
+            let stored = self.kernels.dot(&self.after, &self.after);
+            let total = self.changes.entry(target.name.1.clone()).or_default();
+            total.add(Change { wanted: change, stored });
+        }
+        self.values = values;
+        Ok(())
+    }
+
+    /// Reads what some elements were before, and says how far they are to change.
+    fn begin_change(
+        &mut self,
+        target: &EncodedTarget,
+        elements: &Range<usize>,
+        values: &[f32],
+    ) -> Result<f64> {
+        self.before.resize(elements.len(), 0.0);
+        let place = Place::new(0, Part::Matrix);
+        let before = &mut self.before;
+        self.reader.load_codes(place, &target.codes, &target.like, elements.clone(), before)?;
+        self.after.resize(elements.len(), 0.0);
+        self.after.copy_from_slice(values);
+        self.kernels.multiply_add(&mut self.after, &self.before, -1.0);
+        Ok(self.kernels.dot(&self.after, &self.after))
+    }
+
+    /// Finds the scales of a band. True if its numbers had to be computed and are all held now.
+    fn find_scales(
+        &mut self,
+        assembler: &mut Assembler,
+        work: &Work<'_>,
+        target: &EncodedTarget,
+        known: &TensorScales,
+        band: &EncodedRows,
+        read: &mut impl FnMut(&Range<usize>),
+    ) -> Result<bool> {
+        let quantised = &target.like.band;
+        self.scales.resize(quantised.scale_bytes(), 0);
+        if quantised.scales() == 0 || known.get(band.band, &mut self.scales) {
+            return Ok(false);
+        }
+        let columns = quantised.columns;
+        let step = (HELD / columns.max(1)).max(1);
+        let held = band.rows.len() <= step;
+        let _measuring =
+            (!held).then(|| known.measuring.lock().unwrap_or_else(PoisonError::into_inner));
+        if !held && known.get(band.band, &mut self.scales) {
+            return Ok(false);
+        }
+        self.factors.clear();
+        self.factors.resize(quantised.scales(), 0.0);
+        for start in band.rows.clone().step_by(step) {
+            let rows = start..band.rows.end.min(start + step);
+            let elements = rows.start * columns..rows.end * columns;
+            self.values.resize(self.values.len().max(elements.len()), 0.0);
+            let values = &mut self.values[..elements.len()];
+            assembler.numbers(work, &elements, values)?;
+            quantised.measure(&self.kernels, values, &mut self.factors);
+            if !held {
+                read(&elements);
+            }
+        }
+        let global = target.like.global(band.matrix)?;
+        quantised.choose(&mut self.factors, global, &mut self.scales);
+        known.put(band.band, &self.scales);
+        Ok(held)
+    }
+}
