@@ -79,7 +79,8 @@ impl Requantiser {
                         target.codes.read(&wanted, &mut out[place])?;
                         continue;
                     }
-                    self.write_codes(assembler, work, target, &known, &band, &rows, &mut read)?;
+                    let cut = (&rows, part);
+                    self.write_codes(assembler, work, target, &known, &band, cut, &mut read)?;
                     copy_wanted(&bytes, &self.codes[..bytes.len()], part, out);
                     read(&(rows.start * columns..rows.end * columns));
                 }
@@ -99,7 +100,7 @@ impl Requantiser {
         Ok(())
     }
 
-    /// Writes the codes of some rows of a band to the beginning of the buffer of codes.
+    /// Writes the codes of those rows of a band that some bytes of the tensor are of to the beginning of the buffer of codes.
     #[expect(clippy::too_many_arguments, reason = "what, where, and who is told")]
     fn write_codes(
         &mut self,
@@ -108,7 +109,7 @@ impl Requantiser {
         target: &EncodedTarget,
         known: &TensorScales,
         band: &EncodedRows,
-        rows: &Range<usize>,
+        (rows, bytes): (&Range<usize>, &Range<usize>),
         read: &mut impl FnMut(&Range<usize>),
     ) -> Result<()> {
         let quantised = &target.like.band;
@@ -132,27 +133,32 @@ impl Requantiser {
             if !held {
                 assembler.numbers(work, &elements, values)?;
             }
-            let change = self.begin_change(target, &elements, values)?;
-            let bytes = quantised.row_bytes();
-            let codes = &mut self.codes[(part.start - rows.start) * bytes..][..part.len() * bytes];
+            // A row that two tiles cut counts for the one that it begins in.
+            let counted =
+                if part.start * quantised.row_bytes() < bytes.start { columns } else { 0 };
+            let wanted = self.begin_change(target, &elements, values, counted)?;
+            let width = quantised.row_bytes();
+            let codes = &mut self.codes[(part.start - rows.start) * width..][..part.len() * width];
             quantised.write(&self.kernels, values, &self.factors, codes);
             self.after.resize(elements.len(), 0.0);
             quantised.decode(&self.kernels, codes, &self.factors, &mut self.after);
             self.kernels.multiply_add(&mut self.after, &self.before, -1.0);
-            let stored = self.kernels.dot(&self.after, &self.after);
+            let after = &self.after[counted..];
+            let stored = self.kernels.dot(after, after);
             let total = self.changes.entry(target.name.1.clone()).or_default();
-            total.add(Change { wanted: change, stored });
+            total.add(Change { wanted, stored });
         }
         self.values = values;
         Ok(())
     }
 
-    /// Reads what some elements were before, and says how far they are to change.
+    /// Reads what some elements were before, and says how far those from `counted` on are to change.
     fn begin_change(
         &mut self,
         target: &EncodedTarget,
         elements: &Range<usize>,
         values: &[f32],
+        counted: usize,
     ) -> Result<f64> {
         self.before.resize(elements.len(), 0.0);
         let place = Place::new(0, Part::Matrix);
@@ -161,7 +167,8 @@ impl Requantiser {
         self.after.resize(elements.len(), 0.0);
         self.after.copy_from_slice(values);
         self.kernels.multiply_add(&mut self.after, &self.before, -1.0);
-        Ok(self.kernels.dot(&self.after, &self.after))
+        let after = &self.after[counted..];
+        Ok(self.kernels.dot(after, after))
     }
 
     /// Finds the scales of a band. True if its numbers had to be computed and are all held now.
