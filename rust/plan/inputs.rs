@@ -154,10 +154,7 @@ impl FloatInput {
         tensor: &str,
         view: Option<&schema::View>,
     ) -> Result<Self> {
-        let input = match checkpoint.id(tensor) {
-            Some(id) => Some(Input::at(checkpoint, source, id)),
-            None => None,
-        };
+        let input = checkpoint.id(tensor).map(|id| Input::at(checkpoint, source, id));
         let float = input.as_ref().and_then(|input| Float::from_safetensors(input.dtype));
         if let (Some(input), Some(float)) = (input, float) {
             let shape = input.shape.clone();
