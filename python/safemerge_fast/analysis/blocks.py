@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..checkpoint.model import Model
     from ..pairing.operand import Term
 
-__all__ = ["Composed", "Difference", "Matrix", "Workspace", "read_tensor"]
+__all__ = ["Composed", "Difference", "Matrix", "Workspace", "open_matrix", "read_tensor"]
 
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -252,6 +252,14 @@ class Composed(Matrix):
         """Gives the pages back; what is read again is mapped again."""
         self.engine.release()
         self._touched = 0
+
+
+def open_matrix(models: Mapping[str, Model], role: str, name: str, terms: Sequence[Term]) -> Matrix:
+    """A role's matrix: as it is stored if it is that, else composed; arguments as for Composed."""
+    operand = terms[0].operand
+    if len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain and operand.view is None:
+        return Matrix(models[operand.source], operand.tensor)
+    return Composed(models, role, name, terms)
 
 
 def _whole_view(headers: _engine.Checkpoint, name: str, rows: int) -> torch.Tensor:

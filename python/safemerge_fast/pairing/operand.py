@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .view import View
+
 __all__ = ["OWN_NAME", "LowRank", "Magnitude", "Operand", "Rows", "Term"]
 
 OWN_NAME = ""
@@ -92,6 +94,8 @@ class Operand:
         rows: Rows that are replaced first, or None.
         low_rank: Products that are added then.
         magnitude: Norms that the sum gets at last, or None.
+        view: The part of the tensor that is meant; None for the whole, or, in a piece of an output tensor of the
+            same shape, for the same part of it.
     """
 
     source: str
@@ -99,10 +103,11 @@ class Operand:
     rows: Rows | None = None
     low_rank: tuple[LowRank, ...] = ()
     magnitude: Magnitude | None = None
+    view: View | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether the tensor is taken as it is stored."""
+        """Whether the tensor, or the part of it, is taken as it is stored."""
         return self.rows is None and not self.low_rank and self.magnitude is None
 
     @property
@@ -116,6 +121,8 @@ class Operand:
         document: dict[str, Any] = {"source": self.source}
         if self.tensor != OWN_NAME:
             document["tensor"] = self.tensor
+        if self.view is not None:
+            document["view"] = self.view.to_plan()
         if self.rows is not None:
             document["rows"] = self.rows.to_plan()
         if self.low_rank:

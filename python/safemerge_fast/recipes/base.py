@@ -71,7 +71,7 @@ class Measurement:
     """What a job found out by reading weights, before it decides.
 
     Attributes:
-        scores: Scores by tensor name.
+        scores: Scores by module name.
         device: Where they were computed, or None.
         seconds: How long that took in this run.
         warnings: What to mistrust.

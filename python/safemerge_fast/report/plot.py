@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.scores import Score
 from ..errors import AnalysisError, OutputError
+from ..pairing.module import modules_of_rows
 from ..pairing.row import Row
 from ..printable import plot_label, printable
 
@@ -43,7 +44,7 @@ tr.below td {{ background: #fdecea; }}
 <h1>{title}</h1>
 {figure}
 <table>
-<thead><tr><th>tensor</th><th>module type</th><th>ρ</th><th>ρ_null</th><th>‖V‖</th><th>‖Δ‖</th></tr></thead>
+<thead><tr><th>module</th><th>module type</th><th>ρ</th><th>ρ_null</th><th>‖V‖</th><th>‖Δ‖</th></tr></thead>
 <tbody>
 {rows}
 </tbody>
@@ -82,7 +83,7 @@ def write_plot(
     Args:
         path: Where to; its extension chooses among FORMATS.
         rows: Rows of the pairing; those without ρ are left out of the drawing.
-        scores: Scores by tensor name.
+        scores: Scores by module name.
         threshold: τ, drawn as a line.
         title: The heading.
 
@@ -112,12 +113,12 @@ def _figure(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, 
 
     series: dict[str, list[tuple[int, float, float | None]]] = {}
     order: dict[str, int] = {}
-    for row in rows:
-        score = scores.get(row.name)
+    for module in modules_of_rows(rows):
+        score = scores.get(module.name)
         if score is None or score.rho is None:
             continue
-        layer = _layer_number(row.layer, order)
-        series.setdefault(row.module_type, []).append((layer, score.rho, score.rho_null))
+        layer = _layer_number(module.layer, order)
+        series.setdefault(module.module_type, []).append((layer, score.rho, score.rho_null))
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     markers = "osD^v<>pPX*h"
@@ -173,16 +174,16 @@ def _render(figure: Any, kind: str) -> bytes:
 def _page(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, title: str, svg: str) -> str:
     """The drawing and a table of all scores in one file that loads nothing else."""
     lines = []
-    for row in rows:
-        score = scores.get(row.name)
+    for module in modules_of_rows(rows):
+        score = scores.get(module.name)
         if score is None:
             continue
         below = score.rho is not None and score.rho < threshold
         rho = f"{score.rho:.4f}" if score.rho is not None else _cell(score.undefined or "")
         null = f"{score.rho_null:.4f}" if score.rho_null is not None else ""
         cells = (
-            _cell(row.name),
-            _cell(row.module_type),
+            _cell(module.name),
+            _cell(module.module_type),
             rho,
             null,
             f"{score.v_norm:.4g}",
