@@ -70,9 +70,24 @@ class Module(msgspec.Struct, frozen=True, gc=False):
             found[role] = place.terms(self.expert, self.part, transposed=self.transposed)
         return found
 
+    @property
+    def piece_terms(self) -> Mapping[str, tuple[Term, ...]]:
+        """The same for a piece of the output tensor: operands without a view are meant with the piece's."""
+        if self.row.slices is None or self.part is None or self.expert is None:
+            return self.row.terms
+        elsewhere = {
+            role: place.terms(self.expert, self.part, transposed=self.transposed)
+            for role, place in self.row.slices.elsewhere.items()
+        }
+        return {**self.row.terms, **elsewhere}
+
     def has(self, role: str) -> bool:
         """Whether a role has the matrix, or makes it."""
         return self.row.has(role)
+
+    def is_plain(self, role: str) -> bool:
+        """Whether a role has the matrix stored at the same place of a tensor of the same name and shape."""
+        return self.row.is_plain(role)
 
 
 def whole(row: Row) -> Module:

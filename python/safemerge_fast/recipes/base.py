@@ -18,6 +18,7 @@ from ..execution.inputs import job_identity
 from ..execution.local import Written, check_plan, execute
 from ..pairing.row import Row
 from ..plan.layout import INDEX_FILE, output_dtype
+from ..plan.pieces import Pieces
 from ..plan.plan import PLAN_FILE, Plan
 from ..progress import ProgressCallback
 from ..report.report import ModuleWarning, Report
@@ -260,7 +261,9 @@ class CheckpointContents:
                     file=shard.file,
                     dtype=output_dtype(row, plan.dtype),
                     operation=operation,
-                    description=descriptions[operation],
+                    description=operation.describe()
+                    if isinstance(operation, Pieces)
+                    else descriptions[operation],
                     decision=self.decisions(row),
                     score=scores.get(row.name),
                 )

@@ -14,6 +14,7 @@ from ..analysis.scores import Score
 from ..decision import Decision
 from ..pairing.row import Row
 from ..plan.operation import Operation
+from ..plan.pieces import Pieces
 from ..printable import printable
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def tensor_report(
     *,
     file: str,
     dtype: str,
-    operation: Operation,
+    operation: Operation | Pieces,
     description: str,
     decision: Decision,
     score: Score | None,

@@ -20,6 +20,7 @@ from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
 from ...plan.layout import SINGLE_FILE, Shard, lay_out
 from ...plan.methods import known_methods
+from ...plan.pieces import compose_row
 from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
@@ -193,7 +194,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         plan = build_plan(
             self.models,
             lay_out(rows, dtype=settings.dtype, max_shard_size=None if size is None else int(size)),
-            lambda row: self.blend.compose(row, decisions[row.name]),
+            lambda row: compose_row(self.blend, row, decisions),
             anchor=self.host.role,
             dtype=settings.dtype,
         )
@@ -299,7 +300,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             trial = build_plan(
                 self.models,
                 [Shard(SINGLE_FILE, rows)],
-                lambda row: blend.compose(row, merged),
+                lambda row: compose_row(blend, row, lambda _: merged),
                 anchor=self.host.role,
                 dtype=self.settings.dtype,
             )
