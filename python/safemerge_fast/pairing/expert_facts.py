@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-__all__ = ["HALVES", "ExpertFacts", "Split"]
+__all__ = ["HALVES", "ExpertFacts", "Spelling", "Split"]
 
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _SIZES = ("hidden_size", "d_model", "n_embd", "hidden_dim")
@@ -34,16 +34,33 @@ _TRANSPOSED = frozenset({"aria", "gpt_oss", "llama4", "openai_privacy_filter"})
 # Families that store them as (in, out) and write them as (out, in), or the other way round.
 _EITHER = frozenset({"qwen3_vl_moe"})
 
-# What tensors of single experts are called, where that is not gate_proj, up_proj and down_proj.
-_W = ("w1", "w3", "w2")
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """What the tensors of single experts are called.
+
+    Attributes:
+        gate: The gate's matrix.
+        up: The other one that takes the input.
+        down: The one that gives the output.
+        block: What holds the experts, where transformers calls it "mlp" once they are stacked.
+    """
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    block: str = "mlp"
+
+
+_MIXTRAL = Spelling("w1", "w3", "w2", "block_sparse_moe")
 _SPELLINGS = {
-    "mixtral": _W,
-    "minimax": _W,
-    "minimax_m2": _W,
-    "phimoe": _W,
-    "lfm2_moe": _W,
-    "deepseek_v4": _W,
-    "dbrx": ("w1", "v1", "w2"),
+    "mixtral": _MIXTRAL,
+    "minimax": _MIXTRAL,
+    "minimax_m2": _MIXTRAL,
+    "phimoe": _MIXTRAL,
+    "lfm2_moe": Spelling("w1", "w3", "w2"),
+    "deepseek_v4": Spelling("w1", "w3", "w2", "ffn"),
+    "dbrx": Spelling("w1", "v1", "w2"),
 }
 
 _DEEPEST = 8
@@ -97,10 +114,10 @@ class ExpertFacts:
         return Split.HALVES if self._families & HALVES else None
 
     @property
-    def spelling(self) -> tuple[str, str, str]:
-        """What gate, up and down of one expert are called."""
+    def spelling(self) -> Spelling:
+        """What the tensors of single experts are called."""
         found = (_SPELLINGS[family] for family in sorted(self._families) if family in _SPELLINGS)
-        return next(found, ("gate_proj", "up_proj", "down_proj"))
+        return next(found, Spelling())
 
     @cached_property
     def _families(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .._engine import Checkpoint, TensorInfo
 from ..checkpoint.model import FLOATS
-from .expert_facts import ExpertFacts, Split
+from .expert_facts import ExpertFacts, Spelling, Split
 from .expert_names import Kind, Place
 from .modules import PROJECTION, module_type
 from .stack import Part, Stack
@@ -143,7 +143,9 @@ def read_block(
         if layout.kinds == (Kind.GATE_UP,):
             unsplit.append(tensor.name)
         layouts.append(layout)
-    return Block(place.prefix, tuple(layouts), tuple(unclear), tuple(unsplit))
+    # As the checkpoint would call them if each had tensors of its own.
+    prefix = place.prefix.replace(".mlp.experts", f".{_spelling(facts).block}.experts")
+    return Block(prefix, tuple(layouts), tuple(unclear), tuple(unsplit))
 
 
 def _matrices(
@@ -300,12 +302,18 @@ def _halves(whole: View, split: str, *, transposed: bool) -> tuple[View, View]:
     return View(0, shape, strides), View(stride, shape, strides)
 
 
+def _spelling(facts: Sequence[ExpertFacts]) -> Spelling:
+    """What one expert's tensors are called in the first model that says what it is."""
+    return next((fact for fact in facts if fact.config), ExpertFacts({})).spelling
+
+
 def _name(kind: Kind, leaf: str, facts: Sequence[ExpertFacts]) -> str:
     """What follows the expert's number in the name of a matrix."""
     match kind:
         case Kind.GATE | Kind.UP | Kind.DOWN:
-            spelling = next((fact for fact in facts if fact.config), ExpertFacts({})).spelling
-            return f"{dict(zip((Kind.GATE, Kind.UP, Kind.DOWN), spelling, strict=True))[kind]}.weight"
+            spelling = _spelling(facts)
+            names = {Kind.GATE: spelling.gate, Kind.UP: spelling.up, Kind.DOWN: spelling.down}
+            return f"{names[kind]}.weight"
         case Kind.GATE_UP:
             return "gate_up_proj"
         case _:

@@ -207,6 +207,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             self.host,
             read_backend=settings.read_backend,
             remarks=remarks,
+            module_decisions=decisions,
         )
 
     def card(self, report: Report) -> str:
