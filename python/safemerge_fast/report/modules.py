@@ -12,9 +12,13 @@ from ..decision import Decision
 from ..pairing.module import modules_of
 from ..pairing.row import Row
 
-__all__ = ["ModuleRecords", "ModuleReport", "measured", "module_records"]
+__all__ = ["NOT_MEASURED", "ModuleRecords", "ModuleReport", "measured", "module_records"]
 
-Values = tuple[float | None, ...]
+Column = tuple[float | None, ...]
+Measured = tuple[float | None, float | None, float | None, float | None, float | None, float | None]
+
+NOT_MEASURED: Measured = (None, None, None, None, None, None)
+"""What measured gives, of what was not."""
 
 
 class ModuleReport(msgspec.Struct, frozen=True, gc=False):
@@ -71,12 +75,12 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     module_types: tuple[str, ...]
     merged: tuple[bool, ...]
     reason: tuple[str, ...]
-    rho: Values = ()
-    rho_null: Values = ()
-    v_norm: Values = ()
-    delta_norm: Values = ()
-    weight_norm: Values = ()
-    v_rounding: Values = ()
+    rho: Column = ()
+    rho_null: Column = ()
+    v_norm: Column = ()
+    delta_norm: Column = ()
+    weight_norm: Column = ()
+    v_rounding: Column = ()
 
     def reports(self, layer: str | None) -> Iterator[ModuleReport]:
         """The modules one by one; they belong to the tensor's layer."""
@@ -123,7 +127,17 @@ def module_records(
     )
 
 
-def measured(score: Score) -> Values:
+def measured(score: Score) -> Measured:
     """The fields of a report that a score fills; JSON has no NaN and no infinity, so both become None."""
-    values = (score.rho, score.rho_null, score.v_norm, score.delta_norm, score.weight_norm, score.v_rounding)
-    return tuple(value if value is not None and math.isfinite(value) else None for value in values)
+    return (
+        _finite(score.rho),
+        _finite(score.rho_null),
+        _finite(score.v_norm),
+        _finite(score.delta_norm),
+        _finite(score.weight_norm),
+        _finite(score.v_rounding),
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

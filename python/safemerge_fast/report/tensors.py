@@ -15,7 +15,7 @@ from ..pairing.row import Row
 from ..plan.operation import Operation
 from ..plan.pieces import Pieces
 from ..printable import printable
-from .modules import ModuleRecords, ModuleReport, measured
+from .modules import NOT_MEASURED, ModuleRecords, ModuleReport, measured
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -186,8 +186,8 @@ def tensor_report(
         decision.merge,
         operation.is_copy,
         row.analysed,
-        *(() if score is None else measured(score)),
-        modules=modules,
+        *(NOT_MEASURED if score is None else measured(score)),
+        modules,
     )
 
 
