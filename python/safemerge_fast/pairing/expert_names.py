@@ -88,6 +88,11 @@ class Place:
     leaf: str
     kind: Kind
 
+    @property
+    def speaks_of_experts(self) -> bool:
+        """Whether the name itself says that there are experts."""
+        return "expert" in self.parent or "moe" in self.parent
+
 
 @dataclass(frozen=True, slots=True)
 class Single:

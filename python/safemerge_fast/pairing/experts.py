@@ -6,7 +6,7 @@ matrix, (out, in), of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .._engine import TensorInfo
@@ -223,16 +223,13 @@ def find_experts(models: Mapping[str, Model], anchor: str) -> Experts | None:
     Returns:
         The experts, or None if no role has stacked ones, as most have none.
     """
-    found = {
-        role: grouped
-        for role, model in models.items()
-        if not isinstance(model, Adapter) and (grouped := _grouped(model))
-    }
-    if not found:
-        return None
     facts = {
         role: ExpertFacts(model.config) for role, model in models.items() if not isinstance(model, Adapter)
     }
+    counts = {fact.count for fact in facts.values()}
+    found = {role: grouped for role in facts if (grouped := _grouped(models[role], counts))}
+    if not found:
+        return None
     roles = {}
     for role in facts:
         known = [facts[role], *(fact for other, fact in facts.items() if other != role)]
@@ -243,11 +240,14 @@ def find_experts(models: Mapping[str, Model], anchor: str) -> Experts | None:
     return Experts(roles, anchor)
 
 
-def _grouped(model: Model) -> Sequence[Sequence[tuple[Place, TensorInfo]]]:
-    """The tensors that may hold stacked experts, layer by layer."""
+def _grouped(model: Model, counts: Container[int | None]) -> Sequence[Sequence[tuple[Place, TensorInfo]]]:
+    """The tensors that may hold stacked experts, layer by layer; counts are how many there may be."""
     groups: dict[str, list[tuple[Place, TensorInfo]]] = {}
     for tensor in model.headers.tensors:
-        if may_be_stacked(tensor) and (place := stacked(tensor.name)) is not None:
+        if not may_be_stacked(tensor) or (place := stacked(tensor.name)) is None:
+            continue
+        # A convolution may be called the same.
+        if place.speaks_of_experts or tensor.shape[0] in counts:
             groups.setdefault(place.parent, []).append((place, tensor))
     return list(groups.values())
 
