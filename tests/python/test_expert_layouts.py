@@ -266,3 +266,30 @@ def test_the_families_are_those_of_transformers() -> None:
         assert ExpertFacts({"model_type": family}).split("gate_up_proj") == "alternating"
     for family in transposed:
         assert ExpertFacts({"model_type": family}).is_transposed
+
+
+def test_the_experts_of_a_layer_are_one_line(tmp_path: Path) -> None:
+    """In the page of a plot, single or stacked; other modules have a line each."""
+    from safemerge_fast.analysis.scores import Score
+    from safemerge_fast.report.expert_lines import ExpertLine, lines
+
+    attention = {f"{L}.self_attn.q_proj.weight": (8, 8)}
+    for tensors in (STACKED, singles("gate_proj", "up_proj", "down_proj")):
+        pairing = pair(models({**tensors, **attention}, QWEN))
+        rhos = {name: 0.1 * place for place, name in enumerate(sorted(modules(pairing)))}
+        scores = {name: Score(rho, 0.5, 1.0, 1.0, 1.0, 0.0, None) for name, rho in rhos.items()}
+        found = list(lines(pairing.modules, scores))
+        assert sorted(line.module_type for line in found) == [
+            "experts.down_proj",
+            "experts.gate_proj",
+            "experts.up_proj",
+            "q_proj",
+        ]
+        for line in found:
+            if isinstance(line, ExpertLine):
+                # Sorted names: experts 0 to 4, each down, gate, up.
+                first = {"down": 0, "gate": 1, "up": 2}[line.module_type[8:-5]]
+                assert line.rhos == pytest.approx([0.1 * (first + 3 * expert) for expert in range(5)])
+                assert line.name == f"{L}, 5 experts"
+                below = sum(rho < 0.35 for rho in line.rhos)
+                assert f"{below} of 5 below" in line.describe(0.35)

@@ -129,6 +129,7 @@ def stacked(name: str) -> Place | None:
     return Place(prefix, parent, leaf, kind)
 
 
+@lru_cache(maxsize=16)  # a tensor is asked about once for every role
 def single(name: str) -> Single | None:
     """What a name says of a tensor of one expert; None if it is none."""
     match = _SINGLE_NAME.fullmatch(name)

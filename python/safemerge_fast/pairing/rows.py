@@ -5,7 +5,7 @@ Tensors are matched by name, never by position. Only headers and configurations 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .._engine import TensorInfo
@@ -15,6 +15,7 @@ from ..errors import PairingError
 from .adapter_terms import adapter_notes, adapter_terms
 from .counterparts import Counterparts, counterparts
 from .experts import Experts, find_experts
+from .module import Module, modules_of_rows
 from .modules import (
     MTP,
     PROJECTION,
@@ -57,6 +58,11 @@ class Pairing:
     rows: tuple[Row, ...]
     unused: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
+
+    @property
+    def modules(self) -> Iterator[Module]:
+        """The modules that are analysed, in the rows' order; made as they are asked for."""
+        return modules_of_rows(self.rows)
 
 
 def pair(
