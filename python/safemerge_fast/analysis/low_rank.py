@@ -109,7 +109,10 @@ def _update(
     """
     left, right = [], []
     for factor in factors:
-        a, b = (read_tensor(models[factor.source], name).double() for name in (factor.a, factor.b))
+        a, b = (
+            read_tensor(models[factor.source], name, view).double()
+            for name, view in ((factor.a, factor.a_view), (factor.b, factor.b_view))
+        )
         for name, values in ((factor.a, a), (factor.b, b)):
             # The sum is a fortieth of the work of a look at every value, and finite only if all of them are.
             if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):

@@ -27,6 +27,8 @@ class LowRank:
         scale: Factor of the product.
         rank: Rows of A and columns of B.
         transpose: Whether the matrix is stored as (in, out), so that the transposed product is added.
+        a_view: The part of the stored A that is meant, or None for all of it.
+        b_view: The part of the stored B, likewise.
     """
 
     source: str
@@ -35,12 +37,14 @@ class LowRank:
     scale: float
     rank: int
     transpose: bool
+    a_view: View | None = None
+    b_view: View | None = None
 
     def to_plan(self) -> dict[str, Any]:
         """The product as the plan writes it."""
         return {
-            "a": {"source": self.source, "tensor": self.a},
-            "b": {"source": self.source, "tensor": self.b},
+            "a": _reference(self.source, self.a, self.a_view),
+            "b": _reference(self.source, self.b, self.b_view),
             "scale": self.scale,
             "transpose": self.transpose,
         }
@@ -130,6 +134,14 @@ class Operand:
         if self.magnitude is not None:
             document["magnitude"] = self.magnitude.to_plan()
         return document
+
+
+def _reference(source: str, tensor: str, view: View | None) -> dict[str, Any]:
+    """A tensor, or a view of it, as the plan writes it."""
+    document: dict[str, Any] = {"source": source, "tensor": tensor}
+    if view is not None:
+        document["view"] = view.to_plan()
+    return document
 
 
 @dataclass(frozen=True, slots=True)

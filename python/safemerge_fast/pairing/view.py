@@ -42,6 +42,18 @@ class View:
         """The same elements with the axes in the other order: the transposed matrix."""
         return View(self.start, self.shape[::-1], self.strides[::-1])
 
+    def rows(self, first: int, count: int, step: int = 1) -> View:
+        """Some rows of a matrix, every so manieth."""
+        return View(
+            self.start + first * self.strides[0],
+            (count, *self.shape[1:]),
+            (self.strides[0] * step, *self.strides[1:]),
+        )
+
+    def columns(self, first: int, count: int, step: int = 1) -> View:
+        """Some columns of a matrix, every so manieth."""
+        return self.turned().rows(first, count, step).turned()
+
     def to_plan(self) -> dict[str, Any]:
         """The view as the plan writes it."""
         return {"start": self.start, "shape": list(self.shape), "strides": list(self.strides)}
