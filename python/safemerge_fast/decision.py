@@ -1,4 +1,4 @@
-"""Stage 4, decision: scores and a rule give keep or merge for every row, with the reason."""
+"""Stage 4, decision: scores and a rule give keep or merge for every module, with the reason."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from functools import cache
 from .analysis.scores import Score
 from .checkpoint.model import FLOATS
 from .errors import AnalysisError, SettingError
+from .pairing.module import Module, modules_of, modules_of_rows
 from .pairing.row import Row
 
-__all__ = ["Decision", "Rule", "decide"]
+__all__ = ["Decision", "Rule", "decide", "decision_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Rule:
         Raises:
             SettingError: select asks for more.
         """
-        units = len(_units([row for row in rows if row.analysed], self))
+        units = len(_units(list(modules_of_rows(rows)), self))
         kind, _, text = self.select.partition(":")
         if kind == "lowest" and int(text) > units:
             what = "layers" if self.granularity == "layer" else "modules"
@@ -95,7 +96,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What happens to one output tensor, and why, in words for the report."""
+    """What happens to one module, or to a tensor without any, and why, in words for the report."""
 
     merge: bool
     reason: str
@@ -106,50 +107,66 @@ def decide(rows: Sequence[Row], scores: Mapping[str, Score], rule: Rule) -> dict
 
     Args:
         rows: The rows to decide for; all of the model's unless the rule is local.
-        scores: Scores by tensor name; must hold every analysed row.
+        scores: Scores by module name; must hold every module.
         rule: The rule.
 
     Returns:
-        One decision per row, by name, in the rows' order.
+        One decision per module, and one per row that has none, by name, in the rows' order.
 
     Raises:
-        AnalysisError: An analysed row has no score.
+        AnalysisError: A module has no score.
     """
-    analysed = [row for row in rows if row.analysed]
-    for row in analysed:
-        if row.name not in scores:
+    analysed = list(modules_of_rows(rows))
+    for module in analysed:
+        if module.name not in scores:
             raise AnalysisError(
-                f"there is no score for {row.name}; analyse again with the same --include and --exclude"
+                f"there is no score for {module.name}; analyse again with the same --include and --exclude"
             )
     units = _units(analysed, rule)
     verdicts = _verdicts(units, scores, rule)
-    unit_of = {row.name: unit for unit, members in units.items() for row in members}
+    unit_of = {module.name: unit for unit, members in units.items() for module in members}
     needed: set[str] = set()
     if rule.others == "merge":
         needed = {"finetuned", "safe" if any(row.has("safe") for row in rows) else "aligned"}
-    return {
-        row.name: verdicts[unit_of[row.name]] if row.analysed else _unanalysed(row, needed, rule)
-        for row in rows
-    }
+    decisions: dict[str, Decision] = {}
+    for row in rows:
+        if row.analysed:
+            decisions.update((module.name, verdicts[unit_of[module.name]]) for module in modules_of(row))
+        else:
+            decisions[row.name] = _unanalysed(row, needed, rule)
+    return decisions
 
 
-def _units(analysed: Sequence[Row], rule: Rule) -> dict[str, list[Row]]:
-    """Groups rows that share one decision."""
-    units: dict[str, list[Row]] = {}
-    for row in analysed:
-        unit = row.layer if rule.granularity == "layer" and row.layer is not None else row.name
-        units.setdefault(unit, []).append(row)
+def decision_of(row: Row, decisions: Mapping[str, Decision]) -> Decision:
+    """What happens to a row: its own decision, or what its modules' come to.
+
+    Args:
+        row: The row.
+        decisions: What decide returns.
+    """
+    if not row.analysed or row.slices is None:
+        return decisions[row.name]
+    made = [decisions[module.name].merge for module in modules_of(row)]
+    return Decision(any(made), f"{sum(made)} of {len(made)} matrices of experts merged")
+
+
+def _units(analysed: Sequence[Module], rule: Rule) -> dict[str, list[Module]]:
+    """Groups modules that share one decision."""
+    units: dict[str, list[Module]] = {}
+    for module in analysed:
+        unit = module.layer if rule.granularity == "layer" and module.layer is not None else module.name
+        units.setdefault(unit, []).append(module)
     return units
 
 
 def _verdicts(
-    units: Mapping[str, Sequence[Row]], scores: Mapping[str, Score], rule: Rule
+    units: Mapping[str, Sequence[Module]], scores: Mapping[str, Score], rule: Rule
 ) -> dict[str, Decision]:
     """Decides for each unit by the mean ρ of its modules that have one."""
     rhos: dict[str, float] = {}
     verdicts: dict[str, Decision] = {}
     for unit, members in units.items():
-        known = [rho for row in members if (rho := scores[row.name].rho) is not None]
+        known = [rho for module in members if (rho := scores[module.name].rho) is not None]
         if known:
             rhos[unit] = math.fsum(known) / len(known)
             continue
@@ -192,7 +209,7 @@ def _unanalysed(row: Row, needed: set[str], rule: Rule) -> Decision:
         rule.others == "merge"
         and row.dtype in FLOATS
         and all(row.has(role) for role in needed)
-        and len({row.terms[role] for role in needed}) > 1
+        and (any(map(row.is_elsewhere, needed)) or len({row.terms[role] for role in needed}) > 1)
     ):
         return Decision(True, f"{row.reason}: not analysed, merged with the others")
     return _kept(row.reason)

@@ -20,6 +20,7 @@ from safemerge_fast.analysis.rounding import v_rounding
 from safemerge_fast.analysis.scores import Score
 from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.errors import AnalysisError
+from safemerge_fast.pairing.module import whole
 from safemerge_fast.pairing.rows import Row, pair
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -110,7 +111,9 @@ def score(
 ) -> Score:  # fmt: skip
     workspace = Workspace(device, **limits)  # type: ignore[arg-type]
     models = write(directory, triple, padded=padded)
-    return score_module(models, row(transposed=transposed), delta_reference=reference, workspace=workspace)
+    return score_module(
+        models, whole(row(transposed=transposed)), delta_reference=reference, workspace=workspace
+    )
 
 
 def rounded(triple: Triple, dtype: torch.dtype) -> Triple:
@@ -353,6 +356,6 @@ def test_pages_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Matrix, "release", counting)
     monkeypatch.setattr("safemerge_fast.analysis.blocks._RELEASE_BYTES", 1 << 20)
-    score_module(models, row(), workspace=Workspace(CPU))
+    score_module(models, whole(row()), workspace=Workspace(CPU))
     assert all(released.count(role) > 8 for role in models)
     assert set(released[-4:]) == {"base", "aligned", "finetuned"}

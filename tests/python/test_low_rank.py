@@ -20,6 +20,7 @@ from safemerge_fast.analysis.blocks import Workspace
 from safemerge_fast.analysis.low_rank import score_low_rank
 from safemerge_fast.analysis.scores import Score, Scores
 from safemerge_fast.checkpoint.model import Model
+from safemerge_fast.pairing.module import whole
 from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term
 from safemerge_fast.pairing.rows import Row
 
@@ -144,7 +145,7 @@ def test_dtypes(tmp_path: Path, weights: torch.dtype, factors: torch.dtype, padd
 def test_many_blocks(tmp_path: Path, transposed: bool) -> None:
     setting = Setting(tmp_path, (640, 520), (16,), transposed=transposed, weights=torch.bfloat16)
     workspace = Workspace(torch.device("cpu"), chunk_elements=4096)
-    score = score_low_rank(setting.models, setting.row(), setting.products, workspace=workspace)
+    score = score_low_rank(setting.models, whole(setting.row()), setting.products, workspace=workspace)
     assert_dense(score, setting.base, setting.aligned, setting.delta)
 
 

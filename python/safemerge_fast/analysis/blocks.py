@@ -7,6 +7,7 @@ reads by position, nothing is mapped here either.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -19,8 +20,9 @@ from .. import _engine
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
     from ..pairing.operand import Term
+    from ..pairing.view import View
 
-__all__ = ["Composed", "Difference", "Matrix", "Workspace", "read_tensor"]
+__all__ = ["Composed", "Difference", "Matrix", "Workspace", "open_matrix", "read_tensor"]
 
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16,
@@ -254,6 +256,14 @@ class Composed(Matrix):
         self._touched = 0
 
 
+def open_matrix(models: Mapping[str, Model], role: str, name: str, terms: Sequence[Term]) -> Matrix:
+    """A role's matrix: as it is stored if it is that, else composed; arguments as for Composed."""
+    operand = terms[0].operand
+    if len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain and operand.view is None:
+        return Matrix(models[operand.source], operand.tensor)
+    return Composed(models, role, name, terms)
+
+
 def _whole_view(headers: _engine.Checkpoint, name: str, rows: int) -> torch.Tensor:
     """The bytes of a tensor in a mapped file, without a copy."""
     array = np.asarray(headers.rows(name, 0, rows))
@@ -263,12 +273,24 @@ def _whole_view(headers: _engine.Checkpoint, name: str, rows: int) -> torch.Tens
         return torch.from_numpy(array)
 
 
-def read_tensor(model: Model, name: str) -> torch.Tensor:
-    """Reads a small tensor whole, in its own dtype and shape, into memory of its own."""
+def read_tensor(model: Model, name: str, view: View | None = None) -> torch.Tensor:
+    """Reads a small tensor whole, or a part of one, in its own dtype, into memory of its own."""
     info = model.headers.tensor(name)
-    data = np.array(model.headers.rows(name, 0, info.shape[0] if info.shape else 1), dtype=np.uint8)
+    if view is None:
+        data = _read_rows(model, name, 0, info.shape[0] if info.shape else 1)
+        return data.view(_TORCH_DTYPES[info.dtype]).view(*info.shape)
+    # The rows of the stored tensor that the part touches.
+    width = math.prod(info.shape[1:])
+    last = view.start + sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True))
+    first = view.start // width
+    data = _read_rows(model, name, first, last // width + 1).view(_TORCH_DTYPES[info.dtype])
+    return data.as_strided(view.shape, view.strides, view.start - first * width)
+
+
+def _read_rows(model: Model, name: str, first: int, stop: int) -> torch.Tensor:
+    data = np.array(model.headers.rows(name, first, stop), dtype=np.uint8)
     model.headers.release(name)
-    return torch.from_numpy(data.reshape(-1)).view(_TORCH_DTYPES[info.dtype]).view(*info.shape)
+    return torch.from_numpy(data.reshape(-1))
 
 
 class Difference:

@@ -19,26 +19,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Composed, Difference, Matrix, Workspace
+from .blocks import Difference, Matrix, Workspace, open_matrix
 from .device import full_float32
 from .rounding import v_rounding
 from .scores import Score, Undefined
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
-    from ..pairing.row import Row
+    from ..pairing.module import Module
 
 __all__ = ["Workspace", "score_module"]
 
 
 def score_module(
-    models: Mapping[str, Model], row: Row, *, delta_reference: str = "aligned", workspace: Workspace
+    models: Mapping[str, Model], module: Module, *, delta_reference: str = "aligned", workspace: Workspace
 ) -> Score:
     """Scores one module.
 
     Args:
         models: base, aligned and finetuned, by role.
-        row: An analysed row of the pairing: 2-D, float, of one shape in all three models. What adapters change
+        module: A module of the pairing: 2-D, float, of one shape in all three models. What adapters change
             is composed as it is read.
         delta_reference: What Δ is taken against, "aligned" or "base".
         workspace: Buffers and the device to compute on.
@@ -47,8 +47,11 @@ def score_module(
         The score. ρ is 0 where V VᵀΔ is zero and neither V nor Δ is: the update lies wholly outside the
         subspace.
     """
-    tensors = {role: _matrix(models, row, role) for role in ("base", "aligned", "finetuned")}
-    turned = row.transposed
+    terms = module.terms
+    tensors = {
+        role: open_matrix(models, role, module.name, terms[role]) for role in ("base", "aligned", "finetuned")
+    }
+    turned = module.transposed
     v = Difference(workspace, tensors["aligned"], tensors["base"], transposed=turned, minuend_norm=True)
     delta = Difference(workspace, tensors["finetuned"], tensors[delta_reference], transposed=turned)
     d_out, d_in = v.shape
@@ -75,15 +78,6 @@ def score_module(
         undefined=None if undefined is None else undefined.reason,
         nonfinite=undefined is not None and undefined.nonfinite,
     )
-
-
-def _matrix(models: Mapping[str, Model], row: Row, role: str) -> Matrix:
-    """A role's matrix: as it is stored if it is that, else composed."""
-    terms = row.terms[role]
-    operand = terms[0].operand
-    if len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain:
-        return Matrix(models[operand.source], operand.tensor)
-    return Composed(models, role, row.name, terms)
 
 
 def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:

@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .blocks import Difference, Matrix, Workspace, read_tensor
+from .blocks import Difference, Matrix, Workspace, open_matrix, read_tensor
 from .device import full_float32
 from .rounding import v_rounding
 from .scores import Score, Undefined
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
+    from ..pairing.module import Module
     from ..pairing.operand import LowRank
-    from ..pairing.row import Row
 
 __all__ = ["PROBES", "score_low_rank"]
 
@@ -59,29 +59,30 @@ class _Update:
 
 
 def score_low_rank(
-    models: Mapping[str, Model], row: Row, factors: Sequence[LowRank], *, workspace: Workspace
+    models: Mapping[str, Model], module: Module, factors: Sequence[LowRank], *, workspace: Workspace
 ) -> Score:
     """Scores one module whose update of the aligned weight is a sum of low-rank products.
 
     Args:
         models: base, aligned, and the sources of the factors, by role.
-        row: An analysed row of the pairing: 2-D, float, of one shape in base and aligned.
+        module: A module of the pairing: 2-D, float, of one shape in base and aligned.
         factors: What Δ is the sum of.
         workspace: Buffers and the device to compute on.
 
     Returns:
         The score, as cosine.score_module would give it, but for an estimated ρ_null.
     """
-    aligned, base = Matrix(models["aligned"], row.names["aligned"]), Matrix(models["base"], row.names["base"])
-    v = Difference(workspace, aligned, base, transposed=row.transposed, minuend_norm=True)
-    update, undefined = _update(models, row, factors)
+    terms = module.terms
+    aligned, base = (open_matrix(models, role, module.name, terms[role]) for role in ("aligned", "base"))
+    v = Difference(workspace, aligned, base, transposed=module.transposed, minuend_norm=True)
+    update, undefined = _update(models, module, factors)
     rho: float | None = None
     rho_null: float | None = None
     with full_float32(workspace.device):
         if undefined is None:
-            rho, rho_null = _measure(v, row, update, workspace)
+            rho, rho_null = _measure(v, module, update, workspace)
         else:
-            _norms_only(v, row, workspace)
+            _norms_only(v, module, workspace)
     v.release()
     undefined = _why_undefined(v, (aligned, base), workspace) or undefined
     v_norm, weight_norm = math.sqrt(v.squares), math.sqrt(v.minuend_squares)
@@ -99,7 +100,7 @@ def score_low_rank(
 
 
 def _update(
-    models: Mapping[str, Model], row: Row, factors: Sequence[LowRank]
+    models: Mapping[str, Model], module: Module, factors: Sequence[LowRank]
 ) -> tuple[_Update, Undefined | None]:
     """Puts the factors side by side and brings Δ = B·A to C = B·L, in float64 on the CPU.
 
@@ -108,14 +109,17 @@ def _update(
     """
     left, right = [], []
     for factor in factors:
-        a, b = (read_tensor(models[factor.source], name).double() for name in (factor.a, factor.b))
+        a, b = (
+            read_tensor(models[factor.source], name, view).double()
+            for name, view in ((factor.a, factor.a_view), (factor.b, factor.b_view))
+        )
         for name, values in ((factor.a, a), (factor.b, b)):
             # The sum is a fortieth of the work of a look at every value, and finite only if all of them are.
             if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
                 reason = f"non-finite values in {factor.source} tensor {name}"
                 nothing = _Update(torch.empty(0, 0, dtype=torch.float64), math.nan)
                 return nothing, Undefined(reason, nonfinite=True)
-        if factor.transpose != row.transposed:
+        if factor.transpose != module.transposed:
             a, b = b.T, a.T
         # Rows of unit length, so that the eigenvalues below lose nothing of a product whose A is small.
         lengths = torch.linalg.vector_norm(a, dim=1)
@@ -129,7 +133,9 @@ def _update(
     return _Update(columns / (norm or 1.0), norm), None if norm > 0.0 else Undefined("Δ is zero")
 
 
-def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> tuple[float, float | None]:
+def _measure(
+    v: Difference, module: Module, update: _Update, workspace: Workspace
+) -> tuple[float, float | None]:
     """Computes ρ and estimates ρ_null from Gram matrices of G and H."""
     d_out, d_in = v.shape
     rank = update.columns.shape[1]
@@ -139,7 +145,7 @@ def _measure(v: Difference, row: Row, update: _Update, workspace: Workspace) -> 
     columns[:, rank:].copy_(_probes(d_out))
     images = workspace.buffer("images", d_in, width).zero_()  # G, later scaled
     returned = workspace.buffer("returned", d_out, width).zero_()  # H, scaled like G
-    scale = _pass_over_columns if row.transposed else _pass_over_rows
+    scale = _pass_over_columns if module.transposed else _pass_over_rows
     scale_squares = scale(v, columns, images, returned, workspace) ** 2
     if not math.isfinite(v.squares) or v.squares == 0.0:
         return 0.0, None
@@ -197,10 +203,10 @@ def _pass_over_columns(
     return scale
 
 
-def _norms_only(v: Difference, row: Row, workspace: Workspace) -> None:
+def _norms_only(v: Difference, module: Module, workspace: Workspace) -> None:
     """Reads V for its norm and the aligned weight's."""
     d_out, d_in = v.shape
-    if row.transposed:
+    if module.transposed:
         for part in _slices(d_in, d_out, workspace):
             v.block(slice(0, d_out), part, "block")
     else:

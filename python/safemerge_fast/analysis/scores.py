@@ -95,7 +95,7 @@ class Scores:
     """The scores of one analysis and what they were computed from.
 
     Attributes:
-        modules: Scores by tensor name (of the fine-tuned model), in file order.
+        modules: Scores by module name (the fine-tuned model's tensor, or one expert of it), in file order.
         delta_reference: The model that Δ was taken against, "aligned" or "base".
         sources: For each role what describe_source says of it.
         device: Where the scores were computed, as torch names it.

@@ -117,10 +117,12 @@ def _table(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float) -
     from rich import box
     from rich.table import Table
 
+    from ..pairing.module import modules_of_rows
+
     groups: dict[str, list[Score]] = {}
-    for row in rows:
-        if row.name in scores:
-            groups.setdefault(row.module_type, []).append(scores[row.name])
+    for module in modules_of_rows(rows):
+        if module.name in scores:
+            groups.setdefault(module.module_type, []).append(scores[module.name])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
     below = sum(score.rho is not None and score.rho < threshold for score in scores.values())
     table.add_column("module type", footer="all", no_wrap=True)

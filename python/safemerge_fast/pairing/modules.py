@@ -11,6 +11,7 @@ from .._engine import TensorInfo
 from ..checkpoint.model import FLOATS
 
 __all__ = [
+    "MTP",
     "PROJECTION",
     "classify",
     "decoder_layers",
@@ -22,6 +23,9 @@ __all__ = [
 
 PROJECTION = "projection"
 """What classify says of a tensor that is analysed by default."""
+
+MTP = "multi-token prediction (MTP)"
+"""What classify says of a tensor that predicts further tokens."""
 
 _LAYER = re.compile(r"^(?:.*?\.)?[A-Za-z_]\w*\.(?P<index>\d+)(?=\.)")
 _DECODER_LAYER = re.compile(
@@ -101,7 +105,7 @@ def _classify(name: str, dtype: str, dimensions: int, empty: bool, past: bool) -
     reasons = (
         (dtype not in FLOATS, f"not a float tensor ({dtype})"),
         (empty, "empty tensor"),
-        (past or _MTP.search(name) is not None, "multi-token prediction (MTP)"),
+        (past or _MTP.search(name) is not None, MTP),
         (name.endswith("bias"), "bias"),
         (_NORM.search(leaf) is not None, "norm"),
         (layer_of(name) is None and _HEAD.search(name) is not None, "head"),

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from .operand import Operand, Term
+from .stack import Slices
 
 __all__ = ["NOT_ADAPTED", "Row", "SameName", "Shared"]
 
@@ -63,7 +64,9 @@ class Row(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         analysed: Whether it is to be scored.
         transposed: Whether it is stored as (in, out), as GPT-2's Conv1D does.
         reason: Why it is left out of the analysis, or "projection".
-        adapted: What adapters make of it, by role; a role is there if it is an adapter.
+        adapted: What adapters make of it, by role; a role is there if it is an adapter, or if it has the matrix as a
+            part of another tensor.
+        slices: The experts that it holds, if it holds many; None for a tensor that is one module, or none.
     """
 
     name: str
@@ -77,16 +80,21 @@ class Row(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     transposed: bool
     reason: str
     adapted: Mapping[str, tuple[Term, ...]] = NOT_ADAPTED
+    slices: Slices | None = None
 
     @property
     def terms(self) -> Mapping[str, tuple[Term, ...]]:
-        """What each role's tensor is made of, for the roles that have it."""
+        """What each role's tensor is made of, for the roles that have it as one."""
         plain = {role: (Term(Operand(role, name)),) for role, name in self.names.items()}
         return {**plain, **self.adapted}
 
     def has(self, role: str) -> bool:
-        """Whether a role has the tensor, or makes it."""
-        return role in self.names or role in self.adapted
+        """Whether a role has the tensor, or makes it, or has all that it holds."""
+        return role in self.names or role in self.adapted or self.is_elsewhere(role)
+
+    def is_elsewhere(self, role: str) -> bool:
+        """Whether a role has the experts of the tensor in another layout, so that only parts can be compared."""
+        return self.slices is not None and role in self.slices.elsewhere
 
     def is_plain(self, role: str) -> bool:
         """Whether a role has the tensor stored under the row's own name."""

@@ -5,8 +5,8 @@ Tensors are matched by name, never by position. Only headers and configurations 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from .._engine import TensorInfo
 from ..checkpoint.adapter import Adapter
@@ -14,7 +14,10 @@ from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
 from .adapter_terms import adapter_notes, adapter_terms
 from .counterparts import Counterparts, counterparts
+from .experts import Experts, find_experts
+from .module import Module, modules_of_rows
 from .modules import (
+    MTP,
     PROJECTION,
     classify,
     decoder_layers,
@@ -26,6 +29,7 @@ from .names import match_names
 from .operand import Operand, Term
 from .row import NOT_ADAPTED, Row, SameName, Shared
 from .selection import Selection
+from .stack import Elsewhere, Slices
 
 __all__ = [
     "Counterparts",
@@ -54,6 +58,11 @@ class Pairing:
     rows: tuple[Row, ...]
     unused: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
+
+    @property
+    def modules(self) -> Iterator[Module]:
+        """The modules that are analysed, in the rows' order; made as they are asked for."""
+        return modules_of_rows(self.rows)
 
 
 def pair(
@@ -100,6 +109,7 @@ def pair(
         matches[role], found = counterparts(anchor.headers, model)
         notes += found
     layers = decoder_layers(anchor.config)
+    experts = find_experts(models, anchor.role)
     shared = Shared((anchor.role, *others))
     rows: list[Row] = []
     unfit: list[str] = []
@@ -107,15 +117,30 @@ def pair(
     for tensor in tensors:
         own = tensor.name
         kind = classify(tensor, layers)
+        slices = None if experts is None else experts.slices(own)
+        if slices is not None and kind != MTP:
+            kind = PROJECTION
         reason = selection.reason(tensor, own, kind)
         if reason == PROJECTION and "finetuned" in adapted and own not in adapted["finetuned"]:
             reason = _not_adapted(own, adapted)
         analysed = analyse and reason == PROJECTION
         names: dict[str, str] = {anchor.role: own}
+        elsewhere: dict[str, Elsewhere] = {}
+        parts: dict[str, tuple[Term, ...]] = {}
         faults = []
         for role, model in others.items():
             name = matches[role].get(own)
             fault = "missing" if name is None else _difference(tensor, model.headers.tensor(name))
+            if experts is not None:
+                part = _among_experts(experts, tensor, slices, role, name if fault is None else None)
+                if isinstance(part, str):
+                    fault = part
+                elif isinstance(part, tuple):
+                    parts[role] = part
+                    continue
+                elif part is not None:
+                    elsewhere[role] = part
+                    continue
             if name is None or fault is not None:
                 faults.append(f"{fault} in {role}")
             else:
@@ -134,9 +159,12 @@ def pair(
                 module_type=shared(module_type(own, kind)),
                 layer=shared(layer_of(own)),
                 analysed=analysed,
-                transposed=_is_transposed(tensor, anchor, adapted),
+                transposed=_is_transposed(tensor, anchor, adapted)
+                if slices is None
+                else slices.stack.transposed,
                 reason=reason,
-                adapted=_adapter_terms(names.get("aligned"), adapted) if adapted else NOT_ADAPTED,
+                adapted=_made(names.get("aligned"), adapted, parts),
+                slices=replace(slices, elsewhere=elsewhere) if slices is not None and elsewhere else slices,
             )
         )
     if unfit:
@@ -145,7 +173,8 @@ def pair(
             f"{unfit[0]}{more}; give models of one architecture, "
             f"or leave such tensors out with --exclude REGEX"
         )
-    unused = {**_unused(rows, others), **_unused_adapted(rows, adapted)}
+    unused = {**_unused(rows, others, experts), **_unused_adapted(rows, adapted)}
+    notes += [] if experts is None else experts.notes()
     notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + _config_notes(models)
     return Pairing(tuple(rows), unused, tuple(notes))
 
@@ -206,6 +235,26 @@ def _adapted(models: Mapping[str, Model]) -> tuple[_Adapted, list[str]]:
     return adapted, notes
 
 
+def _among_experts(
+    experts: Experts, tensor: TensorInfo, slices: Slices | None, role: str, counterpart: str | None
+) -> Elsewhere | tuple[Term, ...] | str | None:
+    """How a role has what a tensor holds, if it has it in another layout; what is wrong, in words; else None."""
+    if slices is None:
+        return experts.terms(tensor, role) if counterpart is None else None
+    if counterpart is not None and experts.is_alike(tensor.name, role, counterpart):
+        return None
+    return experts.elsewhere(tensor.name, role)
+
+
+def _made(
+    aligned: str | None, adapted: _Adapted, parts: Mapping[str, tuple[Term, ...]]
+) -> Mapping[str, tuple[Term, ...]]:
+    """What a tensor is in the roles that have it as something else than a tensor of theirs."""
+    if not adapted and not parts:
+        return NOT_ADAPTED
+    return {**_adapter_terms(aligned, adapted), **parts}
+
+
 def _adapter_terms(aligned: str | None, adapted: _Adapted) -> dict[str, tuple[Term, ...]]:
     """What the adapters make of one tensor of the aligned model: those that do not adapt it leave it as it is."""
     if aligned is None:
@@ -246,13 +295,16 @@ def _shape(tensor: TensorInfo) -> str:
     return str(tuple(tensor.shape))
 
 
-def _unused(rows: Iterable[Row], others: Mapping[str, Model]) -> dict[str, tuple[str, ...]]:
+def _unused(
+    rows: Iterable[Row], others: Mapping[str, Model], experts: Experts | None
+) -> dict[str, tuple[str, ...]]:
     """Lists what no row uses, by role."""
     rows = list(rows)
     unused = {}
     for role, model in others.items():
         plain = sum(row.is_plain(role) for row in rows)
         used = {row.names[role] for row in rows if role in row.names} if plain < len(model.headers) else set()
+        used |= set() if experts is None else experts.used(role)
         unused[role] = tuple(
             name for name in (model.headers.names if plain < len(model.headers) else ()) if name not in used
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..decision import Decision
 from ..errors import AdapterError, PairingError
+from ..pairing.module import Module, whole
 from ..pairing.operand import Operand, Term
 from ..pairing.row import Row
 from .operation import Argument, Operation, combine, parameters_of, weighted_sum
@@ -42,11 +43,11 @@ class Blend:
         """The roles that merged tensors need."""
         return tuple(self.weights) if self.base is None else (*self.weights, self.base)
 
-    def compose(self, row: Row, decision: Decision) -> Operation:
-        """Says what one tensor is made of.
+    def compose(self, subject: Row | Module, decision: Decision) -> Operation:
+        """Says what one tensor is made of, or one module as a piece of its tensor.
 
         Args:
-            row: The row.
+            subject: The row, or the module.
             decision: Whether it is merged.
 
         Returns:
@@ -57,51 +58,59 @@ class Blend:
             AdapterError: It is to be merged by a method that is no sum, and an adapter makes it one.
         """
         roles = self.roles if decision.merge else (self.kept,)
-        if not all(row.is_plain(role) for role in roles):
-            _require_terms(row, roles)
-            return self._composed(row, decision.merge)
+        if not all(subject.is_plain(role) for role in roles):
+            _require_terms(subject, roles)
+            return self._composed(_module(subject), decision.merge)
         # Nearly all tensors, so that what is the same for them is made once.
         if decision.merge not in self._shared:
-            self._shared[decision.merge] = self._composed(row, decision.merge).without_name(row.name)
+            module = _module(subject)
+            self._shared[decision.merge] = self._composed(module, decision.merge).without_name(
+                module.row.name
+            )
         return self._shared[decision.merge]
 
-    def terms(self, row: Row, *, merge: bool) -> tuple[Term, ...]:
+    def terms(self, subject: Row | Module, *, merge: bool) -> tuple[Term, ...]:
         """What a tensor is the sum of, for a blend that is a sum; one that is not merged is the kept role's.
 
         Raises:
             PairingError: It is to be merged, and one of the blend's models does not have it.
         """
         weights = self.weights if merge else {self.kept: 1.0}
-        _require_terms(row, weights)
-        return combine(
-            (1.0 if weight is None else weight, row.terms[role]) for role, weight in weights.items()
-        )
+        _require_terms(subject, weights)
+        terms = _module(subject).piece_terms
+        return combine((1.0 if weight is None else weight, terms[role]) for role, weight in weights.items())
 
-    def _composed(self, row: Row, merge: bool) -> Operation:
+    def _composed(self, module: Module, merge: bool) -> Operation:
         if self.base is None or not merge:
-            terms = self.terms(row, merge=merge)
+            terms = self.terms(module, merge=merge)
             # A tensor that is not merged is a sum, too, where an adapter adds to it.
             return weighted_sum(terms) if self.base else weighted_sum(terms, parameters_of(self.parameters))
         arguments = tuple(
-            Argument(self._single(row, role), weight, parameters_of(self.each.get(role, {})))
+            Argument(self._single(module, role), weight, parameters_of(self.each.get(role, {})))
             for role, weight in self.weights.items()
         )
-        return Operation(arguments, self.method, parameters_of(self.parameters), self._single(row, self.base))
+        return Operation(
+            arguments, self.method, parameters_of(self.parameters), self._single(module, self.base)
+        )
 
-    def _single(self, row: Row, role: str) -> Operand:
+    def _single(self, module: Module, role: str) -> Operand:
         """The one operand that a method other than a sum takes of a role."""
-        terms = row.terms[role]
+        terms = module.piece_terms[role]
         if len(terms) > 1 or terms[0].weight != 1.0:
             raise AdapterError(
-                f"the {role} adapter adds a vector to {row.name} (lora_bias), which {self.method} cannot take as one "
-                f"tensor; leave the method at its default, or fold the adapter first (recipe: fold)"
+                f"the {role} adapter adds a vector to {module.name} (lora_bias), which {self.method} cannot take as "
+                f"one tensor; leave the method at its default, or fold the adapter first (recipe: fold)"
             )
         return terms[0].operand
 
 
-def _require_terms(row: Row, roles: Iterable[str]) -> None:
-    if missing := [role for role in roles if not row.has(role)]:
+def _module(subject: Row | Module) -> Module:
+    return subject if isinstance(subject, Module) else whole(subject)
+
+
+def _require_terms(subject: Row | Module, roles: Iterable[str]) -> None:
+    if missing := [role for role in roles if not subject.has(role)]:
         raise PairingError(
-            f"{row.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
+            f"{subject.name} is to be merged, but the {missing[0]} model has no tensor of that name and shape; "
             f"leave it out with --exclude"
         )

@@ -152,7 +152,7 @@ def combine(weighted: Iterable[tuple[float, Sequence[Term]]]) -> tuple[Term, ...
             scaled = Term(operand, weight * term.weight)
             # Replaced rows and norms are not linear in what is added.
             simple = operand.rows is None and operand.magnitude is None
-            key = (operand.source, operand.tensor) if simple else (id(operand), len(groups))
+            key = (operand.source, operand.tensor, operand.view) if simple else (id(operand), len(groups))
             groups.setdefault(key, []).append(scaled)
     return tuple(combined for group in groups.values() for combined in _sum(group))
 

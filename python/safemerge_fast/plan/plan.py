@@ -15,8 +15,10 @@ import msgspec
 from ..checkpoint.model import Model
 from ..pairing.operand import OWN_NAME
 from ..pairing.row import Row
+from ..pairing.view import View
 from .layout import Shard, output_dtype, tensor_bytes
 from .operation import Operation
+from .pieces import Piece, Pieces
 
 __all__ = ["PLAN_FILE", "Plan", "build_plan"]
 
@@ -29,16 +31,27 @@ PLAN_FILE = "safemerge_plan.json"
 """Name of the plan within the output that it was executed into."""
 
 
+class _PlannedPiece(msgspec.Struct):
+    """A piece of an output tensor as the plan writes it."""
+
+    view: View
+    operation: int
+
+
 class _PlannedTensor(msgspec.Struct, omit_defaults=True):
     """One output tensor as the plan writes it; what can be derived is left out."""
 
     name: str
-    operation: int
+    operation: int | None = None
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
+    pieces: list[_PlannedPiece] | None = None
 
 
 _encoder = msgspec.json.Encoder()
+
+_IN_PIECES = 0xFFFF_FFFF
+"""In place of an operation's number: the tensor is made in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +65,7 @@ class Plan:
         dtype: Output dtype of float tensors, as layout.output_dtype takes it.
         operations: The operations, each once.
         numbers: The operation of each tensor, by the file's and the row's order.
+        parts: By name, the parts of tensors that are made in pieces, and the operation of each.
     """
 
     models: Mapping[str, Model]
@@ -60,6 +74,7 @@ class Plan:
     dtype: str
     operations: tuple[Operation, ...]
     numbers: tuple[Sequence[int], ...]
+    parts: Mapping[str, Sequence[tuple[View, int]]] = field(default_factory=dict)
     _sizes: list[int] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -81,7 +96,9 @@ class Plan:
         """How many tensors there are."""
         return sum(len(shard.rows) for shard in self.layout)
 
-    def tensors(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Shard, Row, Operation]]:
+    def tensors(
+        self, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[Shard, Row, Operation | Pieces]]:
         """Output tensors with their files and operations, in the order of the files.
 
         Args:
@@ -93,8 +110,13 @@ class Plan:
             first = max(start - passed, 0)
             last = len(numbers) if stop is None else min(stop - passed, len(numbers))
             for place in range(first, last):
-                yield shard, shard.rows[place], self.operations[numbers[place]]
+                yield shard, shard.rows[place], self._operation(shard.rows[place], numbers[place])
             passed += len(numbers)
+
+    def _operation(self, row: Row, number: int) -> Operation | Pieces:
+        if number != _IN_PIECES:
+            return self.operations[number]
+        return Pieces(tuple(Piece(view, self.operations[part]) for view, part in self.parts[row.name]))
 
     def to_json(self) -> bytes:
         """The plan as `_engine.Plan` takes it."""
@@ -141,9 +163,13 @@ class Plan:
         yield b"\n  }\n}\n"
 
     def _planned(self, row: Row, number: int) -> _PlannedTensor:
+        if number == _IN_PIECES:
+            pieces = [_PlannedPiece(view, part) for view, part in self.parts[row.name]]
+            dtype = output_dtype(row, self.dtype)
+            return _PlannedTensor(row.name, dtype=dtype, shape=row.shape, pieces=pieces)
         operation = self.operations[number]
         first = operation.arguments[0].operand
-        dtype: str | None = output_dtype(row, self.dtype)
+        dtype = output_dtype(row, self.dtype)
         # Where operands are the tensor's counterparts, the pairing has compared their shapes.
         derived = first.source == self.anchor and first.tensor in (OWN_NAME, row.name)
         if derived and dtype == row.dtype:
@@ -172,7 +198,7 @@ class Plan:
 def build_plan(
     models: Mapping[str, Model],
     layout: Sequence[Shard],
-    operation: Callable[[Row], Operation],
+    operation: Callable[[Row], Operation | Pieces],
     *,
     anchor: str,
     dtype: str = "auto",
@@ -182,7 +208,8 @@ def build_plan(
     Args:
         models: The models by role.
         layout: The output files.
-        operation: Gives the operation that makes a row's tensor; best the same object for rows that are alike.
+        operation: Gives the operation that makes a row's tensor, or the pieces of it; best the same object for rows
+            that are alike.
         anchor: The role whose tensors the rows describe.
         dtype: Output dtype of float tensors.
 
@@ -194,18 +221,29 @@ def build_plan(
     # Many rows give one object, whose hash would be computed again and again.
     known: dict[int, int] = {}
     kept: list[Operation] = []
+
+    def number_of(made: Operation, name: str) -> int:
+        number = known.get(id(made))
+        if number is None:
+            shared = made.without_name(name)
+            number = numbers.setdefault(shared, len(numbers))
+            if shared == made:
+                kept.append(made)
+                known[id(made)] = number
+        return number
+
     planned = []
+    parts: dict[str, Sequence[tuple[View, int]]] = {}
     for shard in layout:
         of_shard = []
         for row in shard.rows:
             made = operation(row)
-            number = known.get(id(made))
-            if number is None:
-                shared = made.without_name(row.name)
-                number = numbers.setdefault(shared, len(numbers))
-                if shared == made:
-                    kept.append(made)
-                    known[id(made)] = number
-            of_shard.append(number)
+            if isinstance(made, Pieces):
+                parts[row.name] = [
+                    (piece.view, number_of(piece.operation, row.name)) for piece in made.pieces
+                ]
+                of_shard.append(_IN_PIECES)
+            else:
+                of_shard.append(number_of(made, row.name))
         planned.append(array("I", of_shard))
-    return Plan(models, anchor, tuple(layout), dtype, tuple(numbers), tuple(planned))
+    return Plan(models, anchor, tuple(layout), dtype, tuple(numbers), tuple(planned), parts)

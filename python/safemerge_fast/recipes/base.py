@@ -18,8 +18,10 @@ from ..execution.inputs import job_identity
 from ..execution.local import Written, check_plan, execute
 from ..pairing.row import Row
 from ..plan.layout import INDEX_FILE, output_dtype
+from ..plan.pieces import Pieces
 from ..plan.plan import PLAN_FILE, Plan
 from ..progress import ProgressCallback
+from ..report.modules import module_records
 from ..report.report import ModuleWarning, Report
 from ..report.tensors import TensorReport, TensorReports, tensor_report
 from ..settings import RunSettings, Settings, fields_of
@@ -71,7 +73,7 @@ class Measurement:
     """What a job found out by reading weights, before it decides.
 
     Attributes:
-        scores: Scores by tensor name.
+        scores: Scores by module name.
         device: Where they were computed, or None.
         seconds: How long that took in this run.
         warnings: What to mistrust.
@@ -201,6 +203,7 @@ class CheckpointContents:
     Attributes:
         plan: The plan.
         decisions: Why each tensor is made as it is, by the row.
+        module_decisions: Why each expert is that a tensor holds, by its name.
         host: The model whose config.json is taken over.
         config: What config.json says in place of the host's, if it is not to be that.
         read_backend: How inputs are read.
@@ -213,6 +216,7 @@ class CheckpointContents:
     config: Mapping[str, Any] | None = None
     read_backend: str = "auto"
     remarks: tuple[str, ...] = ()
+    module_decisions: Mapping[str, Decision] = field(default_factory=dict)
     _plans: list[_engine.Plan] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -260,9 +264,12 @@ class CheckpointContents:
                     file=shard.file,
                     dtype=output_dtype(row, plan.dtype),
                     operation=operation,
-                    description=descriptions[operation],
+                    description=operation.describe()
+                    if isinstance(operation, Pieces)
+                    else descriptions[operation],
                     decision=self.decisions(row),
                     score=scores.get(row.name),
+                    modules=module_records(row, self.module_decisions, scores),
                 )
 
         return TensorReports(plan.count, make)

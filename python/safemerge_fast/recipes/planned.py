@@ -9,6 +9,7 @@ from ..decision import Decision
 from ..pairing.row import Row
 from ..plan.layout import lay_out
 from ..plan.operation import Operation
+from ..plan.pieces import Pieces
 from ..plan.plan import build_plan
 from ..report.card import recipe_card
 from ..report.report import Report
@@ -35,7 +36,7 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
     max_shard_size: int | None
     sentence: str
 
-    def operation(self, row: Row) -> Operation:
+    def operation(self, row: Row) -> Operation | Pieces:
         """What makes a row's tensor."""
         raise NotImplementedError
 
@@ -45,7 +46,7 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
 
     def contents(self, measurement: Measurement | None) -> Contents:
         """The checkpoint that the plan makes."""
-        operation: Callable[[Row], Operation] = self.operation
+        operation: Callable[[Row], Operation | Pieces] = self.operation
         plan = build_plan(
             self.models,
             lay_out(self.rows, dtype=self.dtype, max_shard_size=self.max_shard_size),

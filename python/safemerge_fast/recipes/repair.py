@@ -13,6 +13,7 @@ from ..pairing.row import Row
 from ..pairing.rows import pair
 from ..plan.blend import Blend
 from ..plan.operation import Operation
+from ..plan.pieces import Pieces, compose_row
 from ..settings import RunSettings
 from .planned import PlannedJob
 from .roles import access_of, open_roles, shape_of_repair
@@ -74,9 +75,9 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
         """The fine-tuned model, which may have tokens of its own."""
         return self.models["finetuned"]
 
-    def operation(self, row: Row) -> Operation:
+    def operation(self, row: Row) -> Operation | Pieces:
         """The blend of a tensor that all roles have, else a copy."""
-        return self._blend.compose(row, self.decision(row))
+        return compose_row(self._blend, row, self.decision)
 
     def decision(self, row: Row) -> Decision:
         """All float tensors that every role has are changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.scores import Score
 from ..errors import AnalysisError, OutputError
+from ..pairing.module import modules_of_rows
 from ..pairing.row import Row
 from ..printable import plot_label, printable
+from .expert_lines import ExpertLine, lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +45,7 @@ tr.below td {{ background: #fdecea; }}
 <h1>{title}</h1>
 {figure}
 <table>
-<thead><tr><th>tensor</th><th>module type</th><th>ρ</th><th>ρ_null</th><th>‖V‖</th><th>‖Δ‖</th></tr></thead>
+<thead><tr><th>module</th><th>module type</th><th>ρ</th><th>ρ_null</th><th>‖V‖</th><th>‖Δ‖</th></tr></thead>
 <tbody>
 {rows}
 </tbody>
@@ -82,7 +84,7 @@ def write_plot(
     Args:
         path: Where to; its extension chooses among FORMATS.
         rows: Rows of the pairing; those without ρ are left out of the drawing.
-        scores: Scores by tensor name.
+        scores: Scores by module name.
         threshold: τ, drawn as a line.
         title: The heading.
 
@@ -112,12 +114,12 @@ def _figure(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, 
 
     series: dict[str, list[tuple[int, float, float | None]]] = {}
     order: dict[str, int] = {}
-    for row in rows:
-        score = scores.get(row.name)
+    for module in modules_of_rows(rows):
+        score = scores.get(module.name)
         if score is None or score.rho is None:
             continue
-        layer = _layer_number(row.layer, order)
-        series.setdefault(row.module_type, []).append((layer, score.rho, score.rho_null))
+        layer = _layer_number(module.layer, order)
+        series.setdefault(module.module_type, []).append((layer, score.rho, score.rho_null))
     figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     markers = "osD^v<>pPX*h"
@@ -172,26 +174,38 @@ def _render(figure: Any, kind: str) -> bytes:
 
 def _page(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, title: str, svg: str) -> str:
     """The drawing and a table of all scores in one file that loads nothing else."""
-    lines = []
-    for row in rows:
-        score = scores.get(row.name)
-        if score is None:
+    table = []
+    for line in lines(modules_of_rows(rows), scores):
+        if isinstance(line, ExpertLine):
+            table.append(_expert_line(line, threshold))
             continue
+        score = scores[line.name]
         below = score.rho is not None and score.rho < threshold
         rho = f"{score.rho:.4f}" if score.rho is not None else _cell(score.undefined or "")
         null = f"{score.rho_null:.4f}" if score.rho_null is not None else ""
         cells = (
-            _cell(row.name),
-            _cell(row.module_type),
+            _cell(line.name),
+            _cell(line.module_type),
             rho,
             null,
             f"{score.v_norm:.4g}",
             f"{score.delta_norm:.4g}",
         )
-        opening = '<tr class="below">' if below else "<tr>"
-        lines.append(opening + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        table.append(_line(cells, below=below))
     # Only the element itself: the XML declaration and doctype may not stand within a page.
-    return _PAGE.format(title=_cell(title), figure=svg[svg.index("<svg") :], rows="\n".join(lines))
+    return _PAGE.format(title=_cell(title), figure=svg[svg.index("<svg") :], rows="\n".join(table))
+
+
+def _expert_line(line: ExpertLine, threshold: float) -> str:
+    """The experts of a layer in one line of the table; it is marked if any of them lies below the threshold."""
+    null = "" if line.median_null is None else f"{line.median_null:.4f}"
+    cells = (_cell(line.name), _cell(line.module_type), _cell(line.describe(threshold)), null, "", "")
+    return _line(cells, below=any(rho < threshold for rho in line.rhos))
+
+
+def _line(cells: Iterable[str], *, below: bool) -> str:
+    opening = '<tr class="below">' if below else "<tr>"
+    return opening + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
 def _cell(text: str) -> str:

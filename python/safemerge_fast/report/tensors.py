@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import eq
@@ -14,7 +13,9 @@ from ..analysis.scores import Score
 from ..decision import Decision
 from ..pairing.row import Row
 from ..plan.operation import Operation
+from ..plan.pieces import Pieces
 from ..printable import printable
+from .modules import NOT_MEASURED, ModuleRecords, ModuleReport, measured
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +45,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         delta_norm: ‖Δ‖ (Frobenius); None where not analysed.
         weight_norm: ‖W_aligned‖ (Frobenius); None where not analysed.
         v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
+        modules: The same of each expert, of a tensor that holds many and was analysed; else None.
     """
 
     name: str
@@ -63,14 +65,36 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     delta_norm: float | None = None
     weight_norm: float | None = None
     v_rounding: float | None = None
+    modules: ModuleRecords | None = None
+
+    def module_reports(self) -> Iterator[ModuleReport]:
+        """The tensor as one module, analysed or not; or the many that it holds."""
+        if self.modules is not None:
+            return self.modules.reports(self.layer)
+        return iter((self._as_module(),))
+
+    def _as_module(self) -> ModuleReport:
+        return ModuleReport(
+            self.name,
+            self.module_type,
+            self.layer,
+            self.merged,
+            self.reason,
+            self.rho,
+            self.rho_null,
+            self.v_norm,
+            self.delta_norm,
+            self.weight_norm,
+            self.v_rounding,
+        )
 
 
 class ModuleCount(msgspec.Struct, frozen=True):
-    """How the tensors of one module type fared.
+    """How the modules of one type fared, and tensors that are none.
 
     Attributes:
         module_type: "q_proj", "norm", …
-        tensors: How many there are.
+        tensors: How many there are; each expert's matrix counts, wherever it is stored.
         analysed: How many were scored.
         merged: How many were merged.
         kept: How many were not.
@@ -132,10 +156,11 @@ def tensor_report(
     *,
     file: str,
     dtype: str,
-    operation: Operation,
+    operation: Operation | Pieces,
     description: str,
     decision: Decision,
     score: Score | None,
+    modules: ModuleRecords | None = None,
 ) -> TensorReport:
     """Joins what the stages found out about one tensor.
 
@@ -147,6 +172,7 @@ def tensor_report(
         description: operation.describe(), which many tensors share.
         decision: What was decided, and why.
         score: Its score, or None.
+        modules: The experts that it holds, or None.
     """
     return TensorReport(
         row.name,
@@ -160,27 +186,58 @@ def tensor_report(
         decision.merge,
         operation.is_copy,
         row.analysed,
-        *(() if score is None else _measured(score)),
+        *(NOT_MEASURED if score is None else measured(score)),
+        modules,
     )
 
 
 def count_modules(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
-    """Counts tensors per module type, in the order of first appearance."""
-    groups: dict[str, list[TensorReport]] = {}
+    """Counts modules, and tensors that are none, per module type, in the order of first appearance."""
+    groups: dict[str, _Group] = {}
     for tensor in tensors:
-        groups.setdefault(tensor.module_type, []).append(tensor)
-    return tuple(
-        ModuleCount(
+        if tensor.modules is None:
+            _group(groups, tensor.module_type).add(tensor, analysed=tensor.analysed)
+            continue
+        for module in tensor.modules.reports(tensor.layer):
+            _group(groups, module.module_type).add(module, analysed=True)
+    return tuple(group.count(module_type) for module_type, group in groups.items())
+
+
+class _Group:
+    """What is counted of one module type."""
+
+    __slots__ = ("_analysed", "_merged", "_nulls", "_rhos", "_tensors")
+
+    def __init__(self) -> None:
+        self._tensors = self._analysed = self._merged = 0
+        self._rhos: list[float] = []
+        self._nulls: list[float] = []
+
+    def add(self, module: TensorReport | ModuleReport, *, analysed: bool) -> None:
+        self._tensors += 1
+        self._analysed += analysed
+        self._merged += module.merged
+        if module.rho is not None:
+            self._rhos.append(module.rho)
+        if module.rho_null is not None:
+            self._nulls.append(module.rho_null)
+
+    def count(self, module_type: str) -> ModuleCount:
+        return ModuleCount(
             module_type=module_type,
-            tensors=len(group),
-            analysed=sum(tensor.analysed for tensor in group),
-            merged=sum(tensor.merged for tensor in group),
-            kept=sum(not tensor.merged for tensor in group),
-            median_rho=_median(tensor.rho for tensor in group),
-            median_rho_null=_median(tensor.rho_null for tensor in group),
+            tensors=self._tensors,
+            analysed=self._analysed,
+            merged=self._merged,
+            kept=self._tensors - self._merged,
+            median_rho=_median(self._rhos),
+            median_rho_null=_median(self._nulls),
         )
-        for module_type, group in groups.items()
-    )
+
+
+def _group(groups: dict[str, _Group], module_type: str) -> _Group:
+    if module_type not in groups:
+        groups[module_type] = _Group()
+    return groups[module_type]
 
 
 def module_table(counts: Iterable[ModuleCount]) -> Table:
@@ -216,15 +273,8 @@ def module_table(counts: Iterable[ModuleCount]) -> Table:
     return table
 
 
-def _measured(score: Score) -> tuple[float | None, ...]:
-    """The fields of a report that a score fills; JSON has no NaN and no infinity, so both become None."""
-    values = (score.rho, score.rho_null, score.v_norm, score.delta_norm, score.weight_norm, score.v_rounding)
-    return tuple(value if value is not None and math.isfinite(value) else None for value in values)
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _three_digits(value: float | None) -> str:

@@ -59,13 +59,13 @@ def model_card(report: Report, settings: SafemergeSettings, models: Mapping[str,
     if report.adapter is not None:
         # An adapter's base is the one model that it can be loaded on.
         parts = ["aligned"]
-    analysed = sum(tensor.analysed for tensor in report.tensors)
-    merged = sum(tensor.analysed and tensor.merged for tensor in report.tensors)
+    modules = [module for tensor in report.tensors if tensor.analysed for module in tensor.module_reports()]
+    merged = sum(module.merged for module in modules)
     return _BODY.format(
         front=front_matter(report, [models[role] for role in parts], ["safemerge"]),
         finetuned=display_name(models["finetuned"]),
         program=program(),
-        summary=f"Of {analysed} matrices that were analysed, {merged} were merged.",
+        summary=f"Of {len(modules)} matrices that were analysed, {merged} were merged.",
         reference=settings.delta_reference,
         rule=_rule(settings),
         blend=_blend(settings.alpha, blended[1], settings.method),

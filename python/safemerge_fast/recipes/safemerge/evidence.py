@@ -22,7 +22,7 @@ class ScoreLog:
     """Scores of one job. The first line says what they are scores of; those of anything else are thrown away.
 
     Attributes:
-        known: Scores that an earlier run measured, by tensor name.
+        known: Scores that an earlier run measured, by module name.
     """
 
     def __init__(

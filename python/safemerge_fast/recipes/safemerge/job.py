@@ -11,14 +11,16 @@ from ...analysis.rounding import rounding_warning
 from ...analysis.scores import Score, Scores, read_scores
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
-from ...decision import Decision, decide
+from ...decision import Decision, decide, decision_of
 from ...errors import AdapterError, AnalysisError, PlanError
 from ...execution.companions import companion_files
 from ...execution.inputs import job_identity
+from ...pairing.module import Module, modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
 from ...plan.layout import SINGLE_FILE, Shard, lay_out
 from ...plan.methods import known_methods
+from ...plan.pieces import compose_row
 from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
@@ -83,8 +85,13 @@ class SafemergeJob(Job[SafemergeSettings]):
 
     @property
     def analysed(self) -> list[Row]:
-        """The rows that have, or will have, a score."""
+        """The rows whose modules have, or will have, a score."""
         return [row for row in self.pairing.rows if row.analysed]
+
+    @property
+    def modules(self) -> list[Module]:
+        """The modules that have, or will have, a score."""
+        return list(modules_of_rows(self.pairing.rows))
 
     @property
     def host(self) -> Model:
@@ -141,25 +148,28 @@ class SafemergeJob(Job[SafemergeSettings]):
     @property
     def analysis_bytes(self) -> tuple[int, int]:
         """Bytes that the analysis reads once, and its Gram matrices, blocks and torch."""
-        rows = self.analysed
-        if self.scores is not None or not rows:
+        modules = self.modules
+        if self.scores is not None or not modules:
             return 0, 0
         read = {
             (operand.source, operand.tensor)
-            for row in rows
+            for module in modules
             for role in ("base", "aligned", "finetuned")
-            for term in row.terms[role]
+            for term in module.terms[role]
             for operand in (term.operand,)
         } | {
             (product.source, factor)
-            for row in rows
-            for term in row.terms["finetuned"]
+            for module in modules
+            for term in module.terms["finetuned"]
             for product in term.operand.low_rank
             for factor in (product.a, product.b)
         }
         total = sum(self.models[source].headers.tensor(name).nbytes for source, name in read)
         # float32, the smaller side squared; a tall module needs two of them.
-        gram = max(4 * min(row.shape) ** 2 * (1 if row.shape[0] <= row.shape[1] else 2) for row in rows)
+        gram = max(
+            4 * min(rows, columns) ** 2 * (1 if rows <= columns else 2)
+            for rows, columns in {module.stored for module in modules}
+        )
         return total, _TORCH_BYTES + gram + _BLOCK_BYTES
 
     def contents(self, measurement: Measurement | None) -> Contents:
@@ -167,13 +177,15 @@ class SafemergeJob(Job[SafemergeSettings]):
         rows = self.pairing.rows
         if measurement is None:
             # Not known yet: assume the most that can be read.
-            decisions = {row.name: Decision(row.analysed, row.reason) for row in rows}
+            unknown = {reason: Decision(False, reason) for reason in {row.reason for row in rows}}
+            decisions = {row.name: unknown[row.reason] for row in rows if not row.analysed}
+            decisions |= {module.name: Decision(True, module.row.reason) for module in modules_of_rows(rows)}
         else:
             decisions = decide(rows, measurement.scores, self.rule)
         return self.decided(decisions)
 
     def decided(self, decisions: Mapping[str, Decision]) -> Contents:
-        """The output with these decisions, by tensor name."""
+        """The output with these decisions, by the names of modules, and of tensors that have none."""
         rows, settings = self.pairing.rows, self.settings
         if self.writes_adapter:
             layout = lay_out_adapter(rows, decisions, self.blend, self.adapters)
@@ -182,7 +194,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         plan = build_plan(
             self.models,
             lay_out(rows, dtype=settings.dtype, max_shard_size=None if size is None else int(size)),
-            lambda row: self.blend.compose(row, decisions[row.name]),
+            lambda row: compose_row(self.blend, row, decisions),
             anchor=self.host.role,
             dtype=settings.dtype,
         )
@@ -191,10 +203,11 @@ class SafemergeJob(Job[SafemergeSettings]):
             remarks = ("no tensor was merged: the output holds the fine-tuned weights as they are",)
         return CheckpointContents(
             plan,
-            lambda row: decisions[row.name],
+            lambda row: decision_of(row, decisions),
             self.host,
             read_backend=settings.read_backend,
             remarks=remarks,
+            module_decisions=decisions,
         )
 
     def card(self, report: Report) -> str:
@@ -209,12 +222,13 @@ class SafemergeJob(Job[SafemergeSettings]):
                 allow that.
         """
         modules = {} if self.scores is None else self.scores.modules
-        if missing := [row.name for row in self.analysed if row.name not in modules]:
+        names = [module.name for module in self.modules]
+        if missing := [name for name in names if name not in modules]:
             raise AnalysisError(
                 f"{self.settings.scores} has no score for {missing[0]}; "
                 f"write it again with analyze and the same --include and --exclude"
             )
-        reused = {row.name: modules[row.name] for row in self.analysed}
+        reused = {name: modules[name] for name in names}
         if not self.settings.allow_nonfinite:
             for name, score in reused.items():
                 require_finite(name, score)
@@ -222,24 +236,25 @@ class SafemergeJob(Job[SafemergeSettings]):
 
     def _measured(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> dict[str, Score]:
         log = ScoreLog(directory, self.models, delta_reference=self.settings.delta_reference)
-        rows = self.analysed
-        scores = {row.name: log.known[row.name] for row in rows if row.name in log.known}
+        names = [module.name for module in self.modules]
+        scores = {name: log.known[name] for name in names if name in log.known}
         if not self.settings.allow_nonfinite:
             for name, score in scores.items():
                 require_finite(name, score)
         # Loading torch takes a while before the first score is there.
-        tell(ProgressEvent("analysis", len(scores), len(rows), ""))
+        tell(ProgressEvent("analysis", len(scores), len(names), ""))
         for name, score in score_rows(
             self.models,
-            [row for row in rows if row.name not in scores],
+            self.analysed,
+            known=scores.keys(),
             delta_reference=self.settings.delta_reference,
             device=self.settings.device,
             allow_nonfinite=self.settings.allow_nonfinite,
         ):
             log.append(name, score)
             scores[name] = score
-            tell(ProgressEvent("analysis", len(scores), len(rows), name))
-        return {row.name: scores[row.name] for row in rows}
+            tell(ProgressEvent("analysis", len(scores), len(names), name))
+        return {name: scores[name] for name in names}
 
     def _role_notes(self) -> list[str]:
         if "safe" in self.models:
@@ -286,7 +301,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             trial = build_plan(
                 self.models,
                 [Shard(SINGLE_FILE, rows)],
-                lambda row: blend.compose(row, merged),
+                lambda row: compose_row(blend, row, lambda _: merged),
                 anchor=self.host.role,
                 dtype=self.settings.dtype,
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from ...analysis import analyze_rows
 from ...analysis.scores import Score, Scores, describe_source
 from ...checkpoint.model import Model
 from ...errors import AnalysisError
+from ...pairing.module import modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import pair
 from ...progress import ProgressCallback, ProgressEvent, silent
@@ -43,11 +44,11 @@ def analyze_settings(settings: AnalysisSettings) -> Scores:
 
 
 def score_models(models: Mapping[str, Model], rows: Sequence[Row], settings: AnalysisSettings) -> Scores:
-    """Scores all rows of a pairing."""
+    """Scores all modules of a pairing."""
     started = time.perf_counter()
     tell: ProgressCallback = settings.progress or silent
     modules: dict[str, Score] = {}
-    total = sum(row.analysed for row in rows)
+    total = sum(1 for _ in modules_of_rows(rows))
     # Loading torch takes a while before the first score is there.
     tell(ProgressEvent("analysis", 0, total, ""))
     sources = {role: describe_source(model) for role, model in models.items()}
@@ -75,26 +76,30 @@ def score_rows(
     models: Mapping[str, Model],
     rows: Iterable[Row],
     *,
+    known: Container[str] = (),
     delta_reference: str = "aligned",
     device: str = "auto",
     allow_nonfinite: bool = False,
 ) -> Iterator[tuple[str, Score]]:
-    """Scores those of the rows that are to be analysed, one by one.
+    """Scores the modules of those of the rows that are to be analysed, one by one.
 
     Args:
         models: base, aligned and finetuned.
         rows: Rows of the pairing.
+        known: Names of modules that have a score already.
         delta_reference: What Δ is taken against.
         device: Where to compute.
         allow_nonfinite: Whether NaN and infinity in a model leave the module without ρ instead of failing.
 
     Yields:
-        (tensor name, score).
+        (module name, score).
 
     Raises:
         AnalysisError: The device is not there, or a tensor holds values that are not finite.
     """
-    for name, score in analyze_rows(models, rows, delta_reference=delta_reference, device=device):
+    for name, score in analyze_rows(
+        models, rows, known=known, delta_reference=delta_reference, device=device
+    ):
         if not allow_nonfinite:
             require_finite(name, score)
         yield name, score

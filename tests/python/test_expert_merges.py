@@ -1,0 +1,170 @@
+"""Whole merges of models with experts: ρ against float64, bits against an exact sum, one layout against another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense import linear, load, rho
+from expert_models import engine_takes_pieces, make, matrices, save
+from test_experts import ROLES, key_of
+from torch import Tensor
+
+import safemerge_fast
+from safemerge_fast.recipes.verify import VerifySettings, verify_output
+from safemerge_fast.report.report import Report
+
+pytestmark = pytest.mark.skipif(
+    not engine_takes_pieces(), reason="this engine does not know views and pieces yet"
+)
+
+Key = tuple[str, int, str]
+TAU, ALPHA = 0.75, 0.8
+
+
+def quartet(tmp_path: Path, family: str, stacked: tuple[str, ...]) -> dict[str, Path]:
+    return {
+        role: save(make(family, seed), tmp_path / role, singly=role not in stacked)
+        for seed, role in enumerate(ROLES)
+    }
+
+
+def merged(paths: dict[str, Path], output: Path, **settings: Any) -> Report:
+    roles = {role: str(path) for role, path in paths.items()}
+    return safemerge_fast.merge(
+        **roles, output=str(output), threshold=TAU, alpha=ALPHA, device="cpu", **settings
+    )
+
+
+def expected(family: str) -> dict[Key, tuple[float, Tensor]]:
+    """ρ of every expert's matrix, in float64, and what becomes of it."""
+    base, aligned, finetuned, safe = (
+        {key: matrix.detach() for key, matrix in matrices(make(family, seed))} for seed in range(4)
+    )
+    found = {}
+    for key, matrix in finetuned.items():
+        cosine = rho(base[key], aligned[key], matrix)
+        below = cosine < TAU
+        made = linear([(matrix, ALPHA), (safe[key], 1 - ALPHA)], torch.float32) if below else matrix
+        found[key] = cosine, made
+    return found
+
+
+def written(report: Report, output: Path) -> dict[Key, Tensor]:
+    """Every expert's matrix of the output, as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    return {key: matrix.detach() for key, matrix in matrices(model)}
+
+
+LAYOUTS = [
+    ("qwen3_moe", ()),
+    ("qwen3_moe", ROLES),
+    ("qwen3_moe", ("finetuned",)),
+    ("qwen3_moe", ("base", "safe")),
+    ("mixtral", ("aligned", "finetuned")),
+    ("gpt_oss", ()),
+    ("llama4_text", ()),
+    ("granitemoe", ("safe",)),
+    ("jetmoe", ()),
+    ("dbrx", ()),
+]
+
+
+@pytest.mark.parametrize(("family", "stacked"), LAYOUTS)
+def test_every_expert_is_scored_decided_and_merged_by_itself(
+    tmp_path: Path, family: str, stacked: tuple[str, ...]
+) -> None:
+    report = merged(quartet(tmp_path, family, stacked), tmp_path / "out")
+    modules = {
+        key: module
+        for tensor in report.tensors
+        if tensor.analysed
+        for module in tensor.module_reports()
+        if (key := key_of(module.name)) is not None
+    }
+    wanted = expected(family)
+    assert modules.keys() == wanted.keys()
+    assert {module.merged for module in modules.values()} == {True, False}, "the threshold divides them"
+    found = written(report, tmp_path / "out")
+    for key, (cosine, matrix) in wanted.items():
+        assert modules[key].rho == pytest.approx(cosine, abs=1e-6)
+        assert modules[key].merged == (cosine < TAU)
+        assert torch.equal(found[key], matrix), key
+    verify_output(VerifySettings(output=str(tmp_path / "out")))
+
+
+def test_the_report_is_read_back_and_counts_experts(tmp_path: Path) -> None:
+    report = merged(quartet(tmp_path, "qwen3_moe", ROLES), tmp_path / "out")
+    document = json.loads(report.to_json())
+    stacked = [tensor for tensor in document["tensors"] if "modules" in tensor]
+    assert {tensor["name"].rpartition(".")[2] for tensor in stacked} == {"gate_up_proj", "down_proj"}
+    columns = stacked[0]["modules"]
+    assert len(columns["rho"]) == len(columns["merged"]) == 3 * len(columns["parts"])
+    again = Report.from_json(report.to_json(), lambda *_: report.configuration)
+    assert list(again.tensors) == list(report.tensors)
+    counts = {count.module_type: count for count in report.counts}
+    assert [counts[f"experts.{part}_proj"].analysed for part in ("gate", "up", "down")] == [6, 6, 6]
+    wanted = expected("qwen3_moe")
+    for part in ("gate", "up", "down"):
+        below = sum(cosine < TAU for (_, _, kind), (cosine, _) in wanted.items() if kind == part)
+        assert (counts[f"experts.{part}_proj"].merged, counts[f"experts.{part}_proj"].kept) == (
+            below,
+            6 - below,
+        )
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "slerp"])
+def test_the_layout_changes_no_bit(tmp_path: Path, method: str) -> None:
+    """What is merged expert by expert is the same whether experts are stacked or not, whatever the method looks at."""
+    found = []
+    for stacked in ((), ROLES):
+        directory = tmp_path / ("stacked" if stacked else "single")
+        report = merged(quartet(directory, "qwen3_moe", stacked), directory / "out", method=method)
+        found.append(written(report, directory / "out"))
+    assert found[0].keys() == found[1].keys()
+    for key, matrix in found[0].items():
+        assert torch.equal(matrix, found[1][key]), key
+
+
+def test_a_layer_is_decided_with_its_experts(tmp_path: Path) -> None:
+    report = merged(
+        quartet(tmp_path, "qwen3_moe", ("finetuned",)),
+        tmp_path / "out",
+        granularity="layer",
+        select="lowest:1",
+    )
+    layers: dict[str | None, list[Any]] = {}
+    for tensor in report.tensors:
+        if tensor.analysed:
+            layers.setdefault(tensor.layer, []).extend(tensor.module_reports())
+    means = {layer: sum(module.rho for module in its) / len(its) for layer, its in layers.items()}
+    assert {len(its) for its in layers.values()} == {9 + 4}
+    lowest = min(means, key=lambda layer: means[layer])
+    for layer, its in layers.items():
+        assert {module.merged for module in its} == {layer == lowest}
+
+
+def test_a_repair_without_decisions_takes_experts_from_any_layout(tmp_path: Path) -> None:
+    """RESTA, F + γ (A - B), with the base stacked and the others not."""
+    paths = quartet(tmp_path, "qwen3_moe", ("base",))
+    safemerge_fast.resta(
+        str(paths["base"]),
+        str(paths["aligned"]),
+        str(paths["finetuned"]),
+        output=str(tmp_path / "out"),
+        gamma=0.5,
+    )
+    base, aligned, finetuned = (dict(matrices(make("qwen3_moe", seed))) for seed in range(3))
+    tensors = load(tmp_path / "out")
+    checked = 0
+    for name, tensor in tensors.items():
+        if (key := key_of(name)) is not None and name.endswith("_proj.weight") and ".experts." in name:
+            exact = finetuned[key].double() + 0.5 * (aligned[key].double() - base[key].double())
+            assert torch.allclose(tensor.double(), exact, atol=1e-6)
+            checked += 1
+    assert checked == 18
