@@ -127,6 +127,6 @@ fn encode_bytes(values: &[f32], out: &mut [u8], code: impl Fn(f32) -> u8) {
 #[inline(always)]
 fn encode_nibbles(values: &[f32], out: &mut [u8], code: impl Fn(f32) -> u8) {
     for (byte, [low, high]) in out.iter_mut().zip(values.as_chunks::<2>().0) {
-        *byte = code(*low) | code(*high) << 4;
+        *byte = code(*low) | (code(*high) << 4);
     }
 }

@@ -62,7 +62,8 @@ def test_a_quantised_tensor_stands_once_under_its_own_name(tmp_path: Path) -> No
     assert "FP8 in blocks" in repr(found)
     plain = checkpoint.tensor("b.weight")
     assert (plain.encoding, plain.stored, plain.dtype) == (None, ("b.weight",), "F16")
-    assert "a.weight" in checkpoint and "a.weight_scale_inv" not in checkpoint
+    assert "a.weight" in checkpoint
+    assert "a.weight_scale_inv" not in checkpoint
     with pytest.raises(CheckpointError, match=r"no tensor `a\.weight_scale_inv`"):
         checkpoint.tensor("a.weight_scale_inv")
 

@@ -17,7 +17,9 @@ fn values(seed: u64, rows: usize, columns: usize) -> Vec<f32> {
     let bytes = noise(seed, 2 * rows * columns);
     let number = |pair: &[u8; 2]| f32::from(i16::from_le_bytes(*pair)) / 65536.0;
     let pairs = bytes.as_chunks().0.iter().enumerate();
-    pairs.map(|(place, pair)| number(pair) * (1.0 + (place / 50 % 7) as f32)).collect()
+    pairs
+        .map(|(place, pair)| number(pair) * ([1.0, 2.0, 0.3, 5.0, 0.01, 1.5, 7.0][place / 50 % 7]))
+        .collect()
 }
 
 struct Encoded {
@@ -85,9 +87,9 @@ fn what_is_encoded_is_within_half_a_step_of_the_values() {
                 let scaled = (value / factor).abs();
                 // The spacing of the codes just there, in units of the factor; what is beyond the largest is clipped.
                 let step = match band.code {
-                    Code::E4M3 => 2_f32.powi(scaled.log2().floor().max(-6.0) as i32 - 3),
-                    Code::E5M2 => 2_f32.powi(scaled.log2().floor().max(-14.0) as i32 - 2),
-                    Code::E2M1 => 2_f32.powi(scaled.log2().floor().max(0.0) as i32 - 1),
+                    Code::E4M3 => (scaled.log2().floor().max(-6.0) - 3.0).exp2(),
+                    Code::E5M2 => (scaled.log2().floor().max(-14.0) - 2.0).exp2(),
+                    Code::E2M1 => (scaled.log2().floor().max(0.0) - 1.0).exp2(),
                     Code::Int4 => 1.0,
                 };
                 let clipped = (scaled - band.code.most()).max(0.0);
@@ -124,7 +126,7 @@ fn four_bit_integers_that_were_decoded_are_encoded_to_the_same_bytes() {
                 codes[group % block] = if seed % 2 == 0 { 15 } else { 1 };
             }
             let codes: Vec<u8> =
-                nibbles.as_chunks::<2>().0.iter().map(|[a, b]| a | b << 4).collect();
+                nibbles.as_chunks::<2>().0.iter().map(|[a, b]| a | (b << 4)).collect();
             let scales: Vec<u8> = noise(seed + 100, 512 / block)
                 .iter()
                 .flat_map(|&byte| {

@@ -11,6 +11,11 @@ fn levels() -> Vec<Kernels> {
     Level::available().into_iter().map(|level| Kernels::named(level.name()).unwrap()).collect()
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "rounding to nearest is meant")]
+fn single(value: f64) -> f32 {
+    value as f32
+}
+
 fn count(code: Code) -> u32 {
     1 << code.bits()
 }
@@ -42,7 +47,7 @@ fn defined(code: Code, bits: u32) -> f64 {
 fn all_codes(code: Code) -> Vec<u8> {
     match code.bits() {
         8 => (0..=u8::MAX).collect(),
-        _ => (0..8).map(|pair| 2 * pair | (2 * pair + 1) << 4).collect(),
+        _ => (0..8).map(|pair| (2 * pair) | ((2 * pair + 1) << 4)).collect(),
     }
 }
 
@@ -126,7 +131,7 @@ fn encoding_gives_the_nearest_code_and_the_even_one_of_two() {
             kernels.encode(code, &values, &mut bytes);
             for (place, &value) in values.iter().enumerate() {
                 let byte = u32::from(bytes[place / code.per_byte()]);
-                let found = if code.bits() == 8 { byte } else { byte >> (place % 2 * 4) & 15 };
+                let found = if code.bits() == 8 { byte } else { (byte >> (place % 2 * 4)) & 15 };
                 assert_eq!(found, nearest(code, value), "{code:?} of {value:e}, {kernels:?}");
             }
         }
@@ -211,11 +216,11 @@ fn powers_of_two_follow_their_rules() {
 #[test]
 fn other_scales_are_the_largest_magnitude_over_the_largest_code() {
     for amax in magnitudes() {
-        let expected = (f64::from(amax) / 448.0) as f32;
+        let expected = single(f64::from(amax) / 448.0);
         let scale = scale_of(Code::E4M3, ScaleType::F32, amax, None);
         assert_eq!(scale.factor, expected.max(f32::from_bits(1)));
         assert_eq!(scale.bytes, scale.factor.to_le_bytes());
-        let sevenths = (f64::from(amax) / 7.0) as f32;
+        let sevenths = single(f64::from(amax) / 7.0);
         let scale = scale_of(Code::Int4, ScaleType::BF16, amax, None);
         assert_eq!(scale.factor, half::bf16::from_f32(sevenths).to_f32().max(bf16_to_f32(1)));
         let scale = scale_of(Code::Int4, ScaleType::F16, amax, None);
@@ -232,7 +237,7 @@ fn scales_of_nvfp4_are_relative_to_the_global_one() {
         for amax in [1e-9_f32, 0.001, 0.02, 0.7, 1.0, 4.2, 1e6] {
             let scale = scale_of(Code::E2M1, ScaleType::E4M3, amax, Some(global));
             let wanted = f64::from(amax) / 6.0 / share;
-            let stored = u8::try_from(nearest(Code::E4M3, wanted as f32)).unwrap().max(1);
+            let stored = u8::try_from(nearest(Code::E4M3, single(wanted))).unwrap().max(1);
             assert_eq!(scale.bytes[0], stored, "{amax}");
             let factor = defined(Code::E4M3, u32::from(stored)) * share;
             assert!((f64::from(scale.factor) / factor - 1.0).abs() < 2e-7);

@@ -1,6 +1,6 @@
 //! 8-bit floats: in blocks, a scale a row, one scale, MXFP8, or none.
 
-use super::blocks::{group, side};
+use super::blocks::{self, group};
 use super::description::{Blocks, Encoding, Format, Scales};
 use super::fp4::is_swizzled;
 use super::parts::{Codes, Part};
@@ -127,7 +127,7 @@ fn geometry(
                 let blocks = Blocks { rows: 1, columns: MX_GROUP };
                 return Some((Format::Mxfp8, blocks, [down, across]));
             }
-            let blocks = Blocks { rows: side(rows, down)?, columns: side(columns, across)? };
+            let blocks = blocks::blocks([rows, columns], [down, across])?;
             let one = [down, across] == [1, 1] && (rows > 128 || columns > 128);
             let format = if one { Format::TensorFp8 } else { Format::BlockFp8(blocks) };
             Some((format, blocks, [down, across]))
