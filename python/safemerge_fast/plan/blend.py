@@ -23,7 +23,7 @@ class Blend:
         method: Name of the engine's method.
         parameters: The method's parameters.
         weights: Weight by role, in the order in which the roles are accumulated; None where the method takes none.
-        kept: The role that tensors which are not merged come from.
+        kept: The role that tensors which are not merged come from, if it has them.
         base: The role that is the method's base. None: the method is a weighted sum, in which operands that share a
             tensor are combined.
         each: Parameters that each of the roles in weights gets, by role.
@@ -56,7 +56,7 @@ class Blend:
             PairingError: It is to be merged, and one of the blend's models does not have it.
             AdapterError: It is to be merged by a method that is no sum, and an adapter makes it one.
         """
-        roles = self.roles if decision.merge else (self.kept,)
+        roles = self.roles if decision.merge else (self._kept(row),)
         if not all(row.is_plain(role) for role in roles):
             _require_terms(row, roles)
             return self._composed(row, decision.merge)
@@ -71,11 +71,15 @@ class Blend:
         Raises:
             PairingError: It is to be merged, and one of the blend's models does not have it.
         """
-        weights = self.weights if merge else {self.kept: 1.0}
+        weights = self.weights if merge else {self._kept(row): 1.0}
         _require_terms(row, weights)
         return combine(
             (1.0 if weight is None else weight, row.terms[role]) for role, weight in weights.items()
         )
+
+    def _kept(self, row: Row) -> str:
+        """The role that a tensor comes from which is not merged: another one has it if the kept one lacks it."""
+        return self.kept if row.has(self.kept) else next(iter(row.names), self.kept)
 
     def _composed(self, row: Row, merge: bool) -> Operation:
         if self.base is None or not merge:
