@@ -85,8 +85,8 @@ def lacking_tensors(anchor: Model, aligned: Model, met: Collection[str]) -> Lack
             names.append(name)
     if towers:
         notes.append(
-            f"the fine-tuned model is the language model of aligned alone, and so is the output: {len(towers)} tensors of "
-            f"aligned's other parts, such as {towers[0]}, are not in it"
+            f"the fine-tuned model is the language model of aligned alone, and so is the output: {len(towers)} tensors "
+            f"of aligned's other parts, such as {towers[0]}, are not in it"
         )
     return Lacking(tuple(names), tuple(notes))
 
@@ -102,8 +102,9 @@ def require_complete(lacking: Lacking) -> None:
     count = len(lacking.names)
     more = f" and {count - 3} more" if count > 3 else ""
     raise PairingError(
-        f"finetuned lacks {count} tensors that aligned has, and so would the output: {', '.join(lacking.names[:3])}{more}; "
-        f"give the whole fine-tuned model, or copy them with --fill-from aligned, or do without them with --allow-missing"
+        f"finetuned lacks {count} tensors that aligned has, and so would the output: "
+        f"{', '.join(lacking.names[:3])}{more}; give the whole fine-tuned model, or copy them with --fill-from aligned, "
+        f"or do without them with --allow-missing"
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-
 from .._engine import TensorInfo
 from ..checkpoint.model import Model
 from .modules import is_conv1d_name, is_stored_transposed, own_name
@@ -54,11 +52,11 @@ class Orientations:
             return next(iter(votes))
         if not is_conv1d_name(tensor.name):
             return False
-        types: Mapping[str, str]
-        for model_type in self._structure.model_types:
-            types = {"model_type": model_type}
-            if is_stored_transposed(tensor, types):
-                return True
+        if any(
+            is_stored_transposed(tensor, {"model_type": model_type})
+            for model_type in self._structure.model_types
+        ):
+            return True
         if not self._structure.model_types and tensor.name.endswith("weight"):
             self._unknown.append(tensor.name)
         return False
@@ -69,9 +67,9 @@ class Orientations:
             return []
         names = sorted(set(self._unknown))
         return [
-            f"{len(names)} matrices, such as {names[0]}, may be stored as (in, out) as GPT-2's are, and neither a bias nor "
-            f"a config.json says it; (out, in) is assumed, and ρ would be wrong otherwise: put the config.json beside "
-            f"the weights of a role"
+            f"{len(names)} matrices, such as {names[0]}, may be stored as (in, out) as GPT-2's are, and neither a bias "
+            f"nor a config.json says it; (out, in) is assumed, and ρ would be wrong otherwise: put the config.json "
+            f"beside the weights of a role"
         ]
 
     def _by_shape(self, tensor: TensorInfo) -> bool | None:

@@ -96,7 +96,8 @@ def pair(
 
     Raises:
         PairingError: No fine-tuned model is given, a pattern is malformed, a tensor to be analysed or any matrix of a
-            layer is missing or of another shape in a role and not excluded, or tensors of the aligned model are lacking.
+            layer is missing or of another shape in a role and not excluded, or tensors of the aligned model are
+            lacking.
         AdapterError: An adapter does not fit the aligned model.
     """
     if "finetuned" not in models:
@@ -179,7 +180,7 @@ def pair(
         config = untied_config(anchor.config if config is None else config)
         if (head := untied_head(anchor, others, matches, adapted)) is not None:
             rows.append(head)
-            notes.append(f"{head.name} is written as a tensor of its own, beside {head.names[anchor.role]}")
+            notes.append(_untied_note(head, anchor.role))
     if config == anchor.config:
         config = None
     notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + orientations.notes()
@@ -187,12 +188,13 @@ def pair(
     return Pairing(tuple(rows), unused, tuple(notes), config)
 
 
-def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
+def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pairing:
     """Pairs a checkpoint with an adapter of it alone; nothing is to be analysed.
 
     Args:
         model: The checkpoint.
         adapter: The adapter.
+        untie: Whether a tied head becomes a tensor of its own, which the adapter then leaves as it is.
 
     Returns:
         A row per tensor of the checkpoint; both roles' terms are in each.
@@ -221,7 +223,17 @@ def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
         for tensor in in_file_order(model)
     )
     notes = (*adapter_notes(adapter, model, adapted), *_config_notes({model.role: model}))
-    return Pairing(rows, {}, notes)
+    if not untie:
+        return Pairing(rows, {}, notes)
+    head = untied_head(model, {}, {}, (adapter.role,))
+    if head is None:
+        return Pairing(rows, {}, notes, untied_config(model.config))
+    notes = (*_config_notes({model.role: model}), _untied_note(head, model.role))
+    return Pairing((*rows, head), {}, notes, untied_config(model.config))
+
+
+def _untied_note(head: Row, anchor: str) -> str:
+    return f"{head.name} is written as a tensor of its own, beside {head.names[anchor]}"
 
 
 _Adapted = Mapping[str, Mapping[str, tuple[Term, ...]]]

@@ -111,7 +111,9 @@ def _numbers(parts: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> Iterato
     for part in parts:
         for name in names:
             value = part.get(name)
-            yield from (each for each in (value if isinstance(value, list) else (value,)) if _whole(each))
+            for each in value if isinstance(value, list) else (value,):
+                if isinstance(each, int) and _whole(each):
+                    yield each
 
 
 def _vocabularies(part: Mapping[str, Any]) -> Iterator[int]:

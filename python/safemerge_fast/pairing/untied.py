@@ -38,8 +38,8 @@ def untied_head(
     embedding = embedding_name(anchor.headers.names)
     if embedding is None:
         raise PairingError(
-            f"--untie makes a head of the embedding of tokens, and {anchor.role} has none that is known by its name; leave "
-            f"it out"
+            f"--untie makes a head of the embedding of tokens, and {anchor.role} has none that is known by its name; "
+            f"leave it out"
         )
     table = anchor.headers.tensor(embedding)
     shape = tuple(table.shape)
