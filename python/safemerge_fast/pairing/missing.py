@@ -11,8 +11,8 @@ from typing import Any
 from .._engine import TensorInfo
 from ..checkpoint.model import Model
 from ..errors import PairingError
-from .modules import layer_of, module_type
-from .names import is_of_other_tower
+from .modules import layer_of, module_type, predicts_further
+from .names import is_of_other_tower, prefix_of_layers
 from .row import Row
 from .tied import embedding_name, is_head, is_tied_table, ties_head
 
@@ -66,7 +66,7 @@ def lacking_tensors(anchor: Model, aligned: Model, met: Collection[str]) -> Lack
     if not left:
         return Lacking()
     embedding = embedding_name(anchor.headers.names)
-    text_only = _is_text_only(anchor)
+    language = _language_prefixes(anchor, aligned, met)
     names: list[str] = []
     notes: list[str] = []
     towers: list[str] = []
@@ -79,7 +79,7 @@ def lacking_tensors(anchor: Model, aligned: Model, met: Collection[str]) -> Lack
             or (is_tied_table(name) and name != embedding)
         ):
             notes.append(f"{name} of aligned is not in the output, which ties it to {embedding}")
-        elif text_only and is_of_other_tower(name):
+        elif language and not name.startswith(language) and not predicts_further(name):
             towers.append(name)
         else:
             names.append(name)
@@ -103,7 +103,7 @@ def require_complete(lacking: Lacking) -> None:
     more = f" and {count - 3} more" if count > 3 else ""
     raise PairingError(
         f"finetuned lacks {count} tensors that aligned has, and so would the output: "
-        f"{', '.join(lacking.names[:3])}{more}; give the whole fine-tuned model, or copy them with --fill-from aligned, "
+        f"{', '.join(lacking.names[:3])}{more}; give the whole fine-tuned model, copy them with --fill-from aligned, "
         f"or do without them with --allow-missing"
     )
 
@@ -148,8 +148,17 @@ def _ties_head(config: Mapping[str, Any], aligned: Mapping[str, Any]) -> bool:
     return ties_head(config, default=ties_head(aligned))
 
 
-def _is_text_only(model: Model) -> bool:
-    """Whether a model is a language model, by its names and its configuration."""
+def _language_prefixes(anchor: Model, aligned: Model, met: Collection[str]) -> tuple[str, ...]:
+    """What names begin with in the part of a multimodal model that a language model was made of; else nothing."""
+    if _is_multimodal(anchor) or not _is_multimodal(aligned):
+        return ()
+    prefixes = {prefix for name in met if (prefix := prefix_of_layers(name)) is not None}
+    # A head lies beside the part; one that is lacking is not of vision.
+    return (*sorted(prefixes), "lm_head.", "language_model.lm_head.") if prefixes - {""} else ()
+
+
+def _is_multimodal(model: Model) -> bool:
+    """Whether a model has other parts beside a language model, by its names and its configuration."""
     if any(is_of_other_tower(f"{key}.") for key in model.config if key.endswith("_config")):
-        return False
-    return not any(map(is_of_other_tower, model.headers.names))
+        return True
+    return any(map(is_of_other_tower, model.headers.names))

@@ -24,6 +24,7 @@ __all__ = [
     "lies_in_layer",
     "module_type",
     "own_name",
+    "predicts_further",
 ]
 
 PROJECTION = "projection"
@@ -100,6 +101,11 @@ def lies_in_layer(name: str) -> bool:
     return layer is not None and name[len(layer) + 1 :] not in ("weight", "bias")
 
 
+def predicts_further(name: str) -> bool:
+    """Whether a tensor is of multi-token prediction (MTP), by its name."""
+    return _MTP.search(name) is not None
+
+
 def classify(tensor: TensorInfo, layers: int | None) -> str:
     """What a tensor is called that nothing is known of but its model's number of layers; see Classifier."""
     structure = Structure(frozenset(), frozenset(), frozenset(), {}, frozenset(), frozenset(), layers)
@@ -159,7 +165,7 @@ class _Kinds:
         reasons = (
             (dtype not in FLOATS, f"not a float tensor ({dtype})"),
             (0 in shape, "empty tensor"),
-            (past or _MTP.search(name) is not None, "multi-token prediction (MTP)"),
+            (past or predicts_further(name), "multi-token prediction (MTP)"),
             (name.endswith("bias"), "bias"),
             (_NORM.search(own) is not None and not own.endswith("_proj"), "norm"),
             (not lies_in_layer(name) and self._is_head(name, own, shape), HEAD),

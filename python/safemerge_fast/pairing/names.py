@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-__all__ = ["is_of_other_tower", "match_names"]
+__all__ = ["is_of_other_tower", "match_names", "prefix_of_layers"]
 
 _FROM_LAYERS = re.compile(r"[^.]+\.\d+\..*$")
 # Parts of names of what a multimodal model has beside its language model.
@@ -19,6 +19,12 @@ _OTHER_TOWER = re.compile(
 def is_of_other_tower(name: str) -> bool:
     """Whether a tensor belongs to what a multimodal model has beside its language model, by its name."""
     return _OTHER_TOWER.search(name) is not None
+
+
+def prefix_of_layers(name: str) -> str | None:
+    """What a name of a layer's tensor begins with, before the list of layers; None for other names."""
+    match = _FROM_LAYERS.search(name)
+    return None if match is None else name[: match.start()]
 
 
 def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+
 from .._engine import TensorInfo
 from ..checkpoint.model import Model
 from .modules import is_conv1d_name, is_stored_transposed, own_name
