@@ -11,7 +11,9 @@ import zoo
 
 from safemerge_fast.pairing.rows import Missing, pair
 
-MODELS = """
+MODELS = re.findall(
+    r"\w+",
+    """
 AlbertForMaskedLM AriaForConditionalGeneration BarkModel BartForConditionalGeneration BertForMaskedLM BloomForCausalLM
 CTRLLMHeadModel CanineForSequenceClassification CodeGenForCausalLM DebertaV2ForMaskedLM DeepseekV3ForCausalLM
 DeepseekV4ForCausalLM DistilBertForMaskedLM ElectraForMaskedLM FalconForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM
@@ -25,7 +27,8 @@ ProphetNetForConditionalGeneration Qwen2MoeForCausalLM Qwen2VLForConditionalGene
 RecurrentGemmaForCausalLM RemBertForCausalLM RobertaForMaskedLM RwkvForCausalLM SpeechT5ForSpeechToText
 SwitchTransformersForConditionalGeneration T5ForConditionalGeneration TapasForMaskedLM Tipsv2Model
 UdopForConditionalGeneration WhisperForConditionalGeneration XLMWithLMHeadModel XLNetLMHeadModel
-""".split()
+    """,
+)
 
 IN_LAYER = re.compile(r"\.\d+\.(?!weight$|bias$)")
 

@@ -49,13 +49,13 @@ _HEAD = re.compile(
 _HEAD_NAME = re.compile(r"(^|_)heads?$|^(output|cls)$")
 _HEAD_WORD = re.compile(r"head|unembed|output|decoder|pred|logit|softmax|cls|classif|proj|^lm|(^|\.)out")
 # Words of the names of tables, and words that say that a matrix makes something of vectors instead.
-_TABLE_WORD = re.compile(r"(embed|embeds|embedder|embedding|embeddings|emb|embs)$|^(wte|wpe|shared)$")
+_TABLE_WORD = re.compile(r"(embed|embeds|embedder|embedding|embeddings|emb|embs)$|^(wte|wpe)$")
 _NO_TABLE = re.compile(r"proj|linear|mapping|transform|dense|patch|fc\d|mlp|merger|layernorm")
 _TABLE = re.compile(
     r"(^|\.)(relative_attention_bias\w*\.(weight|bias_values\.weight)|rel_pos\w*\.weight|\w*_token\.weight|"
     r"query_feat\.weight|embed_positions\.\w+\.weight|\w*bias_values\.weight)$"
 )
-_ROUTER = re.compile(r"(^|\.)(\w+_)?router(_\w+)?\.|(^|\.)(gate\.(?!weight)|shared_expert_gate\.)")
+_ROUTER = re.compile(r"(^|\.)(router|gate(?=\.(?!weight))|shared_expert_gate)\.")
 _GATE = re.compile(r"(^|\.)gate\.weight(_\d+)?$")
 _MIXTURE = re.compile(r"mlp|moe|ffn|feed_forward|mixer|expert|(^|\.)layers\.0\.gate\.")
 _CONVOLUTION = re.compile(r"^conv(1d|2d|3d|\d*)$")
@@ -206,9 +206,9 @@ class _Kinds:
         if _TABLE.search(name) is not None:
             return True
         word = own.lower().rstrip("_.0123456789")
-        if _TABLE_WORD.search(word.rpartition("_")[2]) or word in ("embeddings_table", "shared"):
-            return _NO_TABLE.search(word) is None
-        if "embed" in word and _NO_TABLE.search(word) is None:
+        if word == "shared" and not lies_in_layer(name):
+            return True
+        if (_TABLE_WORD.search(word.rpartition("_")[2]) or "embed" in word) and not _NO_TABLE.search(word):
             return True
         # Whatever it is called: CTRL's is w.
         return len(shape) == 2 and not lies_in_layer(name) and self._is_vocabulary(shape[0])

@@ -56,8 +56,10 @@ class Blend:
             PairingError: It is to be merged, and one of the blend's models does not have it.
             AdapterError: It is to be merged by a method that is no sum, and an adapter makes it one.
         """
-        roles = self.roles if decision.merge else (self._kept(row),)
+        # Another role's are few, and are not what the others share.
+        roles = self.roles if decision.merge else (self.kept,)
         if not all(row.is_plain(role) for role in roles):
+            roles = self.roles if decision.merge else (self._kept(row),)
             _require_terms(row, roles)
             return self._composed(row, decision.merge)
         # Nearly all tensors, so that what is the same for them is made once.
