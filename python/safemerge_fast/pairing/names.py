@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 
-__all__ = ["match_names"]
+__all__ = ["is_of_other_tower", "match_names", "prefix_of_layers"]
 
 _FROM_LAYERS = re.compile(r"[^.]+\.\d+\..*$")
+# Parts of names of what a multimodal model has beside its language model.
+_OTHER_TOWER = re.compile(
+    r"(^|[._])(vision|visual|vit|image|images|img|pixel|video|audio|speech|sound|multi_?modal|mm|merger|resampler|qformer|"
+    r"connector|perceiver|aligner|projector|sam)(?=[._\d]|$)"
+)
+
+
+def is_of_other_tower(name: str) -> bool:
+    """Whether a tensor belongs to what a multimodal model has beside its language model, by its name."""
+    return _OTHER_TOWER.search(name) is not None
+
+
+def prefix_of_layers(name: str) -> str | None:
+    """What a name of a layer's tensor begins with, before the list of layers; None for other names."""
+    match = _FROM_LAYERS.search(name)
+    return None if match is None else name[: match.start()]
 
 
 def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
@@ -15,7 +32,8 @@ def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
 
     Exact names first; then names of which one is the other with a prefix (`transformer.h.0…` and `h.0…`);
     then names that agree from the list of layers on (`model.language_model.layers.0…` and
-    `language_model.model.layers.0…`). A name is matched only if nothing else can be meant on either side, and
+    `language_model.model.layers.0…`); then names that differ by what those differ by (`model.norm.weight` and
+    `model.language_model.norm.weight`). A name is matched only if nothing else can be meant on either side, and
     only with a name that has the same numbers in it: a missing layer is not its neighbour.
 
     Args:
@@ -27,7 +45,8 @@ def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
     """
     mine, left = list(mine), set(theirs)
     found = {name: name for name in mine if name in left}
-    for same in (_same_but_for_prefix, _same_from_layers):
+    layers: dict[str, str] = {}
+    for same in (_same_but_for_prefix, _same_from_layers, partial(_same_as_layers, layers)):
         left -= set(found.values())
         candidates: dict[str, set[str]] = {}
         claims: dict[str, set[str]] = {}
@@ -39,6 +58,7 @@ def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
             other = next(iter(meant))
             if len(meant) == 1 and len(claims[other]) == 1:
                 found[name] = other
+        layers.update((name, other) for name, other in found.items() if name != other)
     return {name: found[name] for name in mine if name in found}
 
 
@@ -60,6 +80,23 @@ def _same_from_layers(mine: Iterable[str], theirs: set[str]) -> list[tuple[str, 
         for name in mine
         if (match := _FROM_LAYERS.search(name))
         for other in by_tail.get(match[0], ())
+    ]
+
+
+def _same_as_layers(
+    layers: Mapping[str, str], mine: Iterable[str], theirs: set[str]
+) -> list[tuple[str, str]]:
+    """Pairs that begin as names in lists of layers do which were matched already."""
+    prefixes: set[tuple[str, str]] = set()
+    for name, other in layers.items():
+        own, their = _FROM_LAYERS.search(name), _FROM_LAYERS.search(other)
+        if own is not None and their is not None and own[0] == their[0]:
+            prefixes.add((name[: own.start()], other[: their.start()]))
+    return [
+        (name, other)
+        for name in mine
+        for own, their in prefixes
+        if name.startswith(own) and (other := f"{their}{name.removeprefix(own)}") in theirs
     ]
 
 

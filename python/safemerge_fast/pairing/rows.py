@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .._engine import TensorInfo
 from ..checkpoint.adapter import Adapter
@@ -15,24 +16,31 @@ from ..errors import PairingError
 from .adapter_terms import adapter_notes, adapter_terms
 from .counterparts import Counterparts, counterparts
 from .experts import Experts, find_experts
+from .missing import Lacking, Missing, filled_config, filled_rows, lacking_tensors, require_complete
 from .module import Module, modules_of_rows
 from .modules import (
+    EMBEDDING,
+    HEAD,
     MTP,
     PROJECTION,
-    classify,
-    decoder_layers,
-    is_stored_transposed,
+    Classifier,
+    is_float_matrix,
     layer_of,
+    lies_in_layer,
     module_type,
 )
 from .names import match_names
 from .operand import Operand, Term
+from .orientation import Orientations
 from .row import NOT_ADAPTED, Row, SameName, Shared
 from .selection import Selection
 from .stack import Elsewhere, Slices
+from .structure import structure_of
+from .untied import untied_config, untied_head
 
 __all__ = [
     "Counterparts",
+    "Missing",
     "Pairing",
     "Row",
     "SameName",
@@ -53,11 +61,13 @@ class Pairing:
             offsets within a file.
         unused: For each other role, its tensors that no row uses; for an adapter, those it adapts.
         notes: What a person should know, in sentences.
+        config: What the output's config.json says in place of the model's that the rows are of; None if it is that.
     """
 
     rows: tuple[Row, ...]
     unused: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
+    config: Mapping[str, Any] | None = None
 
     @property
     def modules(self) -> Iterator[Module]:
@@ -71,6 +81,8 @@ def pair(
     include: str | None = None,
     exclude: str | None = None,
     analyse: bool = True,
+    missing: Missing = Missing.LEAVE_OUT,
+    untie: bool = False,
 ) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
 
@@ -84,14 +96,17 @@ def pair(
         include: Regular expression on names: analyses what is left out by default, if it is 2-D
             float.
         exclude: Regular expression on names: leaves out what it matches, whatever include says.
-        analyse: Whether anything is to be analysed; without, tensors that do not fit are kept.
+        analyse: Whether anything is to be analysed.
+        missing: What becomes of tensors that the aligned model has and the fine-tuned one lacks.
+        untie: Whether a tied head becomes a tensor of its own.
 
     Returns:
         The pairing.
 
     Raises:
-        PairingError: No fine-tuned model is given, a pattern is malformed, or a tensor to be analysed is
-            missing or of another shape in a role.
+        PairingError: No fine-tuned model is given, a pattern is malformed, a tensor to be analysed or any matrix of a
+            layer is missing or of another shape in a role and not excluded, or tensors of the aligned model are
+            lacking.
         AdapterError: An adapter does not fit the aligned model.
     """
     if "finetuned" not in models:
@@ -108,7 +123,8 @@ def pair(
     for role, model in others.items():
         matches[role], found = counterparts(anchor.headers, model)
         notes += found
-    layers = decoder_layers(anchor.config)
+    structure = structure_of(anchor, (model for role, model in models.items() if role != anchor.role))
+    classify, orientations = Classifier(anchor, structure), Orientations(anchor, structure)
     experts = find_experts(models, anchor.role)
     shared = Shared((anchor.role, *others))
     rows: list[Row] = []
@@ -116,9 +132,10 @@ def pair(
     kept: list[str] = []
     for tensor in tensors:
         own = tensor.name
-        kind = classify(tensor, layers)
+        kind = classify(tensor)
         slices = None if experts is None else experts.slices(own)
-        if slices is not None and kind != MTP:
+        is_stack = slices is not None and kind != MTP
+        if is_stack or ("finetuned" in adapted and _is_adapted_matrix(tensor, kind, adapted["finetuned"])):
             kind = PROJECTION
         reason = selection.reason(tensor, own, kind)
         if reason == PROJECTION and "finetuned" in adapted and own not in adapted["finetuned"]:
@@ -147,7 +164,8 @@ def pair(
                 names[role] = name
         if faults:
             sentence = f"{own} is {_shape(tensor)} in {anchor.role} but {' and '.join(faults)}"
-            (unfit if analysed else kept).append(sentence)
+            essential = analysed or (_is_matrix_of_layer(tensor) and not selection.excludes(own))
+            (unfit if essential else kept).append(sentence)
             reason = f"{reason}, {', '.join(faults)}"
         rows.append(
             Row(
@@ -159,7 +177,7 @@ def pair(
                 module_type=shared(module_type(own, kind)),
                 layer=shared(layer_of(own)),
                 analysed=analysed,
-                transposed=_is_transposed(tensor, anchor, adapted)
+                transposed=_is_transposed(tensor, orientations, adapted)
                 if slices is None
                 else slices.stack.transposed,
                 reason=reason,
@@ -169,22 +187,42 @@ def pair(
         )
     if unfit:
         more = f" (and {len(unfit) - 1} more tensors do not fit)" if len(unfit) > 1 else ""
-        raise PairingError(
-            f"{unfit[0]}{more}; give models of one architecture, "
-            f"or leave such tensors out with --exclude REGEX"
-        )
+        way_out = ", or leave such tensors out with --exclude REGEX" if analyse else ""
+        raise PairingError(f"{unfit[0]}{more}; give models of one architecture{way_out}")
     unused = {**_unused(rows, others, experts), **_unused_adapted(rows, adapted)}
     notes += [] if experts is None else experts.notes()
-    notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + _config_notes(models)
-    return Pairing(tuple(rows), unused, tuple(notes))
+    config: Mapping[str, Any] | None = None
+    if "aligned" in others:
+        lacking = _lacking(rows, anchor, others["aligned"], matches["aligned"], unused["aligned"])
+        notes += lacking.notes
+        if missing is Missing.REFUSE:
+            require_complete(lacking)
+        if missing is Missing.FILL and lacking.names:
+            rows += filled_rows(lacking, anchor, others["aligned"])
+            unused["aligned"] = tuple(sorted(set(unused["aligned"]) - set(lacking.names)))
+            config = filled_config(anchor.config, others["aligned"].config)
+            notes.append(
+                f"{len(lacking.names)} tensors that finetuned lacks are copied from aligned, such as {lacking.names[0]}"
+            )
+    if untie:
+        config = untied_config(anchor.config if config is None else config)
+        if (head := untied_head(anchor, others, matches, adapted)) is not None:
+            rows.append(head)
+            notes.append(_untied_note(head, anchor.role))
+    if config == anchor.config:
+        config = None
+    notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + orientations.notes()
+    notes += _config_notes(models)
+    return Pairing(tuple(rows), unused, tuple(notes), config)
 
 
-def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
+def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pairing:
     """Pairs a checkpoint with an adapter of it alone; nothing is to be analysed.
 
     Args:
         model: The checkpoint.
         adapter: The adapter.
+        untie: Whether a tied head becomes a tensor of its own, which the adapter then leaves as it is.
 
     Returns:
         A row per tensor of the checkpoint; both roles' terms are in each.
@@ -193,7 +231,8 @@ def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
         AdapterError: The adapter does not fit the checkpoint.
     """
     adapted = adapter_terms(adapter, model)
-    layers = decoder_layers(model.config)
+    structure = structure_of(model, (adapter,))
+    classify, orientations = Classifier(model, structure), Orientations(model, structure)
     shared = Shared((model.role,))
     rows = tuple(
         Row(
@@ -202,17 +241,27 @@ def pair_adapter(model: Model, adapter: Adapter) -> Pairing:
             dtype=shared(tensor.dtype),
             shape=shared(tensor.shape),
             names={model.role: tensor.name},
-            module_type=shared(module_type(tensor.name, classify(tensor, layers))),
+            module_type=shared(module_type(tensor.name, classify(tensor))),
             layer=shared(layer_of(tensor.name)),
             analysed=False,
-            transposed=is_stored_transposed(tensor, model.config),
+            transposed=orientations.is_stored_transposed(tensor),
             reason="adapted" if tensor.name in adapted else "not adapted",
             adapted={adapter.role: adapted.get(tensor.name, (Term(Operand(model.role, tensor.name)),))},
         )
         for tensor in in_file_order(model)
     )
     notes = (*adapter_notes(adapter, model, adapted), *_config_notes({model.role: model}))
-    return Pairing(rows, {}, notes)
+    if not untie:
+        return Pairing(rows, {}, notes)
+    head = untied_head(model, {}, {}, (adapter.role,))
+    if head is None:
+        return Pairing(rows, {}, notes, untied_config(model.config))
+    notes = (*_config_notes({model.role: model}), _untied_note(head, model.role))
+    return Pairing((*rows, head), {}, notes, untied_config(model.config))
+
+
+def _untied_note(head: Row, anchor: str) -> str:
+    return f"{head.name} is written as a tensor of its own, beside {head.names[anchor]}"
 
 
 _Adapted = Mapping[str, Mapping[str, tuple[Term, ...]]]
@@ -268,13 +317,35 @@ def _not_adapted(name: str, adapted: _Adapted) -> str:
     return "only the safe adapter changes it" if name in adapted.get("safe", ()) else "not adapted"
 
 
-def _is_transposed(tensor: TensorInfo, anchor: Model, adapted: _Adapted) -> bool:
-    """Whether a tensor is stored as (in, out), as the model type says or the shapes of adapters' factors."""
+def _is_adapted_matrix(tensor: TensorInfo, kind: str, terms: Mapping[str, tuple[Term, ...]]) -> bool:
+    """Whether the fine-tuned adapter adds to a matrix that is no table and no head: such a one is analysed."""
+    if kind in (PROJECTION, HEAD, EMBEDDING) or not is_float_matrix(tensor):
+        return False
+    return any(term.operand.low_rank for term in terms.get(tensor.name, ()))
+
+
+def _is_matrix_of_layer(tensor: TensorInfo) -> bool:
+    """Whether a tensor is one that no model of the same architecture can lack, whatever its class."""
+    return len(tensor.shape) > 1 and tensor.dtype in FLOATS and lies_in_layer(tensor.name)
+
+
+def _lacking(
+    rows: Iterable[Row], anchor: Model, aligned: Model, found: Counterparts, unused: Sequence[str]
+) -> Lacking:
+    """What the output lacks of the aligned model; most have all, and that is seen at once."""
+    if not unused:
+        return Lacking()
+    met = {name for row in rows if (name := found.get(row.name)) is not None}
+    return lacking_tensors(anchor, aligned, met)
+
+
+def _is_transposed(tensor: TensorInfo, orientations: Orientations, adapted: _Adapted) -> bool:
+    """Whether a tensor is stored as (in, out), as the shapes of adapters' factors say or those of the model."""
     terms = adapted.get("finetuned", {}).get(tensor.name, ())
     products = [product for term in terms for product in term.operand.low_rank]
     if products:
         return products[0].transpose
-    return is_stored_transposed(tensor, anchor.config)
+    return orientations.is_stored_transposed(tensor)
 
 
 def in_file_order(model: Model) -> list[TensorInfo]:

@@ -30,6 +30,10 @@ class Selection:
         self._impossible.append(f"{name} ({kind})")
         return kind
 
+    def excludes(self, name: str) -> bool:
+        """Whether --exclude leaves a tensor out by name."""
+        return self._exclude.matches(name)
+
     def notes(self) -> list[str]:
         """What a person should know of the patterns; to be asked when all tensors were looked at."""
         notes = [

@@ -6,15 +6,21 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["embedding_name", "is_head", "ties_head"]
+__all__ = ["embedding_name", "is_head", "is_tied_table", "ties_head"]
 
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|lm_head\.decoder|predictions\.decoder|proj_out)\.weight$")
+_TIED_TABLE = re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared)\.weight$")
 
 
 def is_head(name: str) -> bool:
     """Whether a tensor is an output head that models tie to their embedding."""
     return _HEAD.search(name) is not None
+
+
+def is_tied_table(name: str) -> bool:
+    """Whether a tensor is one of the tables of an encoder and a decoder that share one."""
+    return _TIED_TABLE.search(name) is not None
 
 
 def embedding_name(names: Iterable[str]) -> str | None:

@@ -24,7 +24,7 @@ class Blend:
         method: Name of the engine's method.
         parameters: The method's parameters.
         weights: Weight by role, in the order in which the roles are accumulated; None where the method takes none.
-        kept: The role that tensors which are not merged come from.
+        kept: The role that tensors which are not merged come from, if it has them.
         base: The role that is the method's base. None: the method is a weighted sum, in which operands that share a
             tensor are combined.
         each: Parameters that each of the roles in weights gets, by role.
@@ -57,8 +57,10 @@ class Blend:
             PairingError: It is to be merged, and one of the blend's models does not have it.
             AdapterError: It is to be merged by a method that is no sum, and an adapter makes it one.
         """
+        # Another role's are few, and are not what the others share.
         roles = self.roles if decision.merge else (self.kept,)
         if not all(subject.is_plain(role) for role in roles):
+            roles = self.roles if decision.merge else (self._kept(subject),)
             _require_terms(subject, roles)
             return self._composed(_module(subject), decision.merge)
         # Nearly all tensors, so that what is the same for them is made once.
@@ -75,10 +77,15 @@ class Blend:
         Raises:
             PairingError: It is to be merged, and one of the blend's models does not have it.
         """
-        weights = self.weights if merge else {self.kept: 1.0}
+        weights = self.weights if merge else {self._kept(subject): 1.0}
         _require_terms(subject, weights)
         terms = _module(subject).piece_terms
         return combine((1.0 if weight is None else weight, terms[role]) for role, weight in weights.items())
+
+    def _kept(self, subject: Row | Module) -> str:
+        """The role that a tensor comes from which is not merged: another one has it if the kept one lacks it."""
+        row = subject if isinstance(subject, Row) else subject.row
+        return self.kept if subject.has(self.kept) else next(iter(row.names), self.kept)
 
     def _composed(self, module: Module, merge: bool) -> Operation:
         if self.base is None or not merge:

@@ -20,6 +20,7 @@ from ..settings import Dtype, Kind, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .planned import PlannedJob
 from .roles import access_of
+from .shape import Untie
 
 __all__ = ["RECIPE", "FoldSettings"]
 
@@ -46,6 +47,7 @@ class FoldSettings(_Roles, frozen=True, kw_only=True):
 
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    untie: Untie = False
 
 
 class FoldJob(PlannedJob[FoldSettings]):
@@ -62,8 +64,8 @@ class FoldJob(PlannedJob[FoldSettings]):
         adapter = open_adapter("adapter", settings.adapter, access=access_of(settings))
         model = open_model("model", settings.model, access=access_of(settings))
         self.models = {"model": model, "adapter": adapter}
-        pairing = pair_adapter(model, adapter)
-        self.rows, self.notes = pairing.rows, pairing.notes
+        pairing = pair_adapter(model, adapter, untie=settings.untie)
+        self.rows, self.notes, self.config = pairing.rows, pairing.notes, pairing.config
         self.dtype = settings.dtype
         self.max_shard_size = None if settings.max_shard_size is None else int(settings.max_shard_size)
         self.sentence = "{model} with the LoRA adapter {adapter} folded into its weights"

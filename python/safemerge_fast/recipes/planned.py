@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 from ..decision import Decision
 from ..pairing.row import Row
@@ -29,12 +29,14 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
         dtype: Output dtype of float tensors.
         max_shard_size: Most bytes per output file, or None.
         sentence: What the output is, in a sentence for its card.
+        config: What config.json says in place of the host's, if it is not to be that.
     """
 
     rows: tuple[Row, ...]
     dtype: str
     max_shard_size: int | None
     sentence: str
+    config: Mapping[str, Any] | None = None
 
     def operation(self, row: Row) -> Operation | Pieces:
         """What makes a row's tensor."""
@@ -54,7 +56,9 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
             anchor=self.host.role,
             dtype=self.dtype,
         )
-        return CheckpointContents(plan, self.decision, self.host, read_backend=self.settings.read_backend)
+        return CheckpointContents(
+            plan, self.decision, self.host, self.config, read_backend=self.settings.read_backend
+        )
 
     def card(self, report: Report) -> str:
         """The model card."""

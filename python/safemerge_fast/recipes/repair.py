@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 from ..checkpoint.model import FLOATS, Model
 from ..decision import Decision
 from ..errors import PairingError
+from ..pairing.missing import FILLED
 from ..pairing.row import Row
 from ..pairing.rows import pair
 from ..plan.blend import Blend
@@ -17,6 +18,7 @@ from ..plan.pieces import Pieces, compose_row
 from ..settings import RunSettings
 from .planned import PlannedJob
 from .roles import access_of, open_roles, shape_of_repair
+from .shape import OutputShape
 
 __all__ = ["RepairJob"]
 
@@ -32,16 +34,13 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
 
     changed: str = ""
 
-    def open(
-        self, settings: _Settings, roles: Mapping[str, str], dtype: str, max_shard_size: int | str | None
-    ) -> None:
+    def open(self, settings: _Settings, roles: Mapping[str, str], shape: OutputShape) -> None:
         """Opens the models and pairs their tensors; only headers are read.
 
         Args:
             settings: What was asked for.
             roles: What was given for each role.
-            dtype: Output dtype of float tensors.
-            max_shard_size: Most bytes per output file, or None.
+            shape: What the output's tensors and files are like.
 
         Raises:
             CheckpointError: A model cannot be found, read or trusted.
@@ -50,10 +49,10 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
         """
         self.settings = settings
         self.models = open_roles(roles, access_of(settings))
-        pairing = pair(self.models, analyse=False)
+        pairing = pair(self.models, analyse=False, missing=shape.missing, untie=shape.untie)
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
-        self.dtype = dtype
-        self.max_shard_size = None if max_shard_size is None else int(max_shard_size)
+        self.config = pairing.config
+        self.dtype, self.max_shard_size = shape.dtype, shape.max_shard_size
         if not any(self.decision(row).merge for row in self.rows):
             raise PairingError("no tensor is in all of the models; give models of one architecture")
 
@@ -81,6 +80,8 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
 
     def decision(self, row: Row) -> Decision:
         """All float tensors that every role has are changed."""
+        if row.reason == FILLED:
+            return Decision(False, FILLED)
         if row.dtype not in FLOATS:
             return Decision(False, f"{row.dtype} cannot be averaged: kept")
         if missing := [role for role in self.models if not row.has(role)]:

@@ -15,6 +15,7 @@ from ..settings import Dtype, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Base, Finetuned
+from .shape import AllowMissing, FillFrom, OutputShape, Untie
 
 __all__ = ["RECIPE", "RestaSettings"]
 
@@ -51,6 +52,13 @@ class RestaSettings(_Roles, frozen=True, kw_only=True):
     seed: Annotated[int, Setting("Seed of DARE's random numbers.", least=0)] = 0
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    allow_missing: AllowMissing = False
+    fill_from: FillFrom = None
+    untie: Untie = False
+
+    def __post_init__(self) -> None:
+        RunSettings.__post_init__(self)
+        OutputShape.of(self)
 
 
 class RestaJob(RepairJob[RestaSettings]):
@@ -59,7 +67,7 @@ class RestaJob(RepairJob[RestaSettings]):
     def __init__(self, settings: RestaSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read."""
         roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
-        self.open(settings, roles, settings.dtype, settings.max_shard_size)
+        self.open(settings, roles, OutputShape.of(settings))
         self.changed = "the safety vector is added"
         self.sentence = (
             f"{{finetuned}} plus {settings.gamma:g} times what alignment changed from {{base}} to {{aligned}} "

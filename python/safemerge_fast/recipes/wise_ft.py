@@ -13,6 +13,7 @@ from ..settings import Dtype, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Finetuned
+from .shape import AllowMissing, FillFrom, OutputShape, Untie
 
 __all__ = ["RECIPE", "WiseFtSettings"]
 
@@ -38,6 +39,13 @@ class WiseFtSettings(_Roles, frozen=True, kw_only=True):
     ] = 0.5
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    allow_missing: AllowMissing = False
+    fill_from: FillFrom = None
+    untie: Untie = False
+
+    def __post_init__(self) -> None:
+        RunSettings.__post_init__(self)
+        OutputShape.of(self)
 
 
 class WiseFtJob(RepairJob[WiseFtSettings]):
@@ -46,7 +54,7 @@ class WiseFtJob(RepairJob[WiseFtSettings]):
     def __init__(self, settings: WiseFtSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read."""
         roles = {"aligned": settings.aligned, "finetuned": settings.finetuned}
-        self.open(settings, roles, settings.dtype, settings.max_shard_size)
+        self.open(settings, roles, OutputShape.of(settings))
         self.changed = "averaged with the aligned model"
         self.sentence = (
             f"{1.0 - settings.alpha:.6g} · {{finetuned}} + {settings.alpha:g} · {{aligned}} "

@@ -26,6 +26,7 @@ from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
 from ..base import CheckpointContents, Contents, Job, Measurement
 from ..roles import access_of, open_roles, shape_of_repair
+from ..shape import OutputShape
 from .adapter.contents import AdapterContents
 from .adapter.layout import lay_out_adapter, require_linear
 from .blend import method_parameters, safemerge
@@ -46,6 +47,7 @@ class SafemergeJob(Job[SafemergeSettings]):
 
     Attributes:
         pairing: One row per output tensor.
+        shape: What a checkpoint's tensors and files are like.
         rule: The rule of the decision.
         blend: What merged tensors are made of.
         scores: Scores to reuse, or None if they are to be computed.
@@ -66,7 +68,14 @@ class SafemergeJob(Job[SafemergeSettings]):
             settings.method, density=settings.density, seed=settings.seed, parameters=settings.parameters
         )
         self.models = open_roles(settings.roles(), access_of(settings))
-        self.pairing: Pairing = pair(self.models, include=settings.include, exclude=settings.exclude)
+        self.shape = OutputShape.of(settings)
+        self.pairing: Pairing = pair(
+            self.models,
+            include=settings.include,
+            exclude=settings.exclude,
+            missing=self.shape.missing,
+            untie=self.shape.untie,
+        )
         self.unused = self.pairing.unused
         self.rule = settings.rule()
         self.rule.check_units(self.pairing.rows)
@@ -190,10 +199,9 @@ class SafemergeJob(Job[SafemergeSettings]):
         if self.writes_adapter:
             layout = lay_out_adapter(rows, decisions, self.blend, self.adapters)
             return AdapterContents(self.models, self.pairing, layout, decisions, settings)
-        size = settings.max_shard_size
         plan = build_plan(
             self.models,
-            lay_out(rows, dtype=settings.dtype, max_shard_size=None if size is None else int(size)),
+            lay_out(rows, dtype=settings.dtype, max_shard_size=self.shape.max_shard_size),
             lambda row: compose_row(self.blend, row, decisions),
             anchor=self.host.role,
             dtype=settings.dtype,
@@ -205,6 +213,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             plan,
             lambda row: decision_of(row, decisions),
             self.host,
+            self.pairing.config,
             read_backend=settings.read_backend,
             remarks=remarks,
             module_decisions=decisions,
@@ -277,10 +286,9 @@ class SafemergeJob(Job[SafemergeSettings]):
                     f"an adapter is made of adapters only, but {whole[0]} is a full checkpoint; "
                     f"pass --output-format checkpoint"
                 )
-            if settings.max_shard_size is not None:
-                raise PlanError(
-                    "max_shard_size is for checkpoints, but the output is an adapter; leave it out"
-                )
+            for name in ("max_shard_size", "allow_missing", "fill_from", "untie"):
+                if getattr(settings, name) not in (None, False):
+                    raise PlanError(f"{name} is for checkpoints, but the output is an adapter; leave it out")
             require_linear(self.pairing.rows)
             return
         for name in ("adapter_rank", "compat"):

@@ -20,6 +20,7 @@ from ...settings import (
     Settings,
 )
 from ..roles import Aligned, Base, Finetuned
+from ..shape import AllowMissing, FillFrom, OutputShape, Untie
 
 __all__ = ["AnalysisSettings", "SafemergeSettings"]
 
@@ -179,6 +180,9 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
         ),
     ] = None
     max_shard_size: MaxShardSize = None
+    allow_missing: AllowMissing = False
+    fill_from: FillFrom = None
+    untie: Untie = False
     delta_reference: DeltaReference = "aligned"
     include: Include = None
     exclude: Exclude = None
@@ -186,6 +190,7 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
+        OutputShape.of(self)
         if self.output_format == "adapter" and not known_methods()[self.method].sums:
             raise SettingError(
                 f"an adapter holds sums of products, which {self.method} does not make; leave the method at its "
