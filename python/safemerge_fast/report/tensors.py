@@ -44,6 +44,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         delta_norm: ‖Δ‖ (Frobenius); None where not analysed.
         weight_norm: ‖W_aligned‖ (Frobenius); None where not analysed.
         v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
+        cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖); None where not analysed or undefined.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     delta_norm: float | None = None
     weight_norm: float | None = None
     v_rounding: float | None = None
+    cos_v_delta: float | None = None
 
 
 class ModuleCount(msgspec.Struct, frozen=True):
@@ -218,7 +220,15 @@ def module_table(counts: Iterable[ModuleCount]) -> Table:
 
 def _measured(score: Score) -> tuple[float | None, ...]:
     """The fields of a report that a score fills; JSON has no NaN and no infinity, so both become None."""
-    values = (score.rho, score.rho_null, score.v_norm, score.delta_norm, score.weight_norm, score.v_rounding)
+    values = (
+        score.rho,
+        score.rho_null,
+        score.v_norm,
+        score.delta_norm,
+        score.weight_norm,
+        score.v_rounding,
+        score.cos_v_delta,
+    )
     return tuple(value if value is not None and math.isfinite(value) else None for value in values)
 
 
