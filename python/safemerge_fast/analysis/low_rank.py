@@ -6,7 +6,8 @@ C = B·L has the products of Δ, C·Cᵀ = Δ·Δᵀ, and so
 
     G = VᵀC (d_in, r)      H = V·G (d_out, r)      ρ = ‖G‖² / (‖H‖ ‖C‖)
 
-at 4·d_out·d_in·r operations. Where U has orthonormal rows and Δ = C·U, ⟨V, Δ⟩ = ⟨G, Uᵀ⟩. Products with V are float32, those of the factors and the last sums float64.
+at 4·d_out·d_in·r operations. Where U has orthonormal rows and Δ = C·U, ⟨V, Δ⟩ = ⟨G, Uᵀ⟩. Products with V are
+float32, those of the factors and the last sums float64.
 
 ρ_null = ‖V‖² / (√d_out ‖M‖) with M = V Vᵀ is estimated from a few Gaussian columns z that pass through the same
 products beside C: E ‖M z‖² = ‖M‖². V of an aligned model has a few large singular values, and these would
@@ -116,8 +117,8 @@ def _update(
             # The sum is a fortieth of the work of a look at every value, and finite only if all of them are.
             if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
                 reason = f"non-finite values in {factor.source} tensor {name}"
-                nothing = _Update(*(torch.empty(0, 0, dtype=torch.float64) for _ in range(2)), math.nan)
-                return nothing, Undefined(reason, nonfinite=True)
+                empty = torch.empty(0, 0, dtype=torch.float64)
+                return _Update(empty, empty, math.nan), Undefined(reason, nonfinite=True)
         if factor.transpose != row.transposed:
             a, b = b.T, a.T
         # Rows of unit length, so that the eigenvalues below lose nothing of a product whose A is small.

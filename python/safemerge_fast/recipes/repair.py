@@ -15,6 +15,7 @@ from ..plan.blend import Blend
 from ..plan.operation import Operation
 from ..settings import RunSettings
 from .planned import PlannedJob
+from .role_check import refuse_or_warn, same_models
 from .roles import access_of, open_roles, shape_of_repair
 
 __all__ = ["RepairJob"]
@@ -32,7 +33,13 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
     changed: str = ""
 
     def open(
-        self, settings: _Settings, roles: Mapping[str, str], dtype: str, max_shard_size: int | str | None
+        self,
+        settings: _Settings,
+        roles: Mapping[str, str],
+        dtype: str,
+        max_shard_size: int | str | None,
+        *,
+        force: bool,
     ) -> None:
         """Opens the models and pairs their tensors; only headers are read.
 
@@ -41,14 +48,17 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
             roles: What was given for each role.
             dtype: Output dtype of float tensors.
             max_shard_size: Most bytes per output file, or None.
+            force: Whether two roles may be one model.
 
         Raises:
             CheckpointError: A model cannot be found, read or trusted.
             AdapterError: An adapter does not fit the aligned model.
             PairingError: The models do not fit together.
+            RoleError: Two roles are one model.
         """
         self.settings = settings
         self.models = open_roles(roles, access_of(settings))
+        self.warnings = refuse_or_warn(same_models(self.models), force=force)
         pairing = pair(self.models, analyse=False)
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
         self.dtype = dtype

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from ..plan.blend import Blend
 from ..plan.methods import summing_method, thinning_method
-from ..settings import Dtype, MaxShardSize, RunSettings, Setting
+from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Base, Finetuned
@@ -51,6 +51,7 @@ class RestaSettings(_Roles, frozen=True, kw_only=True):
     seed: Annotated[int, Setting("Seed of DARE's random numbers.", least=0)] = 0
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    force: Force = False
 
 
 class RestaJob(RepairJob[RestaSettings]):
@@ -59,7 +60,7 @@ class RestaJob(RepairJob[RestaSettings]):
     def __init__(self, settings: RestaSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read."""
         roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
-        self.open(settings, roles, settings.dtype, settings.max_shard_size)
+        self.open(settings, roles, settings.dtype, settings.max_shard_size, force=settings.force)
         self.changed = "the safety vector is added"
         self.sentence = (
             f"{{finetuned}} plus {settings.gamma:g} times what alignment changed from {{base}} to {{aligned}} "

@@ -17,7 +17,7 @@ Aligned = Annotated[str, Setting("The aligned model that was fine-tuned.", kind=
 Finetuned = Annotated[
     str,
     Setting(
-        "The fine-tuned model, to be repaired; or a LoRA adapter of the aligned one.",
+        "The fine-tuned model, whose modules are merged; or a LoRA adapter of the aligned one.",
         kind=Kind.MODEL,
         metavar="MODEL",
     ),

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from ..plan.blend import Blend
 from ..plan.methods import summing_method
-from ..settings import Dtype, MaxShardSize, RunSettings, Setting
+from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Finetuned
@@ -38,6 +38,7 @@ class WiseFtSettings(_Roles, frozen=True, kw_only=True):
     ] = 0.5
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    force: Force = False
 
 
 class WiseFtJob(RepairJob[WiseFtSettings]):
@@ -46,7 +47,7 @@ class WiseFtJob(RepairJob[WiseFtSettings]):
     def __init__(self, settings: WiseFtSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read."""
         roles = {"aligned": settings.aligned, "finetuned": settings.finetuned}
-        self.open(settings, roles, settings.dtype, settings.max_shard_size)
+        self.open(settings, roles, settings.dtype, settings.max_shard_size, force=settings.force)
         self.changed = "averaged with the aligned model"
         self.sentence = (
             f"{1.0 - settings.alpha:.6g} · {{finetuned}} + {settings.alpha:g} · {{aligned}} "
