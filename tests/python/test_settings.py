@@ -283,7 +283,8 @@ def test_what_decides_the_weights_is_told_from_what_does_not(owner: str) -> None
     )
     left_out = {*RUN, "scores", "device", "force"} - {"allow_nonfinite"}
     assert set(made.deciding()) == set(table) - left_out - {"adapter_rank"}
-    assert made.file_fields() == {"recipe": owner, **made.deciding()}
+    forced = {"force": True} if "force" in table else {}
+    assert made.file_fields() == {"recipe": owner, **made.deciding(), **forced}
 
 
 def test_settings_that_exclude_each_other() -> None:
