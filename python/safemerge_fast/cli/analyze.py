@@ -80,7 +80,9 @@ def command(
     roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
     models = open_roles(roles, access_of(settings))
     pairing = pair(models, include=settings.include, exclude=settings.exclude)
-    warnings = refuse_or_warn(wrong_before_measuring(models, pairing), force=settings.force)
+    warnings = refuse_or_warn(
+        wrong_before_measuring(models, pairing, force=settings.force), force=settings.force
+    )
     with terminal.progress() as progress:
         scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress))
     for file, write in ((output, scores.to_json), (csv_file, scores.to_csv)):

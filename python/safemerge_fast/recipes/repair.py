@@ -58,7 +58,7 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
         """
         self.settings = settings
         self.models = open_roles(roles, access_of(settings))
-        self.warnings = refuse_or_warn(same_models(self.models), force=force)
+        self.warnings = refuse_or_warn(same_models(self.models, force=force), force=force)
         pairing = pair(self.models, analyse=False)
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
         self.dtype = dtype

@@ -31,16 +31,20 @@ def refuse_or_warn(wrong: Iterable[str], *, force: bool) -> tuple[ModuleWarning,
     return tuple(ModuleWarning(None, sentence) for sentence in wrong)
 
 
-def same_models(models: Mapping[str, Model]) -> tuple[str, ...]:
+def same_models(models: Mapping[str, Model], *, force: bool) -> tuple[str, ...]:
     """Names roles that were given one and the same model.
 
     That safe is aligned is no fault: it is what a merge without a safe model does.
+
+    Args:
+        models: The models by role.
+        force: Whether somebody wants to go on whatever is found: then no weights are read for it.
     """
     return tuple(
         f"{left} and {right} are the same model ({models[left].path}"
         + (")" if models[left].path == models[right].path else f" and {models[right].path})")
         for left, right in combinations(models, 2)
-        if {left, right} != {"aligned", "safe"} and same_weights(models[left], models[right])
+        if {left, right} != {"aligned", "safe"} and same_weights(models[left], models[right], read=not force)
     )
 
 

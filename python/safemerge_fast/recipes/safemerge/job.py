@@ -72,7 +72,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         self.unused = self.pairing.unused
         self.coverage = coverage_of(self.pairing.rows)
         self.warnings = refuse_or_warn(
-            wrong_before_measuring(self.models, self.pairing), force=settings.force
+            wrong_before_measuring(self.models, self.pairing, force=settings.force), force=settings.force
         )
         self.rule = settings.rule()
         self.rule.check_units(self.pairing.rows)
@@ -264,7 +264,9 @@ class SafemergeJob(Job[SafemergeSettings]):
         )
 
     def _role_notes(self) -> list[str]:
-        if "safe" in self.models and not same_weights(self.models["safe"], self.models["aligned"]):
+        if "safe" in self.models and not same_weights(
+            self.models["safe"], self.models["aligned"], read=not self.settings.force
+        ):
             return []
         given = "the safe model is the aligned one" if "safe" in self.models else None
         return [

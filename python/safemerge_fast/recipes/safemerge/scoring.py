@@ -45,17 +45,17 @@ def analyze_settings(settings: AnalysisSettings) -> Scores:
     roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
     models = open_roles(roles, access_of(settings))
     pairing = pair(models, include=settings.include, exclude=settings.exclude)
-    refuse_or_warn(wrong_before_measuring(models, pairing), force=settings.force)
+    refuse_or_warn(wrong_before_measuring(models, pairing, force=settings.force), force=settings.force)
     scores = score_models(models, pairing.rows, settings)
     found = judge_scores(models, scores.modules, settings.delta_reference)
     refuse_or_warn(found.wrong, force=settings.force)
     return scores
 
 
-def wrong_before_measuring(models: Mapping[str, Model], pairing: Pairing) -> tuple[str, ...]:
-    """What looks wrong of the roles before anything is measured, in sentences."""
+def wrong_before_measuring(models: Mapping[str, Model], pairing: Pairing, *, force: bool) -> tuple[str, ...]:
+    """What looks wrong of the roles before anything is measured, in sentences; force as same_models takes it."""
     nothing = () if any(row.analysed for row in pairing.rows) else (why_nothing_is_analysed(pairing.rows),)
-    return (*same_models(models), *incomplete_model(models, pairing.unused), *nothing)
+    return (*same_models(models, force=force), *incomplete_model(models, pairing.unused), *nothing)
 
 
 def judge_scores(
