@@ -37,6 +37,8 @@ def main() -> None:
         output=options.output,
         scores=options.scores,
         others="merge",
+        # All four may hold the same zeros.
+        force=True,
         threads=options.threads,
         progress=discard,
     )

@@ -59,7 +59,8 @@ def safemerge(directory: Path, scores: Path, output: Path, *, threads: int | Non
     """SafeMERGE of first and second, which are the fine-tuned and the safe model, with scores that are there."""
     roles = {"base": "sparse", "aligned": "sparse", "finetuned": "first", "safe": "second"}
     words = [word for role, folder in roles.items() for word in (f"--{role}", str(directory / folder))]
-    command = [*TOOL, "merge", *words, "--scores", str(scores), "-o", str(output)]
+    # base and aligned are one model of holes, which a merge with scores does not read.
+    command = [*TOOL, "merge", *words, "--scores", str(scores), "-o", str(output), "--force"]
     return _threaded(command, output, threads)
 
 

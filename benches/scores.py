@@ -35,6 +35,7 @@ def main() -> None:
             weight_norm=100.0,
             v_rounding=0.0,
             undefined=None,
+            cos_v_delta=0.0,
         )
         for row in pair(models).rows
         if row.analysed

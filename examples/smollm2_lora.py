@@ -1,4 +1,4 @@
-"""The paper's own setting on SmolLM2-135M: LoRA adapters of the aligned model, repaired in both output formats.
+"""The paper's own setting on SmolLM2-135M: LoRA adapters of the aligned model, merged in both output formats.
 
 Takes base and aligned from what `smollm2.py` made, trains a LoRA adapter on sums (finetuned) and one on refusals
 (safe) with PEFT, merges them into an adapter and into a checkpoint, and checks that the merged adapter, loaded by

@@ -1,4 +1,4 @@
-"""Repairs the safety of fine-tuned language models by merging weights: SafeMERGE, streamed from disk to disk.
+"""Merges fine-tuned language models with safe ones, to bring back safety: SafeMERGE, streamed from disk to disk.
 
 The public API is what __all__ lists; each name is loaded when it is first used, so that importing the
 package is quick and needs no torch.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         OutputError,
         PairingError,
         PlanError,
+        RoleError,
         SafemergeError,
         SettingError,
         VerificationError,
@@ -59,6 +60,7 @@ __all__ = [
     "Preview",
     "ProgressEvent",
     "Report",
+    "RoleError",
     "SafemergeError",
     "Score",
     "Scores",

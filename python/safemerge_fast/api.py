@@ -38,7 +38,7 @@ merge = entry(
     SafemergeSettings,
     carry_out,
     "merge",
-    "Repairs a fine-tuned model: merges its modules that left the safety subspace with a safe model."
+    "Merges the modules of a fine-tuned model that left the safety subspace with those of a safe model."
     + _RETURNS,
 )
 

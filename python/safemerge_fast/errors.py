@@ -13,6 +13,7 @@ __all__ = [
     "OutputError",
     "PairingError",
     "PlanError",
+    "RoleError",
     "SafemergeError",
     "SettingError",
     "VerificationError",
@@ -35,6 +36,10 @@ class AdapterError(SafemergeError):
 
 class PairingError(SafemergeError):
     """The roles do not fit together: a tensor is missing or its shape differs."""
+
+
+class RoleError(SafemergeError):
+    """The models are not what their roles say, or nothing of them is analysed; --force goes on all the same."""
 
 
 class AnalysisError(SafemergeError):

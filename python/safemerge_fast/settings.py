@@ -32,6 +32,7 @@ __all__ = [
     "AllowNonfinite",
     "Dtype",
     "Field",
+    "Force",
     "Kind",
     "MaxShardSize",
     "Progress",
@@ -77,6 +78,7 @@ class Setting:
         names: Further names on the command line, such as "-o".
         decides: Whether the output's weights depend on it.
         check: Raises a SafemergeError if a value is malformed.
+        repeats: Whether the command that makes the output again needs it, although no weight depends on it.
         in_files: Whether it may stand in a file; what belongs to one run may not.
         on_command_line: Whether it is an option.
     """
@@ -90,6 +92,7 @@ class Setting:
     default: str | None = None
     names: tuple[str, ...] = ()
     decides: bool = True
+    repeats: bool = False
     check: Callable[[Any], object] | None = None
     in_files: bool = True
     on_command_line: bool = True
@@ -249,7 +252,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def file_fields(self) -> dict[str, Any]:
         """The fields of a file that makes the same weights, by `safemerge-fast run`."""
-        return {"recipe": self.recipe, **self.deciding()}
+        repeated = {
+            field.name: value
+            for field in fields_of(type(self))
+            if field.setting.repeats and (value := getattr(self, field.name)) != field.default
+        }
+        return {"recipe": self.recipe, **self.deciding(), **repeated}
 
     def command(self) -> str:
         """The command line that makes the same weights: roles, output, and what differs from the defaults."""
@@ -259,7 +267,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         words = ["safemerge-fast", self.command_name]
         for field in fields_of(type(self)):
             value = getattr(self, field.name)
-            shown = field.setting.decides or field.name == "output"
+            shown = field.setting.decides or field.setting.repeats or field.name == "output"
             if not shown or value is None or value == field.default:
                 continue
             words.append(f"--{field.name.replace('_', '-')}")
@@ -342,6 +350,16 @@ AllowNonfinite = Annotated[
 ]
 """What becomes of values that are not finite."""
 
+
+Force = Annotated[
+    bool,
+    Setting(
+        "Go on although the models are not what their roles say, or nothing is analysed; report and card warn of it.",
+        decides=False,
+        repeats=True,
+    ),
+]
+"""Whether findings of the role check are warnings instead of errors."""
 
 Progress = Annotated[
     ProgressCallback | None,

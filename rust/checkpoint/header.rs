@@ -88,6 +88,9 @@ impl Header {
         file.read_exact_at(&mut length, 0).map_err(|e| Error::read(path, e))?;
         let length = u64::from_le_bytes(length);
         if length > LONGEST_HEADER {
+            if let Some(problem) = regular::other_kind(length.to_le_bytes()) {
+                return Err(Error::unusable(path, problem));
+            }
             return Err(Error::header(
                 path,
                 format!(

@@ -30,6 +30,26 @@ const LFS_POINTER: &[u8] = b"version https://git-lfs";
 pub(super) const LFS_ADVICE: &str =
     "it is a git-lfs pointer, not the file itself; run `git lfs pull` in its directory";
 
+/// How other kinds of files begin that come under a name of weights, and what to do about them. Read as the length of a
+/// header, each is far beyond what a header may have.
+const OTHER_KINDS: [(&[u8], &str); 6] = [
+    (b"GGUF", "it is a GGUF file; give the model that it was made of"),
+    (b"PK\x03\x04", PICKLE),
+    (b"\x80\x02", PICKLE),
+    (b"<!DOCTYP", PAGE),
+    (b"<!doctyp", PAGE),
+    (b"<html", PAGE),
+];
+const PICKLE: &str = "it is a pickle, which is not opened; convert it: load the model with transformers and \
+                      save_pretrained it";
+const PAGE: &str =
+    "it is a web page, such as one that says why a download failed; download the file again";
+
+/// What a file is that begins like this and is no safetensors file, if that is known.
+pub(super) fn other_kind(start: [u8; 8]) -> Option<&'static str> {
+    OTHER_KINDS.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, problem)| *problem)
+}
+
 /// Whether the file is a pointer of git-lfs.
 pub(super) fn is_lfs_pointer(file: &File) -> bool {
     let mut start = [0; LFS_POINTER.len()];

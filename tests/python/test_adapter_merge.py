@@ -50,7 +50,7 @@ def models(
 
 def score_file(path: Path, rho: Mapping[str, float]) -> Path:
     """Scores of no models in particular, so that what is merged is the test's choice."""
-    norms = {"v_norm": 1.0, "delta_norm": 1.0, "weight_norm": 1.0, "v_rounding": 0.0}
+    norms = {"v_norm": 1.0, "delta_norm": 1.0, "weight_norm": 10.0, "v_rounding": 0.0, "cos_v_delta": 0.0}
     modules = {name: Score(rho=value, rho_null=0.5, undefined=None, **norms) for name, value in rho.items()}
     path.write_text(Scores(modules, "aligned", {}, "cpu", 0.0).to_json())
     return path

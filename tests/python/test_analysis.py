@@ -131,6 +131,7 @@ def check(found: Score, triple: Triple, *, reference: str = "aligned", tolerance
     assert found.v_norm == pytest.approx(float(v.norm()), rel=1e-6)
     assert found.delta_norm == pytest.approx(float(delta.norm()), rel=1e-6)
     assert found.weight_norm == pytest.approx(float(aligned.norm()), rel=1e-6)
+    assert found.cos_v_delta == pytest.approx(float((v * delta).sum() / (v.norm() * delta.norm())), abs=1e-6)
 
 
 SHAPES = [(60, 145), (145, 60), (90, 90), (1, 70), (70, 1), (1, 1), (2, 300)]
@@ -223,6 +224,7 @@ def test_zero_v_and_zero_delta_are_undefined(
     assert (no_v.rho, no_v.rho_null, no_v.undefined, no_v.v_norm) == (None, None, "V is zero", 0.0)
     assert no_v.delta_norm == pytest.approx(float((finetuned.double() - base.double()).norm()), rel=1e-6)
     assert math.isnan(no_v.v_rounding)
+    assert no_v.cos_v_delta is None
     no_delta = score(tmp_path, (base, aligned, aligned), **limits)
     assert (no_delta.rho, no_delta.undefined, no_delta.delta_norm) == (None, "Δ is zero", 0.0)
     assert no_delta.v_norm == pytest.approx(float((aligned.double() - base.double()).norm()), rel=1e-6)

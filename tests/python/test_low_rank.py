@@ -116,6 +116,7 @@ def assert_dense(score: Score, base: Tensor, aligned: Tensor, delta: Tensor, *, 
     assert score.v_norm == pytest.approx(float(v.norm()), rel=1e-6)
     assert score.delta_norm == pytest.approx(float(delta.norm()), rel=1e-5)
     assert score.weight_norm == pytest.approx(float(aligned.norm()), rel=1e-6)
+    assert score.cos_v_delta == pytest.approx(float((v * delta).sum() / (v.norm() * delta.norm())), abs=1e-6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -177,6 +178,28 @@ def test_small_weights_do_not_underflow(tmp_path: Path, scale: float) -> None:
     delta = 2.0 * b.float().double() @ a.float().double()
     moved = v @ v.T @ delta
     assert score.rho == pytest.approx(float((moved * delta).sum() / (moved.norm() * delta.norm())), abs=1e-6)
+    assert score.cos_v_delta == pytest.approx(float((v * delta).sum() / (v.norm() * delta.norm())), abs=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [-1.0, 1.0, 0.0])
+def test_the_cosine_of_updates_along_v(tmp_path: Path, wanted: float) -> None:
+    """V of rank 3 itself, its opposite, and what is orthogonal to it, as the product of an adapter."""
+    left, right = 0.1 * gauss(60, 3, seed=1), 0.1 * gauss(3, 80, seed=2)
+    a = right
+    if wanted == 0.0:
+        a = gauss(3, 80, seed=3)
+        a = a - a @ torch.linalg.pinv(right) @ right
+    base = torch.zeros(60, 80)
+    models = {
+        "base": model(tmp_path, "base", {WEIGHT: base}),
+        "aligned": model(tmp_path, "aligned", {WEIGHT: (left @ right).float()}),
+        "finetuned": model(tmp_path, "finetuned", {"a": a.float(), "b": left.float()}),
+    }
+    product = LowRank("finetuned", "a", "b", wanted or 1.0, 3, False)
+    ((_, score),) = analyze_rows(
+        models, [row((60, 80), (Term(Operand("aligned", WEIGHT, low_rank=(product,))),))], device="cpu"
+    )
+    assert score.cos_v_delta == pytest.approx(wanted, abs=1e-6)
 
 
 def test_products_of_very_different_sizes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from invoke import merge_words, run
 from lora import load_checkpoint, write_lora
@@ -128,10 +129,11 @@ def test_json_holds_what_the_preview_does(quartet: dict[str, Path], tmp_path: Pa
     outlook = preview(settings(quartet, tmp_path / "out", scores=scores))
     document = json.loads(outlook.to_json())
     counts = document.pop("counts")
+    assert document.pop("coverage") == msgspec.to_builtins(outlook.coverage)
     assert document == {
         name: list(value) if isinstance(value, tuple) else value
         for name in outlook.__dataclass_fields__
-        if name != "counts"
+        if name not in ("counts", "coverage")
         for value in (getattr(outlook, name),)
     }
     assert {entry["module_type"]: entry["merged"] for entry in counts} == {

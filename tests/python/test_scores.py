@@ -28,7 +28,7 @@ from safemerge_fast.errors import AnalysisError
 
 SCORES = Scores(
     modules={
-        "a.weight": Score(0.25, 0.7071, 1.5, 0.5, 20.0, 0.0289, None),
+        "a.weight": Score(0.25, 0.7071, 1.5, 0.5, 20.0, 0.0289, None, cos_v_delta=-0.125),
         "b.weight": Score(None, None, 0.0, 0.5, 20.0, math.nan, "V is zero"),
         "c.weight": Score(
             None, None, math.inf, 0.5, 20.0, math.nan, "non-finite values in base tensor c.weight"
@@ -56,6 +56,12 @@ def test_json_brings_back_what_it_was_given() -> None:
     assert math.isnan(read.modules["c.weight"].v_norm)
     assert (read.delta_reference, read.device, read.seconds, read.version) == ("aligned", "cpu", 1.5, 1)
     assert read.sources == SCORES.sources
+
+
+def test_scores_of_early_versions_have_no_cosine() -> None:
+    read = Scores.from_json(change(("modules", "a.weight", "cos_v_delta"), ...))
+    assert read.modules["a.weight"].cos_v_delta is None
+    assert read.modules["a.weight"].rho == 0.25
 
 
 def test_json_is_strict() -> None:
@@ -96,6 +102,8 @@ def change(path: tuple[str, ...], value: Any) -> str:
         (("modules", "a.weight", "rho"), True, r"rho of a\.weight should be a finite number"),
         (("modules", "a.weight", "rho"), None, r"a\.weight should have either rho or undefined"),
         (("modules", "a.weight", "v_norm"), ..., r"a\.weight has no 'v_norm'"),
+        (("modules", "a.weight", "cos_v_delta"), 1.5, r"cos_v_delta of a\.weight should be from -1 to 1"),
+        (("modules", "a.weight", "cos_v_delta"), "0", r"cos_v_delta of a\.weight should be a finite number"),
         (("modules", "a.weight", "extra"), 1, r"a\.weight has an unknown 'extra'"),
         (("modules", "b.weight", "undefined"), 0, r"undefined of b\.weight should be a string or null"),
         (("modules", "b.weight"), 0.3, r"b\.weight should be an object"),
@@ -120,6 +128,7 @@ def test_csv_has_a_line_per_module() -> None:
     assert [line["name"] for line in lines] == list(SCORES.modules)
     assert float(lines[0]["rho"]) == 0.25
     assert float(lines[0]["rho_null"]) == 0.7071
+    assert [line["cos_v_delta"] for line in lines] == ["-0.125", "", ""]
     assert lines[1]["rho"] == ""
     assert lines[1]["undefined"] == "V is zero"
 

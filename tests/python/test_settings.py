@@ -86,6 +86,7 @@ SHAPE = {
     "dtype": Known("auto", "bfloat16", ("int8", "BF16", 16, None)),
     "max_shard_size": Known(None, "5GB", SIZE_BAD, held=5 * 10**9),
 }
+FORCE = {"force": Known(False, True, FLAG_BAD)}
 SHARE = optional((-0.1, 1.1, *NUMBERS))
 ANALYSED = {
     "delta_reference": Known("aligned", "base", ("safe", 1, None)),
@@ -115,6 +116,7 @@ SAFEMERGE = {
     "compat": Known(None, "peft-linear", ("peft", 1)),
     **SHAPE,
     **ANALYSED,
+    **FORCE,
 }
 RECIPES: dict[str, dict[str, Known]] = {
     "safemerge": SAFEMERGE,
@@ -128,6 +130,7 @@ RECIPES: dict[str, dict[str, Known]] = {
         "density": Known(None, 0.3, SHARE),
         "seed": Known(0, 5, (-1, None, *WHOLE)),
         **SHAPE,
+        **FORCE,
     },
     "wise-ft": {
         "aligned": MODEL,
@@ -135,6 +138,7 @@ RECIPES: dict[str, dict[str, Known]] = {
         **RUN,
         "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
         **SHAPE,
+        **FORCE,
     },
 }
 ANALYSIS = {
@@ -142,6 +146,7 @@ ANALYSIS = {
     "aligned": MODEL,
     "finetuned": MODEL,
     **ANALYSED,
+    **FORCE,
     "read_backend": RUN["read_backend"],
     "allow_nonfinite": RUN["allow_nonfinite"],
 }
@@ -276,9 +281,10 @@ def test_what_decides_the_weights_is_told_from_what_does_not(owner: str) -> None
             **({"method": "linear"} if "method" in table else {}),
         }
     )
-    left_out = {*RUN, "scores", "device"} - {"allow_nonfinite"}
+    left_out = {*RUN, "scores", "device", "force"} - {"allow_nonfinite"}
     assert set(made.deciding()) == set(table) - left_out - {"adapter_rank"}
-    assert made.file_fields() == {"recipe": owner, **made.deciding()}
+    forced = {"force": True} if "force" in table else {}
+    assert made.file_fields() == {"recipe": owner, **made.deciding(), **forced}
 
 
 def test_settings_that_exclude_each_other() -> None:

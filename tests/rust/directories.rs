@@ -105,13 +105,23 @@ fn names_that_are_not_unicode_are_shown_and_refused() {
 #[test]
 fn what_stands_in_place_of_weights_is_named_with_the_way_out() {
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["checkpoint-90/", "checkpoint-1000/", "checkpoint-x/", "trainer.pt"], "checkpoint-1000"),
         (&["__0_0.distcp", ".metadata"], "accelerate merge-weights"),
         (&["pytorch_model_fsdp_0/", "optimizer.bin"], "pytorch_model_fsdp_0 OUT"),
         (&["zero_to_fp32.py", "global_step5/"], "zero_to_fp32.py"),
         (&["pytorch_model.bin"], "pytorch_model.bin is a pickle"),
         (&["model.Q4.gguf"], "GGUF"),
+        (&["__0_0.distcp"], "torch.distributed.checkpoint.format_utils dcp_to_torch"),
+        (&["global_step500/", "latest"], "deepspeed.utils.zero_to_fp32"),
+        (&["iter_0000100/", "latest_checkpointed_iteration.txt"], "Megatron"),
+        (&["mp_rank_00/"], "Megatron"),
+        (&["consolidated.00.pth", "params.json"], "convert_llama_weights_to_hf"),
+        (&["model_index.json", "unet/", "vae/"], "/unet"),
+        (&["tf_model.h5"], "tf_model.h5 is of TensorFlow or Keras"),
+        (&["flax_model.msgpack"], "of Flax"),
+        (&["model.onnx"], "ONNX"),
+        (&["model.keras"], "of Keras"),
         (&["README.md"], "give the directory that holds model.safetensors"),
     ];
     for (entries, advice) in cases {
@@ -129,4 +139,15 @@ fn what_stands_in_place_of_weights_is_named_with_the_way_out() {
     std::fs::write(directory.path().join("model.safetensors"), pointer).unwrap();
     let message = refusal(directory.path());
     assert!(message.contains("git-lfs pointer") && message.contains("`git lfs pull`"), "{message}");
+    for (start, advice) in [
+        (&b"GGUF\x03\0\0\0\x10\0\0\0"[..], "GGUF"),
+        (b"PK\x03\x04\x14\0\0\x08zip", "is a pickle"),
+        (b"\x80\x02}q\0X\x01\0\0", "is a pickle"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"<html><body>Not found", "web page"),
+    ] {
+        std::fs::write(directory.path().join("model.safetensors"), start).unwrap();
+        let message = refusal(directory.path());
+        assert!(message.contains(advice), "{message}");
+    }
 }

@@ -8,7 +8,7 @@ With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_i
 A wide V (d_out <= d_in) goes through K = V Vᵀ and KΔ by blocks of columns; a tall one through N = VᵀV and M =
 VᵀΔ by blocks of rows, where ‖V VᵀΔ‖² = ⟨M, N M⟩. So memory is min(d_out, d_in)² floats (twice that if V is
 tall) and a few blocks, and the products take 3 to 4 · d_out · d_in · min(d_out, d_in) operations. Products
-are float32, sums over rows float64.
+are float32, sums over rows float64. The cosine of V and Δ themselves comes from the same blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from .blocks import Difference, Matrix, Workspace, open_matrix
 from .device import full_float32
 from .rounding import v_rounding
-from .scores import Score, Undefined
+from .scores import Score, Undefined, signed_cosine
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
@@ -57,13 +57,14 @@ def score_module(
     d_out, d_in = v.shape
     rho: float | None = None
     rho_null: float | None = None
+    inner = 0.0
     with full_float32(workspace.device):
         if v.is_zero() or delta.is_zero():
             _norms_only(v, delta, workspace)
         elif d_out <= d_in:
-            rho, rho_null = _wide(v, delta, workspace)
+            rho, rho_null, inner = _wide(v, delta, workspace)
         else:
-            rho, rho_null = _tall(v, delta, workspace)
+            rho, rho_null, inner = _tall(v, delta, workspace)
     undefined = _why_undefined(v, delta, tensors, workspace)
     v.release()
     delta.release()
@@ -77,11 +78,12 @@ def score_module(
         v_rounding=v_rounding(tensors["base"].dtype, tensors["aligned"].dtype, weight_norm, v_norm),
         undefined=None if undefined is None else undefined.reason,
         nonfinite=undefined is not None and undefined.nonfinite,
+        cos_v_delta=None if undefined is not None else signed_cosine(inner, v_norm, math.sqrt(delta.squares)),
     )
 
 
-def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
-    """Computes (ρ, ρ_null) through K = V Vᵀ, for d_out <= d_in; two passes over blocks of columns."""
+def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None, float]:
+    """Computes (ρ, ρ_null, ⟨V, Δ⟩) through K = V Vᵀ, for d_out <= d_in; two passes over blocks of columns."""
     d_out, d_in = v.shape
     rows = slice(0, d_out)
     blocks = workspace.blocks(d_in, d_out, least=workspace.block_columns)
@@ -91,20 +93,22 @@ def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
     gram_scale = _power_of_two(v.squares)
     gram_squares = _complete_gram(gram, gram_scale, workspace)
 
-    overlap = image_squares = 0.0  # ⟨KΔ, Δ⟩ and ‖KΔ‖², scaled
+    overlap = image_squares = inner = 0.0  # ⟨KΔ, Δ⟩ and ‖KΔ‖², scaled; ⟨V, Δ⟩
     for columns in blocks:
         block = delta.block(rows, columns, "block")
+        # V is read once more, which costs little beside the products.
+        inner += workspace.dot(v.block(rows, columns, "update", norms=False), block)
         for first, last in workspace.strips(d_out, 2.0 * block.numel()):
             image = workspace.buffer("product", last - first, block.shape[1])
             torch.mm(gram[first:last], block, out=image)
             overlap += workspace.dot(block[first:last], image)
             image_squares += workspace.squares(image)
     rho = _cosine(overlap, math.sqrt(image_squares), math.sqrt(delta.squares))
-    return rho, _null(v, gram_scale, gram_squares)
+    return rho, _null(v, gram_scale, gram_squares), inner
 
 
-def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None]:
-    """Computes (ρ, ρ_null) through N = VᵀV and M = VᵀΔ, for d_out > d_in; by blocks of rows.
+def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None, float]:
+    """Computes (ρ, ρ_null, ⟨V, Δ⟩) through N = VᵀV and M = VᵀΔ, for d_out > d_in; by blocks of rows.
 
     M is made in panels of columns, so that beside a large N there is no second matrix of its size. Each panel
     is a pass over V, and up to d_in = 4096 there is but one.
@@ -113,13 +117,14 @@ def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
     blocks = workspace.blocks(d_out, d_in)
     gram = workspace.buffer("gram", d_in, d_in).zero_()
     gram_scale, gram_squares = 1.0, 0.0
-    overlap = image_squares = 0.0  # ‖M‖² and ⟨M, N M⟩, the latter scaled
+    overlap = image_squares = inner = 0.0  # ‖M‖² and ⟨M, N M⟩, the latter scaled; ⟨V, Δ⟩
     for number, panel in enumerate(workspace.panels(d_in)):
         width = panel.stop - panel.start
         cross = workspace.buffer("cross", d_in, width).zero_()
         for rows in blocks:
             v_block = v.block(rows, slice(0, d_in), "block", norms=number == 0).T
             delta_block = delta.block(rows, panel, "update")
+            inner += workspace.dot(v_block[panel].T, delta_block)
             if number == 0:
                 _add_lower_gram(gram, v_block, workspace)
             for first, last in workspace.strips(d_in, 2.0 * delta_block.numel()):
@@ -136,7 +141,7 @@ def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
             torch.mm(gram[first:last], cross, out=product)
             image_squares += workspace.dot(cross[first:last], product) / cross_scale**2
     image = math.sqrt(max(image_squares, 0.0) / gram_scale)
-    return _cosine(overlap, image, math.sqrt(delta.squares)), _null(v, gram_scale, gram_squares)
+    return _cosine(overlap, image, math.sqrt(delta.squares)), _null(v, gram_scale, gram_squares), inner
 
 
 def _norms_only(v: Difference, delta: Difference, workspace: Workspace) -> None:

@@ -6,7 +6,8 @@ C = B·L has the products of Δ, C·Cᵀ = Δ·Δᵀ, and so
 
     G = VᵀC (d_in, r)      H = V·G (d_out, r)      ρ = ‖G‖² / (‖H‖ ‖C‖)
 
-at 4·d_out·d_in·r operations. Products with V are float32, those of the factors and the last sums float64.
+at 4·d_out·d_in·r operations. Where U has orthonormal rows and Δ = C·U, ⟨V, Δ⟩ = ⟨G, Uᵀ⟩. Products with V are
+float32, those of the factors and the last sums float64.
 
 ρ_null = ‖V‖² / (√d_out ‖M‖) with M = V Vᵀ is estimated from a few Gaussian columns z that pass through the same
 products beside C: E ‖M z‖² = ‖M‖². V of an aligned model has a few large singular values, and these would
@@ -29,7 +30,7 @@ import torch
 from .blocks import Difference, Matrix, Workspace, open_matrix, read_tensor
 from .device import full_float32
 from .rounding import v_rounding
-from .scores import Score, Undefined
+from .scores import Score, Undefined, signed_cosine
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
@@ -52,9 +53,10 @@ _GRAM_NOISE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """Δ as far as ρ needs it: C with C·Cᵀ = Δ·Δᵀ up to a factor, (d_out, r) in float64, and ‖Δ‖."""
+    """Δ = ‖Δ‖·C·U: C of norm 1, (d_out, r); U with orthonormal rows, or rows of zeros, (r, d_in); both in float64."""
 
     columns: torch.Tensor
+    rows: torch.Tensor
     norm: float
 
 
@@ -78,9 +80,10 @@ def score_low_rank(
     update, undefined = _update(models, module, factors)
     rho: float | None = None
     rho_null: float | None = None
+    cosine: float | None = None
     with full_float32(workspace.device):
         if undefined is None:
-            rho, rho_null = _measure(v, module, update, workspace)
+            rho, rho_null, cosine = _measure(v, module, update, workspace)
         else:
             _norms_only(v, module, workspace)
     v.release()
@@ -96,6 +99,7 @@ def score_low_rank(
         undefined=None if undefined is None else undefined.reason,
         nonfinite=undefined is not None and undefined.nonfinite,
         rho_null_estimated=True,
+        cos_v_delta=cosine if undefined is None else None,
     )
 
 
@@ -117,8 +121,8 @@ def _update(
             # The sum is a fortieth of the work of a look at every value, and finite only if all of them are.
             if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
                 reason = f"non-finite values in {factor.source} tensor {name}"
-                nothing = _Update(torch.empty(0, 0, dtype=torch.float64), math.nan)
-                return nothing, Undefined(reason, nonfinite=True)
+                empty = torch.empty(0, 0, dtype=torch.float64)
+                return _Update(empty, empty, math.nan), Undefined(reason, nonfinite=True)
         if factor.transpose != module.transposed:
             a, b = b.T, a.T
         # Rows of unit length, so that the eigenvalues below lose nothing of a product whose A is small.
@@ -128,15 +132,17 @@ def _update(
         right.append(a / lengths[:, None])
     b, a = torch.cat(left, dim=1), torch.cat(right)
     eigenvalues, eigenvectors = torch.linalg.eigh(a @ a.T)
-    columns = b @ (eigenvectors * eigenvalues.clamp_min(0.0).sqrt())
+    roots = eigenvalues.clamp_min(0.0).sqrt()
+    columns = b @ (eigenvectors * roots)
+    rows = (eigenvectors * torch.where(roots > 0.0, 1.0 / roots, torch.zeros_like(roots))).T @ a
     norm = float(torch.linalg.vector_norm(columns))
-    return _Update(columns / (norm or 1.0), norm), None if norm > 0.0 else Undefined("Δ is zero")
+    return _Update(columns / (norm or 1.0), rows, norm), None if norm > 0.0 else Undefined("Δ is zero")
 
 
 def _measure(
     v: Difference, module: Module, update: _Update, workspace: Workspace
-) -> tuple[float, float | None]:
-    """Computes ρ and estimates ρ_null from Gram matrices of G and H."""
+) -> tuple[float, float | None, float | None]:
+    """Computes ρ, estimates ρ_null from Gram matrices of G and H, and computes cos(V, Δ)."""
     d_out, d_in = v.shape
     rank = update.columns.shape[1]
     width = rank + PROBES
@@ -146,15 +152,18 @@ def _measure(
     images = workspace.buffer("images", d_in, width).zero_()  # G, later scaled
     returned = workspace.buffer("returned", d_out, width).zero_()  # H, scaled like G
     scale = _pass_over_columns if module.transposed else _pass_over_rows
-    scale_squares = scale(v, columns, images, returned, workspace) ** 2
+    factor = scale(v, columns, images, returned, workspace)
+    scale_squares = factor**2
     if not math.isfinite(v.squares) or v.squares == 0.0:
-        return 0.0, None
+        return 0.0, None, None
+    image = images[:, :rank].cpu().double()
+    cosine = signed_cosine(float((image * update.rows.T).sum()) / factor, math.sqrt(v.squares), 1.0)
     inner, outer = _gram(images), _gram(returned)
     overlap, squares = float(inner.diagonal()[:rank].sum()), float(outer.diagonal()[:rank].sum())
     # G carries the scale once and H once: ‖G‖²/‖H‖ carries it once.
     rho = overlap / math.sqrt(squares * scale_squares) if squares > 0.0 else 0.0
     null = _null(inner / scale_squares, outer / scale_squares, rank, v)
-    return max(0.0, min(1.0, rho)), null
+    return max(0.0, min(1.0, rho)), null, cosine
 
 
 @lru_cache(maxsize=4)  # models have few sizes, and the drawing takes longer than what is done with them

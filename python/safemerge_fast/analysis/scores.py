@@ -28,6 +28,7 @@ __all__ = [
     "describe_source",
     "read_score",
     "read_scores",
+    "signed_cosine",
     "write_score",
 ]
 
@@ -64,6 +65,7 @@ class Score:
         rho_null_estimated: Whether rho_null is an estimate, good to a few percent, because computing it would have
             taken longer than ρ.
         nonfinite: Whether there is no ρ because a model holds NaN or infinity.
+        cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖), from -1 to 1; None where it is undefined, and in scores of early versions.
     """
 
     rho: float | None
@@ -75,6 +77,7 @@ class Score:
     undefined: str | None
     rho_null_estimated: bool = False
     nonfinite: bool = False
+    cos_v_delta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,17 @@ class Scores:
         return None
 
 
+def signed_cosine(inner: float, left_norm: float, right_norm: float) -> float | None:
+    """The cosine of two matrices by their inner product and norms, kept within -1 to 1 against rounding.
+
+    None where float32 did not hold the inner product, or a norm is zero.
+    """
+    scale = left_norm * right_norm
+    if not (math.isfinite(inner) and math.isfinite(scale) and scale > 0.0):
+        return None
+    return max(-1.0, min(1.0, inner / scale))
+
+
 def describe_source(model: Model) -> dict[str, Any]:
     """Says what a model is, for Scores.sources.
 
@@ -276,7 +290,9 @@ def _read_number(what: str, value: object) -> float:
     return float(value)
 
 
-_OPTIONAL_FIELDS = frozenset({"rho_null_estimated", "nonfinite"})
+# What scores of early versions do not have: flags, and a cosine.
+_FLAGS = frozenset({"rho_null_estimated", "nonfinite"})
+_OPTIONAL_FIELDS = _FLAGS | {"cos_v_delta"}
 
 
 def write_score(score: Score) -> dict[str, Any]:
@@ -290,7 +306,6 @@ def read_score(name: str, value: Any) -> Score:
     Raises:
         AnalysisError: Any part of it is not as it should be.
     """
-    # Scores of early versions have no flags.
     _expect_keys(value, name, set(_SCORE_FIELDS) - _OPTIONAL_FIELDS, _OPTIONAL_FIELDS)
     numbers = {
         field: None if value[field] is None else _read_number(f"{field} of {name}", value[field])
@@ -300,7 +315,7 @@ def read_score(name: str, value: Any) -> Score:
     undefined = value["undefined"]
     # What early versions said of values that are not finite.
     known_flags = {"nonfinite": isinstance(undefined, str) and undefined.startswith("non-finite values")}
-    flags = {field: value.get(field, known_flags.get(field, False)) for field in _OPTIONAL_FIELDS}
+    flags = {field: value.get(field, known_flags.get(field, False)) for field in _FLAGS}
     for field, flag in flags.items():
         if not isinstance(flag, bool):
             raise _malformed(f"{field} of {name}", "true or false", flag)
@@ -325,7 +340,15 @@ def read_score(name: str, value: Any) -> Score:
         undefined=undefined,
         rho_null_estimated=flags["rho_null_estimated"],
         nonfinite=flags["nonfinite"],
+        cos_v_delta=_read_cosine(f"cos_v_delta of {name}", value.get("cos_v_delta")),
     )
+
+
+def _read_cosine(what: str, value: object) -> float | None:
+    number = None if value is None else _read_number(what, value)
+    if number is not None and abs(number) > 1.0:
+        raise _malformed(what, "from -1 to 1", number)
+    return number
 
 
 def read_scores(file: str, models: Mapping[str, Model], delta_reference: str) -> Scores:

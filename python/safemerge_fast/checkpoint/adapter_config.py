@@ -83,6 +83,8 @@ _REFUSED = {
     "use_qalora": "QA-LoRA, which pools its input in groups",
 }
 
+_HELD_BY_NO_WEIGHT = frozenset({"alora_invocation_tokens", "arrow_config"})
+
 # Values of init_lora_weights that leave the base weights as they are; PiSSA and its like subtract from them.
 _INNOCENT_INITS = frozenset({"eva", "gaussian", "mica", "orthogonal", "true", "false", "none"})
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
@@ -174,34 +176,44 @@ def _refuse(where: str, document: Mapping[str, Any]) -> None:
     kind = document.get("peft_type")
     if str(kind).upper() != "LORA":
         raise AdapterError(
-            f"{where} is of peft_type {_shown(kind)}; only LORA adapters can be merged exactly"
+            f"{where} is of peft_type {_shown(kind)}; only LORA adapters can be merged exactly: give one, or fold it "
+            f"with merge_and_unload and give the whole model"
         )
     initial = str(document.get("init_lora_weights", True)).lower()
     if initial.startswith(_CONVERTIBLE_INITS):
         raise AdapterError(
             f"{where} has init_lora_weights {_shown(initial)}, which changed the base weights, so that the factors "
             f"do not fit the original ones; save it with PEFT's "
-            f"save_pretrained(path_initial_model_for_weight_conversion=…)"
+            f"save_pretrained(path_initial_model_for_weight_conversion=…), or fold it with merge_and_unload"
         )
     if initial == "loftq":
         raise AdapterError(
-            f"{where} has init_lora_weights 'loftq', which changed the base weights; merge it with PEFT into "
-            f"the model that LoftQ made"
+            f"{where} has init_lora_weights 'loftq', which changed the base weights; fold it with merge_and_unload "
+            f"into the model that LoftQ made, and give the whole model"
         )
     if initial not in _INNOCENT_INITS:
         raise AdapterError(
             f"{where} has init_lora_weights {_shown(initial)}, which is not known, and it may have changed the base "
-            f"weights"
+            f"weights; fold it with merge_and_unload and give the whole model"
         )
     for name, meaning in _REFUSED.items():
         if document.get(name):
-            raise AdapterError(f"{where} sets {name}: {meaning}; that cannot be merged exactly")
+            raise AdapterError(
+                f"{where} sets {name}: {meaning}; that cannot be merged exactly{_way_out(name)}"
+            )
     for name, value in document.items():
         if value and name not in _NEUTRAL and name not in _USED and name not in _REFUSED:
             raise AdapterError(
                 f"{where} sets {printable(name, 80)} to {_shown(value)}, which is not known; "
                 f"remove it if the weights do not depend on it"
             )
+
+
+def _way_out(name: str) -> str:
+    """What to do about a refused setting; some adapters no weight can hold."""
+    if name in _HELD_BY_NO_WEIGHT:
+        return ""
+    return "; or fold it with merge_and_unload and give the whole model"
 
 
 def _rank(where: str, name: str, value: object) -> int:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from .. import _engine
 from ..documents import read_json
 from ..errors import AdapterError, CheckpointError
 from ..printable import printable
+from .foreign import FLOATS, Foreign, quantization_method, recognise
 from .hub import download
 
 __all__ = ["ANYHOW", "FLOATS", "ROLES", "Access", "Model", "locate", "open_model", "quantization_method"]
@@ -24,24 +24,7 @@ __all__ = ["ANYHOW", "FLOATS", "ROLES", "Access", "Model", "locate", "open_model
 ROLES = ("base", "aligned", "finetuned", "safe")
 """The parts that a model can play, in the order in which reports name them."""
 
-FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
-"""Dtypes whose values can be averaged as they are stored: no scale lies elsewhere."""
-
 _REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
-
-# Suffixes of the tensors that quantised formats store beside or in place of a weight.
-_QUANTISED_SUFFIXES = {
-    ".qweight": "GPTQ or AWQ",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale_inv": "block-wise FP8",
-    ".weight_scale": "FP8 or compressed-tensors",
-    ".absmax": "bitsandbytes",
-    ".SCB": "bitsandbytes",
-    ".W_q": "HQQ",
-}
-
-_INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
-
 
 # What the pairing relies on; other fields of a wrong kind do no harm here.
 _FIELDS = (("model_type", str, "a text"), ("tie_word_embeddings", bool, "true or false"))
@@ -74,6 +57,7 @@ class Model:
         path: The local directory or file.
         headers: Names, dtypes, shapes and places of its tensors.
         config: Its config.json; empty when there is none.
+        foreign: What of its weights the engine does not decode; None but for models that are only looked at.
     """
 
     role: str
@@ -81,6 +65,7 @@ class Model:
     path: Path
     headers: _engine.Checkpoint
     config: dict[str, Any]
+    foreign: Foreign | None = field(default=None, kw_only=True)
 
 
 def locate(role: str, spec: str | os.PathLike[str], *, access: Access = ANYHOW) -> Path:
@@ -134,7 +119,12 @@ def _is_utf8(text: str) -> bool:
 
 
 def open_model(
-    role: str, spec: str | os.PathLike[str], path: Path | None = None, *, access: Access = ANYHOW
+    role: str,
+    spec: str | os.PathLike[str],
+    path: Path | None = None,
+    *,
+    access: Access = ANYHOW,
+    foreign: bool = False,
 ) -> Model:
     """Finds and opens the checkpoint of one role.
 
@@ -143,6 +133,7 @@ def open_model(
         spec: A directory, a .safetensors file, or a repository, as locate takes it.
         path: Where it lies, if that is known already.
         access: How it is read, and whether a download shows the Hub's bars.
+        foreign: Whether weights that the engine does not decode are no error, since they are only looked at.
 
     Returns:
         The model.
@@ -157,25 +148,18 @@ def open_model(
     headers = _engine.Checkpoint(path, read_backend=access.read_backend)
     model = Model(role, os.fspath(spec), path, headers, _read_config(role, path))
     _refuse_adapter(model)
-    _refuse_quantised(model)
-    return model
-
-
-def quantization_method(config: Mapping[str, Any]) -> str | None:
-    """Names the quantisation that a configuration speaks of, or None."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping) or not quantization:
-        return None
-    return printable(str(quantization.get("quant_method") or "unnamed method"), 80)
+    found = recognise(headers.tensors, model.config)
+    if found is not None and not foreign:
+        raise CheckpointError(found.refusal(role, path))
+    return model if found is None else replace(model, foreign=found)
 
 
 def _check_files(role: str, path: Path) -> None:
     """Refuses what holds no safetensors weights, with the way out for the usual cases."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"{role}: {path} is not a .safetensors file; give one, or the checkpoint's directory"
-            )
+            raise CheckpointError(f"{role}: {path} is not a .safetensors file; {_instead(path)}")
+        _refuse_single_shard(role, path)
         return
     if not path.is_dir():
         raise CheckpointError(f"{role}: {path} is neither a directory nor a regular file")
@@ -189,17 +173,51 @@ def _check_files(role: str, path: Path) -> None:
             f"{role}: {path} is a PEFT adapter; give a whole checkpoint here "
             f"(in a merge, finetuned and safe may be adapters)"
         )
-    if any(name.endswith(".safetensors") for name in names):
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if any(name.endswith(".safetensors.index.json") for name in names):
         return
-    others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
-    if others:
+    if len(weights) == 1:
+        _refuse_single_shard(role, path / weights[0])
+        _refuse_mistral_format(role, path / weights[0])
+    elif not weights:
+        try:
+            # The engine knows what may stand in place of weights.
+            _engine.Checkpoint(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{role}: {error}") from None
+
+
+_SHARD = re.compile(r".*-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})\.safetensors")
+
+
+def _refuse_single_shard(role: str, file: Path) -> None:
+    """Refuses one shard of several, which by itself would pass for a small model."""
+    match = _SHARD.fullmatch(file.name)
+    if match is not None and int(match["count"]) > 1:
         raise CheckpointError(
-            f"{role}: {path} has no .safetensors file, only {others[0]}; convert it to safetensors first "
-            f"(load it with transformers, then save_pretrained)"
+            f"{role}: {file} is shard {int(match['number'])} of {int(match['count'])}, not a whole model; give the "
+            f"directory that holds all of them and their index"
         )
-    raise CheckpointError(
-        f"{role}: {path} has no .safetensors file; give the directory that holds the model's weights"
-    )
+
+
+def _refuse_mistral_format(role: str, file: Path) -> None:
+    """Refuses weights whose names transformers does not know, beside which an output would hold another config.json."""
+    if file.name == "consolidated.safetensors":
+        raise CheckpointError(
+            f"{role}: {file} is in Mistral's own format; give the release for transformers (model.safetensors), or "
+            f"convert it with transformers 4's convert_mistral_weights_to_hf.py"
+        )
+
+
+def _instead(file: Path) -> str:
+    """What to give in place of a file that is no weights in safetensors."""
+    if file.name.endswith(".safetensors.index.json"):
+        return "give the checkpoint's directory"
+    if file.suffix == ".gguf":
+        return "give the checkpoint that the GGUF was made of"
+    if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return "it is a pickle; convert it: load the model with transformers and save_pretrained it"
+    return "give one, or the checkpoint's directory"
 
 
 def _read_config(role: str, path: Path) -> dict[str, Any]:
@@ -230,42 +248,3 @@ def _refuse_adapter(model: Model) -> None:
                 f"{model.role}: {model.path} is a PEFT adapter (it holds {tensor.name}) without its "
                 f"adapter_config.json beside it, and its scale stands there; give the adapter's directory"
             )
-
-
-def _refuse_quantised(model: Model) -> None:
-    """Refuses weights that mean nothing without scales stored elsewhere.
-
-    The tensors decide, not config.json: a dequantised model often keeps its old quantization_config.
-    """
-    tensors = model.headers.tensors
-    kinds = [(tensor, _quantisation(tensor)) for tensor in tensors if tensor.encoding is None]
-    found = [(tensor, kind) for tensor, kind in kinds if kind is not None]
-    name = quantization_method(model.config)
-    if found:
-        tensor, kind = next((pair for pair in found if pair[1]), found[0])
-        what = f"{name or kind or tensor.dtype}: {tensor.name} is {tensor.dtype}"
-    else:
-        # Merges do not read and write encoded tensors yet. Once they do, this branch goes, and nothing else.
-        encoded = next((tensor for tensor in tensors if tensor.encoding is not None), None)
-        if encoded is None:
-            return
-        what = (
-            f"{encoded.name} is {encoded.encoding}"
-            if name is None
-            else f"{name}: {encoded.name} is {encoded.encoding}"
-        )
-    raise CheckpointError(
-        f"{model.role}: {model.path} is quantised ({what}), and averaging its "
-        f"stored numbers would be silently wrong; give the full-precision checkpoint it was made from"
-    )
-
-
-def _quantisation(tensor: _engine.TensorInfo) -> str | None:
-    """Names the quantised format that a tensor is part of: "" if that is unnamed, None if there is none."""
-    for suffix, kind in _QUANTISED_SUFFIXES.items():
-        if tensor.name.endswith(suffix):
-            return kind
-    if tensor.name.endswith("_blocks") and tensor.dtype == "U8":
-        return "MXFP4"
-    integer = tensor.name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype in _INTEGERS
-    return "" if integer or tensor.dtype.startswith(("F8_", "F6_", "F4")) else None

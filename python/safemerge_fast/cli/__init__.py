@@ -156,7 +156,7 @@ def _say(message: str) -> None:
 )
 @click.version_option(None, "--version", package_name="safemerge-fast", message="safemerge-fast %(version)s")
 def main() -> None:
-    """Repairs the safety of fine-tuned language models by merging weights.
+    """Merges fine-tuned language models with safe ones, to bring back safety that fine-tuning eroded.
 
     A model is a checkpoint directory, a .safetensors file, or org/name[@revision] on the Hugging Face Hub. The
     fine-tuned and the safe one may be LoRA adapters of the aligned one, as PEFT saves them.

@@ -64,9 +64,11 @@ def command(
     line and counts modules below it in the table.
     """
     from ..analysis.rounding import rounding_warning
+    from ..pairing.coverage import coverage_of
     from ..pairing.rows import pair
+    from ..recipes.role_check import refuse_or_warn
     from ..recipes.roles import access_of, open_roles
-    from ..recipes.safemerge.scoring import score_models
+    from ..recipes.safemerge.scoring import judge_scores, score_models, wrong_before_measuring
     from ..report.plot import check_plot, write_plot
 
     if plot_file is not None:
@@ -78,17 +80,25 @@ def command(
     roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
     models = open_roles(roles, access_of(settings))
     pairing = pair(models, include=settings.include, exclude=settings.exclude)
+    warnings = refuse_or_warn(
+        wrong_before_measuring(models, pairing, force=settings.force), force=settings.force
+    )
     with terminal.progress() as progress:
         scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress))
     for file, write in ((output, scores.to_json), (csv_file, scores.to_csv)):
         if file is not None:
             _write(file, write())
+    # After the writing: what was measured in an hour is not lost, and merge --scores judges it again.
+    found = judge_scores(models, scores.modules, settings.delta_reference)
+    warnings += refuse_or_warn(found.wrong, force=settings.force)
     if plot_file is not None:
         write_plot(plot_file, pairing.rows, scores.modules, threshold=threshold)
     terminal.result(scores.to_json, _table(pairing.rows, scores.modules, threshold))
     terminal.say_some("note", pairing.notes, rest="-v prints them all")
-    warnings = [rounding_warning(name, score) for name, score in scores.modules.items()]
-    terminal.say_some("warning", [text for text in warnings if text is not None], rest="-v prints them all")
+    rounding = (rounding_warning(name, score) for name, score in scores.modules.items())
+    said = [*(warning.message for warning in warnings), *(text for text in rounding if text is not None)]
+    terminal.say_some("warning", said, rest="-v prints them all")
+    terminal.say(coverage_of(pairing.rows).sentence())
     terminal.say(f"{len(scores.modules)} modules analysed on {scores.device} in {scores.seconds:.1f} s")
     for file in (output, csv_file, plot_file):
         if file is not None:

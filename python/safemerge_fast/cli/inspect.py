@@ -16,6 +16,7 @@ from .terminal import Terminal
 
 if TYPE_CHECKING:
     from ..checkpoint.adapter import Adapter
+    from ..checkpoint.foreign import Foreign
     from ..checkpoint.model import Model
     from ..pairing.row import Row
 
@@ -27,16 +28,21 @@ _LINES = 10_000
 @click.argument("model")
 @terminal_options
 def command(*, terminal: Terminal, model: str) -> None:
-    """Show what a checkpoint or a LoRA adapter holds: files, dtypes, parameters and modules. Reads headers only."""
-    from ..checkpoint.adapter import Adapter, open_source
+    """Show what a checkpoint or a LoRA adapter holds: files, dtypes, parameters and modules. Reads headers only.
+
+    Models in formats that a merge refuses are shown too, and why it does.
+    """
+    from ..checkpoint.adapter import is_adapter, open_adapter
+    from ..checkpoint.model import locate, open_model
     from ..documents import write_document
     from ..pairing.rows import pair
 
-    opened = open_source("model", model)
-    if isinstance(opened, Adapter):
-        document = _adapter_document(opened)
+    path = locate("model", model)
+    if is_adapter(path):
+        document = _adapter_document(open_adapter("model", model, path))
         terminal.result(lambda: write_document(document, levels=2), *_adapter_lines(document))
         return
+    opened = open_model("model", model, path, foreign=True)
     rows = pair({"finetuned": opened}).rows
     document = _document(opened, rows)
     terminal.result(lambda: _json_pieces(document, opened, rows), *_lines(document))
@@ -114,8 +120,9 @@ def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
         "path": str(model.path),
         "model_type": model.config.get("model_type"),
         "index": model.headers.index,
-        "parameters": model.headers.parameters,
+        "parameters": model.headers.parameters if model.foreign is None else model.foreign.parameters,
         "bytes": model.headers.nbytes,
+        "quantised": None if model.foreign is None else _foreign(model.foreign),
         "count": len(rows),
         "files": [
             {"file": file, "bytes": identity[file].size, "tensors": of_file[file]}
@@ -123,6 +130,18 @@ def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
         ],
         "dtypes": dict(Counter(row.dtype for row in rows)),
         "module_types": _module_types(rows),
+    }
+
+
+def _foreign(foreign: Foreign) -> dict[str, Any]:
+    """What is shown of weights that the engine does not decode."""
+    return {
+        "format": foreign.name,
+        "tensors": foreign.tensors,
+        "bytes": foreign.nbytes,
+        "example": foreign.tensor,
+        "mergeable": False,
+        "way_out": foreign.way_out,
     }
 
 
@@ -177,10 +196,15 @@ def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
     yield printable(document["path"])
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())
     kind = printable(document["model_type"] or "unknown model type")
-    yield (
-        f"{kind}, {document['parameters']:,} parameters, {format_size(document['bytes'])}, "
-        f"{document['count']} tensors ({dtypes})"
-    )
+    known = document["parameters"]
+    parameters = "an unknown number of parameters" if known is None else f"{known:,} parameters"
+    yield (f"{kind}, {parameters}, {format_size(document['bytes'])}, {document['count']} tensors ({dtypes})")
+    if (quantised := document["quantised"]) is not None:
+        yield (
+            f"quantised ({quantised['format']}): {quantised['tensors']} tensors, "
+            f"{format_size(quantised['bytes'])}, such as {printable(quantised['example'])}; a merge refuses it, since "
+            f"averaging its stored numbers would be silently wrong: {quantised['way_out']}"
+        )
     files = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     files.add_column("file", overflow="fold")
     files.add_column("tensors", justify="right", no_wrap=True)

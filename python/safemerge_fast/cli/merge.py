@@ -28,6 +28,7 @@ def command(*, terminal: Terminal, dry_run: bool, **values: Any) -> None:
 
         outlook = preview(SafemergeSettings(**values))
         terminal.say_some("note", outlook.notes, rest="-v prints them all")
+        terminal.say_some("warning", outlook.warnings, rest="-v prints them all")
         terminal.result(outlook.to_json, *preview_lines(outlook))
         return
     from ..recipes.run import carry_out

@@ -32,6 +32,8 @@ def say_report(terminal: Terminal, report: Report) -> None:
         [warning.message for warning in report.warnings],
         rest=f"-v prints them all, {REPORT_FILE} lists them",
     )
+    if report.coverage is not None:
+        terminal.say(report.coverage.sentence())
     resumed = sum(shard.resumed for shard in report.shards)
     terminal.say(
         f"{report.merged} of {len(report.tensors)} tensors merged into {report.output}: "
@@ -82,6 +84,8 @@ def preview_lines(outlook: Preview) -> Iterator[Any]:
         )
         yield f"{outlook.analysed} of {outlook.tensors} tensors would be analysed: {types}"
         yield f"analysis     {format_size(outlook.bytes_analysed)} of base, aligned and finetuned read"
+    if outlook.coverage is not None:
+        yield f"coverage     {outlook.coverage.sentence()}"
     at_most = "" if known else "at most "
     read, written = format_size(outlook.bytes_read), format_size(outlook.bytes_written)
     yield f"merge        {at_most}{read} read, {written} written"

@@ -16,6 +16,7 @@ from ..decision import Decision
 from ..execution.companions import companion_files, configuration_file
 from ..execution.inputs import job_identity
 from ..execution.local import Written, check_plan, execute
+from ..pairing.coverage import Coverage
 from ..pairing.row import Row
 from ..plan.layout import INDEX_FILE, output_dtype
 from ..plan.pieces import Pieces
@@ -93,12 +94,16 @@ class Job(ABC, Generic[_Settings]):
         models: The models by role.
         notes: What a person should know, in sentences.
         unused: By role, tensors that nothing is made of.
+        warnings: What to mistrust, as far as that is known before anything is measured.
+        coverage: How much of the model is analysed; None where nothing is measured.
     """
 
     settings: _Settings
     models: Mapping[str, Model]
     notes: tuple[str, ...] = ()
     unused: Mapping[str, tuple[str, ...]] = {}
+    warnings: tuple[ModuleWarning, ...] = ()
+    coverage: Coverage | None = None
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from ..execution.inputs import input_paths
+from ..pairing.coverage import Coverage
 from ..report.tensors import ModuleCount, count_modules
 from ..settings import RunSettings
 from . import recipes
@@ -40,6 +41,8 @@ class Preview:
         memory_bytes: Peak of resident memory, about: what the engine says, the analysis, and Python.
         free_bytes: Room on the output's file system.
         notes: What a person should know.
+        coverage: How much of the model is or would be analysed; None where nothing is measured.
+        warnings: What to mistrust, as far as it is known.
     """
 
     output: str
@@ -54,10 +57,16 @@ class Preview:
     memory_bytes: int
     free_bytes: int
     notes: tuple[str, ...]
+    coverage: Coverage | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Writes the preview as JSON."""
-        document = {**asdict(self), "counts": [msgspec.to_builtins(count) for count in self.counts]}
+        document = {
+            **asdict(self),
+            "counts": [msgspec.to_builtins(count) for count in self.counts],
+            "coverage": msgspec.to_builtins(self.coverage),
+        }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -95,6 +104,11 @@ def preview(settings: RunSettings) -> Preview:
         memory_bytes=_PYTHON_BYTES + max(contents.memory(settings), analysis_memory),
         free_bytes=free,
         notes=(*job.notes, *_obstacles(settings, input_paths(job.models), output, written, free)),
+        coverage=job.coverage,
+        warnings=tuple(
+            warning.message
+            for warning in (*job.warnings, *(() if measurement is None else measurement.warnings))
+        ),
     )
 
 

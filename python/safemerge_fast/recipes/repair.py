@@ -17,6 +17,7 @@ from ..plan.operation import Operation
 from ..plan.pieces import Pieces, compose_row
 from ..settings import RunSettings
 from .planned import PlannedJob
+from .role_check import refuse_or_warn, same_models
 from .roles import access_of, open_roles, shape_of_repair
 from .shape import OutputShape
 
@@ -34,21 +35,26 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
 
     changed: str = ""
 
-    def open(self, settings: _Settings, roles: Mapping[str, str], shape: OutputShape) -> None:
+    def open(
+        self, settings: _Settings, roles: Mapping[str, str], shape: OutputShape, *, force: bool
+    ) -> None:
         """Opens the models and pairs their tensors; only headers are read.
 
         Args:
             settings: What was asked for.
             roles: What was given for each role.
             shape: What the output's tensors and files are like.
+            force: Whether two roles may be one model.
 
         Raises:
             CheckpointError: A model cannot be found, read or trusted.
             AdapterError: An adapter does not fit the aligned model.
             PairingError: The models do not fit together.
+            RoleError: Two roles are one model.
         """
         self.settings = settings
         self.models = open_roles(roles, access_of(settings))
+        self.warnings = refuse_or_warn(same_models(self.models, force=force), force=force)
         pairing = pair(self.models, analyse=False, missing=shape.missing, untie=shape.untie)
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
         self.config = pairing.config

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar
 
 from ..plan.blend import Blend
 from ..plan.methods import summing_method, thinning_method
-from ..settings import Dtype, MaxShardSize, RunSettings, Setting
+from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Base, Finetuned
@@ -55,6 +55,7 @@ class RestaSettings(_Roles, frozen=True, kw_only=True):
     allow_missing: AllowMissing = False
     fill_from: FillFrom = None
     untie: Untie = False
+    force: Force = False
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
@@ -67,7 +68,7 @@ class RestaJob(RepairJob[RestaSettings]):
     def __init__(self, settings: RestaSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read."""
         roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
-        self.open(settings, roles, OutputShape.of(settings))
+        self.open(settings, roles, OutputShape.of(settings), force=settings.force)
         self.changed = "the safety vector is added"
         self.sentence = (
             f"{{finetuned}} plus {settings.gamma:g} times what alignment changed from {{base}} to {{aligned}} "

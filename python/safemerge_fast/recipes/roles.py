@@ -17,7 +17,7 @@ Aligned = Annotated[str, Setting("The aligned model that was fine-tuned.", kind=
 Finetuned = Annotated[
     str,
     Setting(
-        "The fine-tuned model, to be repaired; or a LoRA adapter of the aligned one.",
+        "The fine-tuned model, whose modules are merged; or a LoRA adapter of the aligned one.",
         kind=Kind.MODEL,
         metavar="MODEL",
     ),
@@ -61,6 +61,6 @@ def open_roles(roles: Mapping[str, str], access: Access) -> dict[str, Model]:
 
 
 def shape_of_repair(models: Mapping[str, Model]) -> Model:
-    """The checkpoint that a repaired model is shaped like: the fine-tuned, or the aligned one for an adapter."""
+    """The checkpoint that the output is shaped like: the fine-tuned, or the aligned one for an adapter."""
     finetuned = models["finetuned"]
     return models["aligned"] if isinstance(finetuned, Adapter) else finetuned

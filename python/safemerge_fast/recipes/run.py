@@ -207,9 +207,10 @@ def _report(
         shards=written.shards,
         tensors=contents.tensors(measurement.scores),
         unused=job.unused,
-        warnings=(*measurement.warnings, *nonfinite),
+        warnings=(*job.warnings, *measurement.warnings, *nonfinite),
         notes=(*job.notes, *contents.notes()),
         adapter=contents.adapter(),
+        coverage=job.coverage,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from ..plan.blend import Blend
 from ..plan.methods import summing_method
-from ..settings import Dtype, MaxShardSize, RunSettings, Setting
+from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Finetuned
@@ -42,6 +42,7 @@ class WiseFtSettings(_Roles, frozen=True, kw_only=True):
     allow_missing: AllowMissing = False
     fill_from: FillFrom = None
     untie: Untie = False
+    force: Force = False
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
@@ -54,7 +55,7 @@ class WiseFtJob(RepairJob[WiseFtSettings]):
     def __init__(self, settings: WiseFtSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read."""
         roles = {"aligned": settings.aligned, "finetuned": settings.finetuned}
-        self.open(settings, roles, OutputShape.of(settings))
+        self.open(settings, roles, OutputShape.of(settings), force=settings.force)
         self.changed = "averaged with the aligned model"
         self.sentence = (
             f"{1.0 - settings.alpha:.6g} · {{finetuned}} + {settings.alpha:g} · {{aligned}} "

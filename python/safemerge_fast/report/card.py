@@ -21,6 +21,7 @@ __all__ = [
     "recipe_card",
     "roles_table",
     "settings_blocks",
+    "standing",
 ]
 
 
@@ -68,10 +69,27 @@ def recipe_card(
             front_matter(report, models.values(), tags),
             f"{sentence}, made with {program()}.\nWhat each tensor is made of stands in `safemerge_plan.json`, and why "
             f"in `safemerge_report.json`.",
+            standing(report),
             roles_table(models),
             settings_blocks(report, models),
         )
     )
+
+
+def standing(report: Report) -> str:
+    """How much was analysed, what to mistrust in the whole, and that nobody has evaluated the output."""
+    sentences = [] if report.coverage is None else [f"{_capital(report.coverage.sentence())}."]
+    sentences.append(
+        "**Not evaluated**: this output was merged; what it refuses, and how well it does its task, was not measured."
+    )
+    warnings = [warning.message for warning in report.warnings if warning.tensor is None]
+    return "\n\n".join(
+        [" ".join(sentences), *(f"> **Warning:** {markdown(_capital(warning))}." for warning in warnings)]
+    )
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def program() -> str:

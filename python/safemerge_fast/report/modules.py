@@ -15,9 +15,11 @@ from ..pairing.row import Row
 __all__ = ["NOT_MEASURED", "ModuleRecords", "ModuleReport", "measured", "module_records"]
 
 Column = tuple[float | None, ...]
-Measured = tuple[float | None, float | None, float | None, float | None, float | None, float | None]
+Measured = tuple[
+    float | None, float | None, float | None, float | None, float | None, float | None, float | None
+]
 
-NOT_MEASURED: Measured = (None, None, None, None, None, None)
+NOT_MEASURED: Measured = (None, None, None, None, None, None, None)
 """What measured gives, of what was not."""
 
 
@@ -36,6 +38,7 @@ class ModuleReport(msgspec.Struct, frozen=True, gc=False):
         delta_norm: ‖Δ‖ (Frobenius).
         weight_norm: ‖W_aligned‖ (Frobenius).
         v_rounding: Relative error of V that the dtypes' rounding predicts.
+        cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖).
     """
 
     name: str
@@ -49,6 +52,7 @@ class ModuleReport(msgspec.Struct, frozen=True, gc=False):
     delta_norm: float | None = None
     weight_norm: float | None = None
     v_rounding: float | None = None
+    cos_v_delta: float | None = None
 
 
 class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -68,6 +72,7 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         delta_norm: Likewise.
         weight_norm: Likewise.
         v_rounding: Likewise.
+        cos_v_delta: Likewise.
     """
 
     prefix: str
@@ -81,10 +86,19 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     delta_norm: Column = ()
     weight_norm: Column = ()
     v_rounding: Column = ()
+    cos_v_delta: Column = ()
 
     def reports(self, layer: str | None) -> Iterator[ModuleReport]:
         """The modules one by one; they belong to the tensor's layer."""
-        columns = (self.rho, self.rho_null, self.v_norm, self.delta_norm, self.weight_norm, self.v_rounding)
+        columns = (
+            self.rho,
+            self.rho_null,
+            self.v_norm,
+            self.delta_norm,
+            self.weight_norm,
+            self.v_rounding,
+            self.cos_v_delta,
+        )
         for place, (merged, reason) in enumerate(zip(self.merged, self.reason, strict=True)):
             expert, part = divmod(place, len(self.parts))
             yield ModuleReport(
@@ -136,6 +150,7 @@ def measured(score: Score) -> Measured:
         _finite(score.delta_norm),
         _finite(score.weight_norm),
         _finite(score.v_rounding),
+        _finite(score.cos_v_delta),
     )
 
 

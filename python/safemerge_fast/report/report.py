@@ -10,6 +10,7 @@ import msgspec
 
 from ..errors import PlanError
 from ..execution.local import WrittenShard
+from ..pairing.coverage import Coverage
 from ..settings import Settings
 from .tensors import ModuleCount, TensorReport, count_modules
 
@@ -43,9 +44,9 @@ class OutputFile(msgspec.Struct, frozen=True):
 
 
 class ModuleWarning(msgspec.Struct, frozen=True):
-    """Something to mistrust in one tensor, in a sentence."""
+    """Something to mistrust in one tensor, or in the whole output if that is None; in a sentence."""
 
-    tensor: str
+    tensor: str | None
     message: str
 
 
@@ -74,6 +75,7 @@ class _Head(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[ModuleWarning, ...]
     notes: tuple[str, ...]
     adapter: dict[str, Any] | None
+    coverage: Coverage | None = None
     counts: tuple[ModuleCount, ...]
 
 
@@ -106,6 +108,7 @@ class Report:
         adapter: If the output is an adapter: "combination" ("concatenation" or "peft-linear"), "rank" (of all
             its modules), "modules" (how many), "ranks" (of each weight's update before truncation and padding),
             "relative_errors" (Frobenius, of those that are not exact) and "full_tensors" (keys). Else None.
+        coverage: How many of the model's parameters were analysed; None where a recipe measures nothing.
     """
 
     recipe: str
@@ -126,6 +129,7 @@ class Report:
     warnings: tuple[ModuleWarning, ...] = ()
     notes: tuple[str, ...] = ()
     adapter: Mapping[str, Any] | None = None
+    coverage: Coverage | None = None
 
     @property
     def counts(self) -> tuple[ModuleCount, ...]:
@@ -173,6 +177,7 @@ class Report:
             warnings=self.warnings,
             notes=self.notes,
             adapter=None if self.adapter is None else dict(self.adapter),
+            coverage=self.coverage,
             counts=self.counts,
         )
         encoder = msgspec.json.Encoder(enc_hook=str)

@@ -45,6 +45,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         delta_norm: ‖Δ‖ (Frobenius); None where not analysed.
         weight_norm: ‖W_aligned‖ (Frobenius); None where not analysed.
         v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
+        cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖); None where not analysed or undefined.
         modules: The same of each expert, of a tensor that holds many and was analysed; else None.
     """
 
@@ -65,6 +66,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     delta_norm: float | None = None
     weight_norm: float | None = None
     v_rounding: float | None = None
+    cos_v_delta: float | None = None
     modules: ModuleRecords | None = None
 
     def module_reports(self) -> Iterator[ModuleReport]:
@@ -86,6 +88,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
             self.delta_norm,
             self.weight_norm,
             self.v_rounding,
+            self.cos_v_delta,
         )
 
 

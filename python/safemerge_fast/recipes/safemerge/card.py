@@ -8,7 +8,15 @@ from typing import Any
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
 from ...plan.methods import known_methods
-from ...report.card import count_table, display_name, front_matter, program, roles_table, settings_blocks
+from ...report.card import (
+    count_table,
+    display_name,
+    front_matter,
+    program,
+    roles_table,
+    settings_blocks,
+    standing,
+)
 from ...report.report import Report
 from .settings import SafemergeSettings
 
@@ -17,8 +25,10 @@ __all__ = ["model_card"]
 _BODY = """\
 {front}
 
-{finetuned}, merged in the weights by [SafeMERGE](https://arxiv.org/abs/2503.17239), which is meant to repair safety
-that fine-tuning eroded, as {program} implements it. {summary}
+{finetuned}, merged in the weights by [SafeMERGE](https://arxiv.org/abs/2503.17239), a method that is meant to bring
+back safety that fine-tuning eroded, as {program} implements it. {summary}
+
+{standing}
 
 ## Method
 
@@ -66,6 +76,7 @@ def model_card(report: Report, settings: SafemergeSettings, models: Mapping[str,
         finetuned=display_name(models["finetuned"]),
         program=program(),
         summary=f"Of {len(modules)} matrices that were analysed, {merged} were merged.",
+        standing=standing(report),
         reference=settings.delta_reference,
         rule=_rule(settings),
         blend=_blend(settings.alpha, blended[1], settings.method),

@@ -10,11 +10,13 @@ from ... import _engine
 from ...analysis.rounding import rounding_warning
 from ...analysis.scores import Score, Scores, read_scores
 from ...checkpoint.adapter import Adapter
+from ...checkpoint.identical import same_weights
 from ...checkpoint.model import Model
 from ...decision import Decision, decide, decision_of
 from ...errors import AdapterError, AnalysisError, PlanError
 from ...execution.companions import companion_files
 from ...execution.inputs import job_identity
+from ...pairing.coverage import coverage_of
 from ...pairing.module import Module, modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
@@ -25,6 +27,7 @@ from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
 from ..base import CheckpointContents, Contents, Job, Measurement
+from ..role_check import refuse_or_warn
 from ..roles import access_of, open_roles, shape_of_repair
 from ..shape import OutputShape
 from .adapter.contents import AdapterContents
@@ -32,7 +35,7 @@ from .adapter.layout import lay_out_adapter, require_linear
 from .blend import method_parameters, safemerge
 from .card import model_card
 from .evidence import ScoreLog
-from .scoring import device_name, require_finite, score_rows
+from .scoring import device_name, judge_scores, require_finite, score_rows, wrong_before_measuring
 from .settings import SafemergeSettings
 
 __all__ = ["SafemergeJob"]
@@ -62,6 +65,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             PairingError: The models do not fit together.
             PlanError: A setting is of no use to the output's format.
             AnalysisError: The scores to reuse cannot be read, or are not of these models.
+            RoleError: Two roles are one model, finetuned is a part of a model, or nothing is analysed.
         """
         self.settings = settings
         parameters = method_parameters(
@@ -77,6 +81,10 @@ class SafemergeJob(Job[SafemergeSettings]):
             untie=self.shape.untie,
         )
         self.unused = self.pairing.unused
+        self.coverage = coverage_of(self.pairing.rows)
+        self.warnings = refuse_or_warn(
+            wrong_before_measuring(self.models, self.pairing, force=settings.force), force=settings.force
+        )
         self.rule = settings.rule()
         self.rule.check_units(self.pairing.rows)
         self.scores: Scores | None = None
@@ -145,14 +153,14 @@ class SafemergeJob(Job[SafemergeSettings]):
         started = time.perf_counter()
         scores = self._measured(directory, tell)
         device = device_name(self.settings.device) if self.analysed else None
-        return Measurement(scores, device, time.perf_counter() - started, _warnings(scores))
+        return Measurement(scores, device, time.perf_counter() - started, self._warnings(scores))
 
     def known_measurement(self) -> Measurement | None:
         """The scores that were given."""
         if self.scores is None:
             return None
         scores = self._reused_scores()
-        return Measurement(scores, self.scores.device, 0.0, _warnings(scores))
+        return Measurement(scores, self.scores.device, 0.0, self._warnings(scores))
 
     @property
     def analysis_bytes(self) -> tuple[int, int]:
@@ -265,11 +273,28 @@ class SafemergeJob(Job[SafemergeSettings]):
             tell(ProgressEvent("analysis", len(scores), len(names), name))
         return {name: scores[name] for name in names}
 
+    def _warnings(self, scores: Mapping[str, Score]) -> tuple[ModuleWarning, ...]:
+        """What the scores say of the roles, and task vectors near the dtype's resolution.
+
+        Raises:
+            RoleError: The models are not what their roles say.
+        """
+        found = judge_scores(self.models, scores, self.settings.delta_reference)
+        rounding = ((name, rounding_warning(name, score)) for name, score in scores.items())
+        return (
+            *refuse_or_warn(found.wrong, force=self.settings.force),
+            *(ModuleWarning(None, sentence) for sentence in found.unknown),
+            *(ModuleWarning(name, message) for name, message in rounding if message is not None),
+        )
+
     def _role_notes(self) -> list[str]:
-        if "safe" in self.models:
+        if "safe" in self.models and not same_weights(
+            self.models["safe"], self.models["aligned"], read=not self.settings.force
+        ):
             return []
+        given = "the safe model is the aligned one" if "safe" in self.models else None
         return [
-            f"no safe model was given, so the aligned one plays it: merging shrinks a module's update "
+            f"{given or 'no safe model was given, so the aligned one plays it'}: merging shrinks a module's update "
             f"to {self.settings.alpha:g} of itself"
         ]
 
@@ -315,9 +340,3 @@ class SafemergeJob(Job[SafemergeSettings]):
             )
             sources = {role: model.headers for role, model in self.models.items()}
             _engine.Plan(trial.to_json(), sources=sources, read_backend=self.settings.read_backend)
-
-
-def _warnings(scores: Mapping[str, Score]) -> tuple[ModuleWarning, ...]:
-    """Task vectors near the dtype's resolution."""
-    rounding = ((name, rounding_warning(name, score)) for name, score in scores.items())
-    return tuple(ModuleWarning(name, message) for name, message in rounding if message is not None)

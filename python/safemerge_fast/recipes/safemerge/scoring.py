@@ -6,22 +6,28 @@ import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from ...analysis import analyze_rows
+from ...analysis.roles import RoleFindings, judge_roles
 from ...analysis.scores import Score, Scores, describe_source
+from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
 from ...errors import AnalysisError
+from ...pairing.coverage import why_nothing_is_analysed
 from ...pairing.module import modules_of_rows
 from ...pairing.row import Row
-from ...pairing.rows import pair
+from ...pairing.rows import Pairing, pair
 from ...progress import ProgressCallback, ProgressEvent, silent
+from ..role_check import incomplete_model, refuse_or_warn, same_models
 from ..roles import access_of, open_roles
 from .settings import AnalysisSettings
 
 __all__ = [
     "analyze_settings",
     "device_name",
+    "judge_scores",
     "require_finite",
     "score_models",
     "score_rows",
+    "wrong_before_measuring",
 ]
 
 
@@ -35,12 +41,31 @@ def analyze_settings(settings: AnalysisSettings) -> Scores:
         The scores; their to_json is what merge takes as `scores`.
 
     Raises:
-        SafemergeError: One of its subclasses: a model, the pairing or the analysis is at fault.
+        SafemergeError: One of its subclasses: a model, its role, the pairing or the analysis is at fault.
     """
     roles = {"base": settings.base, "aligned": settings.aligned, "finetuned": settings.finetuned}
     models = open_roles(roles, access_of(settings))
-    rows = pair(models, include=settings.include, exclude=settings.exclude).rows
-    return score_models(models, rows, settings)
+    pairing = pair(models, include=settings.include, exclude=settings.exclude)
+    refuse_or_warn(wrong_before_measuring(models, pairing, force=settings.force), force=settings.force)
+    scores = score_models(models, pairing.rows, settings)
+    found = judge_scores(models, scores.modules, settings.delta_reference)
+    refuse_or_warn(found.wrong, force=settings.force)
+    return scores
+
+
+def wrong_before_measuring(models: Mapping[str, Model], pairing: Pairing, *, force: bool) -> tuple[str, ...]:
+    """What looks wrong of the roles before anything is measured, in sentences; force as same_models takes it."""
+    nothing = () if any(row.analysed for row in pairing.rows) else (why_nothing_is_analysed(pairing.rows),)
+    return (*same_models(models, force=force), *incomplete_model(models, pairing.unused), *nothing)
+
+
+def judge_scores(
+    models: Mapping[str, Model], scores: Mapping[str, Score], delta_reference: str
+) -> RoleFindings:
+    """What scores, by tensor name, say of the roles."""
+    return judge_roles(
+        scores, delta_reference=delta_reference, adapter=isinstance(models["finetuned"], Adapter)
+    )
 
 
 def score_models(models: Mapping[str, Model], rows: Sequence[Row], settings: AnalysisSettings) -> Scores:

@@ -11,6 +11,7 @@ from ...plan.methods import known_methods, summing_method, weighing_methods
 from ...settings import (
     AllowNonfinite,
     Dtype,
+    Force,
     Kind,
     MaxShardSize,
     Progress,
@@ -74,6 +75,7 @@ class AnalysisSettings(Settings, frozen=True):
     device: Device = "auto"
     read_backend: ReadBackend = "auto"
     allow_nonfinite: AllowNonfinite = False
+    force: Force = False
     progress: Progress = None
 
 
@@ -187,6 +189,7 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
     include: Include = None
     exclude: Exclude = None
     device: Device = "auto"
+    force: Force = False
 
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)

@@ -1,0 +1,79 @@
+"""Whether two models hold the same weights: by their files, else by their bytes, read only as long as they agree."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import _engine
+from ..errors import CheckpointError
+from .adapter import Adapter
+from .model import Model
+
+__all__ = ["same_weights"]
+
+# Bytes that are compared of each tensor before any is compared whole: two fine-tunes differ in the first few.
+_FIRST = 4096
+# Bytes that are compared at a time.
+_PIECE = 16 << 20
+
+
+def same_weights(left: Model, right: Model, *, read: bool = True) -> bool:
+    """Whether two models are one: the same files, or the same tensors with the same bytes.
+
+    How tensors are spread over files does not count. Of an adapter its scales count as well.
+
+    Args:
+        left: A checkpoint or an adapter.
+        right: Another one.
+        read: Whether bytes are read where the files differ; without, only the files are compared.
+    """
+    if isinstance(left, Adapter) != isinstance(right, Adapter):
+        return False
+    if isinstance(left, Adapter) and isinstance(right, Adapter) and left.modules != right.modules:
+        return False
+    if _inodes(left) == _inodes(right):
+        return True
+    if not read or len(left.headers) != len(right.headers) or left.headers.nbytes != right.headers.nbytes:
+        return False
+    # Two fine-tunes differ in their first tensors, so that few are looked at.
+    tensors = left.headers.tensors
+    return all(_begins_alike(left, right, tensor) for tensor in tensors) and all(
+        _same(left, right, tensor.name, _rows(tensor), None) for tensor in tensors if tensor.nbytes
+    )
+
+
+def _inodes(model: Model) -> set[tuple[int, int]]:
+    return {(facts.device, facts.inode) for facts in model.headers.identity().values()}
+
+
+def _begins_alike(left: Model, right: Model, tensor: _engine.TensorInfo) -> bool:
+    """Whether the other model has a tensor of that name, dtype and shape, and of its first row the same bytes."""
+    try:
+        other = right.headers.tensor(tensor.name)
+    except CheckpointError:
+        return False
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    return not tensor.nbytes or _same(left, right, tensor.name, 1, _FIRST)
+
+
+def _rows(tensor: _engine.TensorInfo) -> int:
+    return tensor.shape[0] if tensor.shape else 1
+
+
+def _same(left: Model, right: Model, name: str, rows: int, most: int | None) -> bool:
+    """Compares the first rows of a tensor, of their bytes at most so many."""
+    step = max(1, _PIECE * rows // max(left.headers.tensor(name).nbytes, 1))
+    parts = ((start, min(start + step, rows)) for start in range(0, rows, step))
+    try:
+        return all(
+            np.array_equal(_bytes(left, name, part)[:most], _bytes(right, name, part)[:most])
+            for part in parts
+        )
+    finally:
+        for model in (left, right):
+            model.headers.release(name)
+
+
+def _bytes(model: Model, name: str, rows: tuple[int, int]) -> np.ndarray:
+    return np.asarray(model.headers.rows(name, *rows))
