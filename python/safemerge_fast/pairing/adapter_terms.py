@@ -8,7 +8,7 @@ from .._engine import TensorInfo
 from ..checkpoint.adapter import AdaptedModule, Adapter
 from ..checkpoint.model import FLOATS, Model
 from ..errors import AdapterError
-from .modules import is_stored_transposed
+from .adapter_orientation import Orientations
 from .names import match_names
 from .operand import LowRank, Magnitude, Operand, Rows, Term
 from .tied import embedding_name, is_head, ties_head
@@ -38,6 +38,7 @@ def adapter_terms(adapter: Adapter, model: Model) -> dict[str, tuple[Term, ...]]
         for parameter in _parameters(module)
     ]
     found = match_names(wanted, [tensor.name for tensor in model.headers.tensors])
+    orientations = Orientations(adapter, model)
     terms: dict[str, tuple[Term, ...]] = {}
     for module in adapter.modules.values():
         for parameter, key in _parameters(module).items():
@@ -50,7 +51,7 @@ def adapter_terms(adapter: Adapter, model: Model) -> dict[str, tuple[Term, ...]]
                     f"{adapter.role}: {adapter.path} adapts {name}, which is {tensor.dtype} in {model.path}; "
                     f"give the full-precision checkpoint"
                 )
-            terms[name] = tuple(_terms(adapter, model, module, parameter, tensor))
+            terms[name] = tuple(_terms(adapter, model, orientations, module, parameter, tensor))
     return {**terms, **_stored_tied_head(model, terms)}
 
 
@@ -98,7 +99,12 @@ def _parameters(module: AdaptedModule) -> dict[str, str]:
 
 
 def _terms(
-    adapter: Adapter, model: Model, module: AdaptedModule, parameter: str, tensor: TensorInfo
+    adapter: Adapter,
+    model: Model,
+    orientations: Orientations,
+    module: AdaptedModule,
+    parameter: str,
+    tensor: TensorInfo,
 ) -> Iterator[Term]:
     """The terms of one adapted parameter, whose tensor in the checkpoint is given."""
     role = adapter.role
@@ -118,7 +124,7 @@ def _terms(
             operand.source, operand.tensor, rows=Rows(role, module.token_rows, module.token_indices)
         )
     if parameter == "weight" and module.a is not None and module.b is not None:
-        transpose = _is_transposed(adapter, model, module, tensor)
+        transpose = orientations.is_transposed(module, tensor)
         product = LowRank(role, module.a, module.b, module.scale, module.rank, transpose)
         magnitude = None
         if module.magnitude is not None:
@@ -133,24 +139,6 @@ def _terms(
     if parameter == "bias" and module.b_bias is not None:
         _check_shape(adapter, model, module.b_bias, tensor, tuple(tensor.shape))
         yield Term(Operand(role, module.b_bias), module.scale)
-
-
-def _is_transposed(adapter: Adapter, model: Model, module: AdaptedModule, tensor: TensorInfo) -> bool:
-    """Whether the matrix is stored as (in, out): the factors' shapes say it, unless it is square."""
-    assert module.a is not None
-    assert module.b is not None
-    inner, out = adapter.headers.tensor(module.a).shape[1], adapter.headers.tensor(module.b).shape[0]
-    shape = tuple(tensor.shape)
-    if shape not in ((out, inner), (inner, out)) or (module.is_embedding and shape != (inner, out)):
-        raise AdapterError(
-            f"{adapter.role}: {module.a} and its lora_B make a matrix of {out} outputs and {inner} inputs, but "
-            f"{tensor.name} has shape {shape} in {model.path}; give the checkpoint that the adapter was trained on"
-        )
-    if module.is_embedding:
-        return True
-    if out != inner:
-        return shape == (inner, out)
-    return adapter.settings.fan_in_fan_out or is_stored_transposed(tensor, model.config)
 
 
 def _check_shape(
