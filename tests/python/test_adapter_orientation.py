@@ -26,7 +26,13 @@ def encoder_decoder() -> Any:
         hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=36, vocab_size=61
     )
     gpt2 = transformers.GPT2Config(
-        n_embd=24, n_layer=1, n_head=4, vocab_size=61, n_positions=32, add_cross_attention=True, is_decoder=True
+        n_embd=24,
+        n_layer=1,
+        n_head=4,
+        vocab_size=61,
+        n_positions=32,
+        add_cross_attention=True,
+        is_decoder=True,
     )
     return transformers.EncoderDecoderModel(
         transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, gpt2)
@@ -93,7 +99,9 @@ def test_the_nested_configuration_says_it_where_no_neighbour_does(tmp_path: Path
         encoder={"model_type": "bert"},
         more={f"{name}.weight": torch.zeros(12, 12), f"{other}.weight": torch.zeros(12, 12)},
     )
-    adapter = open_adapter("finetuned", write_adapter(tmp_path / "adapter", {**factors(name), **factors(other)}))
+    adapter = open_adapter(
+        "finetuned", write_adapter(tmp_path / "adapter", {**factors(name), **factors(other)})
+    )
     terms = adapter_terms(adapter, model)
     assert terms[f"{name}.weight"][0].operand.low_rank[0].transpose is True
     assert terms[f"{other}.weight"][0].operand.low_rank[0].transpose is False

@@ -19,7 +19,17 @@ from ..errors import AdapterError, CheckpointError
 from ..printable import printable
 from .hub import download
 
-__all__ = ["ANYHOW", "FLOATS", "ROLES", "Access", "Model", "locate", "open_model", "quantization_method"]
+__all__ = [
+    "ANYHOW",
+    "FLOATS",
+    "ROLES",
+    "Access",
+    "ExpertLayout",
+    "Model",
+    "locate",
+    "open_model",
+    "quantization_method",
+]
 
 ROLES = ("base", "aligned", "finetuned", "safe")
 """The parts that a model can play, in the order in which reports name them."""
@@ -43,6 +53,9 @@ _QUANTISED_SUFFIXES = {
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
+ExpertLayout = Literal["peft", "unsloth"]
+"""Who trained LoRA of fused experts: PEFT, whose B is (out, rank, experts), or Unsloth: (out, experts, rank)."""
+
 # What the pairing relies on; other fields of a wrong kind do no harm here.
 _FIELDS = (("model_type", str, "a text"), ("tie_word_embeddings", bool, "true or false"))
 
@@ -54,10 +67,12 @@ class Access:
     Attributes:
         read_backend: How the engine reads their files, see `_engine.Checkpoint`.
         bars: Whether downloads show the Hub's bars on stderr.
+        expert_layout: How adapters lay out B of stacked experts, where they have any.
     """
 
     read_backend: Literal["auto", "mmap", "pread"] = "auto"
     bars: bool = True
+    expert_layout: ExpertLayout = "peft"
 
 
 ANYHOW = Access()

@@ -1,4 +1,4 @@
-"""Whether a matrix that an adapter changes is stored as (in, out), as a Conv1D's is: asked of each module, not of a flag.
+"""Whether a matrix that an adapter changes is stored as (in, out), as a Conv1D's is: asked of each module.
 
 PEFT's fan_in_fan_out is one flag for a whole adapter, and that of the module which it happened to visit last.
 """

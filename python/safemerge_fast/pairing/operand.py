@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .view import View
+
 __all__ = ["OWN_NAME", "LowRank", "Magnitude", "Operand", "Rows", "Term"]
 
 OWN_NAME = ""
@@ -25,6 +27,8 @@ class LowRank:
         scale: Factor of the product.
         rank: Rows of A and columns of B.
         transpose: Whether the matrix is stored as (in, out), so that the transposed product is added.
+        a_view: The part of the stored A that is meant, or None for all of it.
+        b_view: The part of the stored B, likewise.
     """
 
     source: str
@@ -33,12 +37,14 @@ class LowRank:
     scale: float
     rank: int
     transpose: bool
+    a_view: View | None = None
+    b_view: View | None = None
 
     def to_plan(self) -> dict[str, Any]:
         """The product as the plan writes it."""
         return {
-            "a": {"source": self.source, "tensor": self.a},
-            "b": {"source": self.source, "tensor": self.b},
+            "a": _reference(self.source, self.a, self.a_view),
+            "b": _reference(self.source, self.b, self.b_view),
             "scale": self.scale,
             "transpose": self.transpose,
         }
@@ -92,6 +98,7 @@ class Operand:
         rows: Rows that are replaced first, or None.
         low_rank: Products that are added then.
         magnitude: Norms that the sum gets at last, or None.
+        view: The matrix in the tensor that is meant, or None for all of it.
     """
 
     source: str
@@ -99,11 +106,12 @@ class Operand:
     rows: Rows | None = None
     low_rank: tuple[LowRank, ...] = ()
     magnitude: Magnitude | None = None
+    view: View | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether the tensor is taken as it is stored."""
-        return self.rows is None and not self.low_rank and self.magnitude is None
+        return self.view is None and self.rows is None and not self.low_rank and self.magnitude is None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -116,6 +124,8 @@ class Operand:
         document: dict[str, Any] = {"source": self.source}
         if self.tensor != OWN_NAME:
             document["tensor"] = self.tensor
+        if self.view is not None:
+            document["view"] = self.view.to_plan()
         if self.rows is not None:
             document["rows"] = self.rows.to_plan()
         if self.low_rank:
@@ -123,6 +133,14 @@ class Operand:
         if self.magnitude is not None:
             document["magnitude"] = self.magnitude.to_plan()
         return document
+
+
+def _reference(source: str, tensor: str, view: View | None) -> dict[str, Any]:
+    """A tensor, or a view of it, as the plan writes it."""
+    document: dict[str, Any] = {"source": source, "tensor": tensor}
+    if view is not None:
+        document["view"] = view.to_plan()
+    return document
 
 
 @dataclass(frozen=True, slots=True)
