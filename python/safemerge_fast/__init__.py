@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MergekitReport,
         MergeReport,
         analyze,
+        check,
         fold,
         merge,
         preview,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .progress import ProgressEvent
+    from .recipes.check import CheckReport
     from .recipes.preview import Preview
     from .recipes.verify import VerifyReport
     from .report.report import Report
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "AnalysisError",
+    "CheckReport",
     "CheckpointError",
     "FoldConfiguration",
     "FoldReport",
@@ -66,6 +69,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "analyze",
+    "check",
     "fold",
     "merge",
     "preview",
@@ -78,6 +82,7 @@ __all__ = [
 # Homes of what lies neither in errors nor in api.
 _HOMES = {
     "__version__": "_engine",
+    "CheckReport": "recipes.check",
     "Preview": "recipes.preview",
     "ProgressEvent": "progress",
     "Report": "report.report",

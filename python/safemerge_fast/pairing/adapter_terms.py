@@ -93,12 +93,7 @@ def adapter_uses(adapter: Adapter, model: Model) -> AdapterUses:
         model: The checkpoint it was trained on. Names are matched exactly, then by a unique suffix, then by what
             transformers' loading makes of the checkpoint's names.
     """
-    wanted = [
-        f"{module.name}.{parameter}"
-        for module in adapter.modules.values()
-        for parameter in _parameters(module)
-    ]
-    names = TensorNames(model, wanted)
+    names = TensorNames(model, _wanted(adapter))
     orientations = Orientations(adapter, model)
     uses = tuple(
         _use(adapter, model, names, orientations, module, parameter, key)
@@ -156,16 +151,28 @@ def adapter_notes(adapter: Adapter, model: Model, terms: Mapping[str, tuple[Term
         model: The checkpoint it was trained on.
         terms: What adapter_terms says of the two.
     """
+    notes = []
+    if renamed := TensorNames(model, _wanted(adapter)).renamed:
+        name, tensor = next(iter(renamed.items()))
+        notes.append(
+            f"{len(renamed)} tensors have other names in {adapter.role} than in {model.role}, by transformers' own "
+            f"table: such as {name} for {tensor}"
+        )
+    if adapter.parameters:
+        trained = "PEFT" if adapter.expert_layout == "peft" else "Unsloth before September 2026"
+        notes.append(
+            f"{adapter.role} holds LoRA of fused experts, read as {trained} lays it out; its files do not say who "
+            f"trained them, so choose expert_lora_layout if that was another"
+        )
     embedding = embedding_name(tensor.name for tensor in model.headers.tensors)
-    if embedding is None or embedding not in terms or not ties_head(model.config):
-        return []
+    tied = embedding is not None and embedding in terms and ties_head(model.config)
     # PEFT keeps trainable tokens of tied layers in step by itself.
-    if terms[embedding][0].operand.rows is not None:
-        return []
-    return [
-        f"{adapter.role} adapts {embedding}, to which {model.role} ties its head: in the output both change, as "
-        f"with merge_and_unload, while PEFT changes the embedding only as long as the adapter is not merged"
-    ]
+    if embedding is not None and tied and terms[embedding][0].operand.rows is None:
+        notes.append(
+            f"{adapter.role} adapts {embedding}, to which {model.role} ties its head: in the output both change, as "
+            f"with merge_and_unload, while PEFT changes the embedding only as long as the adapter is not merged"
+        )
+    return notes
 
 
 def _stored_tied_head(model: Model, terms: Mapping[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
@@ -179,6 +186,15 @@ def _stored_tied_head(model: Model, terms: Mapping[str, tuple[Term, ...]]) -> di
     if not ties_head(model.config, default=False):
         return {}
     return {head: terms[embedding]}
+
+
+def _wanted(adapter: Adapter) -> list[str]:
+    """The names that an adapter has for the parameters of modules that change."""
+    return [
+        f"{module.name}.{parameter}"
+        for module in adapter.modules.values()
+        for parameter in _parameters(module)
+    ]
 
 
 def _parameters(module: AdaptedModule) -> dict[str, str]:

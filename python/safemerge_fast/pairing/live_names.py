@@ -8,6 +8,8 @@ but what found a name nowhere else.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import json
 import warnings
@@ -95,6 +97,8 @@ def _cached(config: str, names: tuple[str, ...]) -> LiveNames:
         return _unknown(f"transformers {version} could not say how it names tensors of this model ({what})")
     finally:
         transformers.logging.set_verbosity(verbosity)
+        # Models may import triton, which complains on stderr if nobody collects what it leaves at the exit.
+        atexit.unregister(gc.freeze)
 
 
 def _unknown(problem: str) -> LiveNames:

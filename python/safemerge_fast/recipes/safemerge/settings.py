@@ -11,6 +11,7 @@ from ...plan.methods import known_methods, summing_method, weighing_methods
 from ...settings import (
     AllowNonfinite,
     Dtype,
+    ExpertLoraLayout,
     Kind,
     MaxShardSize,
     Progress,
@@ -72,6 +73,7 @@ class AnalysisSettings(Settings, frozen=True):
     delta_reference: DeltaReference = "aligned"
     device: Device = "auto"
     read_backend: ReadBackend = "auto"
+    expert_lora_layout: ExpertLoraLayout = "peft"
     allow_nonfinite: AllowNonfinite = False
     progress: Progress = None
 
