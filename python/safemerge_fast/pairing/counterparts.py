@@ -57,8 +57,8 @@ def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Count
             notes.append(
                 f"{len(renamed)} tensors have other names in {other.role}, such as {renamed[first]} for {first}"
             )
-    heads = [name for name in lost if name not in renamed and is_head(name)]
-    alone = [name for name in lost if name not in renamed and name not in heads]
+    tied = ties_head(other.config)
+    alone = [name for name in lost if name not in renamed and not (tied and is_head(name))]
     if alone and _may_be_renamed(names, alone, left, other):
         found = _by_loading(alone, all_names, other)
         renamed |= found
@@ -68,15 +68,16 @@ def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Count
                 f"{len(found)} tensors have other names in {other.role} by transformers' own table, such as "
                 f"{found[first]} for {first}"
             )
-    if heads and ties_head(other.config):
+    heads = [name for name in lost if name not in renamed and is_head(name)]
+    if heads and tied:
         # Names of a part of a model may be without its embedding.
         embedding = embedding_name(name for name in all_names if name in headers or name in renamed)
-        tied = embedding_name(headers.names) if embedding is None else renamed.get(embedding, embedding)
+        source = embedding_name(headers.names) if embedding is None else renamed.get(embedding, embedding)
         for name in heads:
-            if tied is not None:
-                renamed[name] = tied
+            if source is not None:
+                renamed[name] = source
                 notes.append(
-                    f"{name} is not stored in {other.role}, which ties it to {tied}; that is taken for it"
+                    f"{name} is not stored in {other.role}, which ties it to {source}; that is taken for it"
                 )
     return Counterparts(headers, renamed), notes
 
@@ -88,7 +89,7 @@ def _may_be_renamed(
     if isinstance(names, Sequence):
         return bool(left)
     shapes = {tuple(other.headers.tensor(name).shape) for name in left}
-    return all(tuple(names.tensor(name).shape) in shapes for name in alone)
+    return any(tuple(names.tensor(name).shape) in shapes for name in alone)
 
 
 def _by_loading(lost: Sequence[str], names: Sequence[str], other: Model) -> dict[str, str]:
