@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_adapter import PREFIX, write_adapter, write_aligned
 
 from safemerge_fast import AdapterError, fold
 from safemerge_fast.checkpoint.adapter import Adapter, open_adapter
@@ -200,7 +201,8 @@ def test_every_expert_is_what_peft_merges(tmp_path: Path, make: Any, targets: li
 
 
 @pytest.mark.parametrize("make", [mixtral, gpt_oss])
-def test_patterns_of_parameters_and_modules_beside_them(tmp_path: Path, make: Any) -> None:
+@pytest.mark.parametrize("prefix", ["experts.", ""])
+def test_patterns_of_parameters_and_modules_beside_them(tmp_path: Path, make: Any, prefix: str) -> None:
     torch.manual_seed(2)
     expected = save(
         tmp_path,
@@ -209,7 +211,7 @@ def test_patterns_of_parameters_and_modules_beside_them(tmp_path: Path, make: An
         lora_alpha=6,
         use_rslora=True,
         target_modules=["q_proj"],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        target_parameters=[f"{prefix}gate_up_proj", f"{prefix}down_proj"],
         rank_pattern={"down_proj": 3, "layers.1.mlp.experts.gate_up_proj": 5, "q_proj": 4},
         alpha_pattern={"down_proj": 9, "q_proj": 1},
     )
@@ -298,3 +300,34 @@ def test_factors_that_fit_no_parameter(tmp_path: Path) -> None:
     (problem, *_) = adapter_uses(adapter, model).problems
     assert "fit no parameter of model.layers.0.mlp.experts" in problem
     assert "says rank 3" in problem
+
+
+def test_what_peft_makes_of_all_linear_by_itself(tmp_path: Path) -> None:
+    """A configuration of transformers 4's time, whose experts were modules: PEFT turns them into parameters."""
+    torch.manual_seed(6)
+    names = ["q_proj", "w1", "w2", "w3", "gate"]
+    expected = save(tmp_path, mixtral, r=2, lora_alpha=6, target_modules=names)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    if not written["target_parameters"]:
+        pytest.skip("this PEFT does not")
+    assert set(written["target_parameters"]) >= {"gate_up_proj", "down_proj"}
+    found = folded(tmp_path)
+    for name, tensor in expected.items():
+        assert np.abs(found[name] - tensor.numpy()).max() < 1e-12, name
+
+
+def test_products_that_could_be_of_either_parameter_go_by_the_model_s_order(tmp_path: Path) -> None:
+    """Two parameters of one shape: shapes say nothing, the loaded model's own order does."""
+    name = "model.layers.0.mlp.experts"
+    stacks = {f"{name}.{leaf}": torch.zeros(EXPERTS, 12, 12) for leaf in ("down_proj", "up_proj")}
+    model = write_aligned(tmp_path / "model", hidden_size=12, more=stacks)
+    tensors = {
+        f"{PREFIX}{name}{wrapper}.lora_{factor}.weight": torch.ones(*shape)
+        for wrapper in (".base_layer", "")
+        for factor, shape in (("A", (2 * EXPERTS, 12)), ("B", (12, 2 * EXPERTS)))
+    }
+    written = write_adapter(
+        tmp_path / "adapter", tensors, r=2, target_parameters=["down_proj", "up_proj"], peft_version="0.21.2"
+    )
+    (problem,) = adapter_uses(open_adapter("adapter", written), model).problems
+    assert "in either order, and nothing says which is which" in problem

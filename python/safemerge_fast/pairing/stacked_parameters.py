@@ -21,7 +21,7 @@ from .tensor_names import TensorNames
 
 __all__ = ["StackedParameters"]
 
-_MOST_WRAPPERS = 5
+_MOST_PARAMETERS = 6
 _ONE_EXPERT = re.compile(r"(?P<experts>.+)\.(?P<index>\d{1,6})\.(?P<leaf>[^.]+)\.weight$")
 # What transformers 5 makes of tensors of single experts: names of the parts, whose rows follow each other.
 _PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
@@ -64,10 +64,10 @@ class StackedParameters:
         stored = {name: found for name in candidates if (found := self._stored(name)) is not None}
         if len(stored) < len(group.factors):
             raise AdapterError(self._missing(group, candidates, stored))
-        if len(group.factors) > _MOST_WRAPPERS:
+        if len(stored) > _MOST_PARAMETERS:
             raise AdapterError(
-                f"{adapter.role}: {adapter.path} adapts {len(group.factors)} parameters of {group.module}; "
-                f"at most {_MOST_WRAPPERS} can be told apart"
+                f"{adapter.role}: {adapter.path} has {len(stored)} target_parameters of {group.module}; "
+                f"at most {_MOST_PARAMETERS} can be told apart"
             )
         chosen = self._assigned(group, stored)
         return tuple(
