@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MergekitReport,
         MergeReport,
         analyze,
+        check,
         fold,
         merge,
         preview,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from .progress import ProgressEvent
+    from .recipes.check import CheckReport
     from .recipes.preview import Preview
     from .recipes.verify import VerifyReport
     from .report.report import Report
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterError",
     "AnalysisError",
+    "CheckReport",
     "CheckpointError",
     "FoldConfiguration",
     "FoldReport",
@@ -68,6 +71,7 @@ __all__ = [
     "VerificationError",
     "VerifyReport",
     "analyze",
+    "check",
     "fold",
     "merge",
     "preview",
@@ -80,6 +84,7 @@ __all__ = [
 # Homes of what lies neither in errors nor in api.
 _HOMES = {
     "__version__": "_engine",
+    "CheckReport": "recipes.check",
     "Preview": "recipes.preview",
     "ProgressEvent": "progress",
     "Report": "report.report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .recipes.base import entry
+from .recipes.check import CheckSettings, check_adapter
 from .recipes.fold import FoldSettings
 from .recipes.preview import preview
 from .recipes.resta import RestaSettings
@@ -20,6 +21,7 @@ __all__ = [
     "MergeReport",
     "MergekitReport",
     "analyze",
+    "check",
     "fold",
     "merge",
     "preview",
@@ -67,6 +69,15 @@ analyze = entry(
     "analyze",
     "Measures how far each module's update lies in the safety subspace; writes nothing.\n\nReturns Scores, whose "
     "to_json is what merge takes as scores.",
+)
+
+check = entry(
+    CheckSettings,
+    check_adapter,
+    "check",
+    "Says which tensors of a model an adapter changes, how and by how much; reads no weights of the model.\n\n"
+    "Returns a CheckReport, in which every key of the adapter is; its require_all_used raises AdapterError if some go "
+    "nowhere, as a merge does.",
 )
 
 verify = entry(

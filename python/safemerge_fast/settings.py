@@ -31,6 +31,7 @@ __all__ = [
     "DTYPES",
     "AllowNonfinite",
     "Dtype",
+    "ExpertLoraLayout",
     "Field",
     "Force",
     "Kind",
@@ -345,6 +346,15 @@ ReadBackend = Annotated[
 ]
 """How inputs are read."""
 
+ExpertLoraLayout = Annotated[
+    Literal["peft", "unsloth"],
+    Setting(
+        "Who trained LoRA of fused experts (target_parameters): PEFT, or Unsloth before September 2026, which ordered "
+        "the columns of B otherwise."
+    ),
+]
+"""How adapters lay out LoRA of fused experts; the files do not say it."""
+
 AllowNonfinite = Annotated[
     bool, Setting("Let NaN and infinity of the models through instead of refusing them.")
 ]
@@ -408,6 +418,7 @@ class RunSettings(Settings, frozen=True, kw_only=True):
         ),
     ] = None
     read_backend: ReadBackend = "auto"
+    expert_lora_layout: ExpertLoraLayout = "peft"
     resume: Annotated[
         bool,
         Setting(

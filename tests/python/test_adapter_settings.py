@@ -12,4 +12,4 @@ def test_target_modules_cover_just_the_adapted_ones() -> None:
     q = [name for name in everything if name.endswith("q_proj")]
     assert target_modules(q, everything) == ["q_proj"]
     assert target_modules(q[:2], everything) == q[:2]
-    assert target_modules([*q, everything[2]], everything) == sorted([*q, everything[2]])
+    assert target_modules([*q, everything[2]], everything) == [everything[2], "q_proj"]

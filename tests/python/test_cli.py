@@ -16,7 +16,7 @@ import pytest
 from invoke import assert_one_sentence, merge_words, run
 
 SCRIPT = "from safemerge_fast.cli import main; main()"
-COMMANDS = ("demo", "inspect", "analyze", "merge", "run", "verify")
+COMMANDS = ("demo", "check", "inspect", "analyze", "merge", "run", "verify")
 
 # --- help, imports, usage -------------------------------------------------------------------------
 

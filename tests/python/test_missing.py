@@ -171,7 +171,9 @@ def test_a_head_that_nothing_ties_is_lacking(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return write_quartet(tmp_path_factory.mktemp("tied"), dtype="float32", layers=1, shards=1, i64_buffer=False)
+    return write_quartet(
+        tmp_path_factory.mktemp("tied"), dtype="float32", layers=1, shards=1, i64_buffer=False
+    )
 
 
 @WAYS
@@ -240,9 +242,7 @@ def test_an_embedding_that_is_not_known_cannot_be_untied(tmp_path: Path) -> None
 
 
 def test_an_adapter_takes_none_of_these(tied: dict[str, Path], tmp_path: Path) -> None:
-    adapter = write_lora(
-        tmp_path / "adapter", {"model.layers.0.self_attn.q_proj": (72, 72)}, rank=3, seed=2
-    )
+    adapter = write_lora(tmp_path / "adapter", {"model.layers.0.self_attn.q_proj": (72, 72)}, rank=3, seed=2)
     roles = {"base": tied["base"], "aligned": tied["aligned"], "finetuned": adapter}
     for flag in ("--untie", "--allow-missing"):
         result = run(*merge_words(roles, tmp_path / "out", flag))

@@ -305,23 +305,6 @@ class TestRefused:
         with pytest.raises(AdapterError, match="of peft_type 'LOHA'"):
             open_adapter("finetuned", tmp_path / "adapter")
 
-    def test_lora_on_parameters(self, tmp_path: Path) -> None:
-        model = transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(
-                hidden_size=24,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=61,
-                num_local_experts=2,
-            )
-        )
-        parameters = [name for name, _ in model.named_parameters() if name.endswith("experts.down_proj")]
-        _, adapter = save(tmp_path, model, r=4, target_modules=[], target_parameters=parameters)
-        with pytest.raises(AdapterError, match="sets target_parameters"):
-            open_adapter("finetuned", adapter)
-
     def test_a_head_that_the_tied_model_does_not_store(self, tmp_path: Path) -> None:
         model, adapter = save(
             tmp_path, llama(tied=True), r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]

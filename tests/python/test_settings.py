@@ -21,6 +21,7 @@ from invoke import assert_one_sentence, run
 import safemerge_fast
 from safemerge_fast import PlanError, SafemergeError, SettingError
 from safemerge_fast.recipes import recipes
+from safemerge_fast.recipes.check import CheckSettings
 from safemerge_fast.recipes.run import read_recipe
 from safemerge_fast.recipes.safemerge.settings import AnalysisSettings
 from safemerge_fast.recipes.verify import VerifySettings
@@ -78,6 +79,7 @@ RUN = {
     "threads": Known(None, 3, (0, -1, 4097, *WHOLE)),
     "memory_budget": Known(None, "1GB", SIZE_BAD, held=10**9),
     "read_backend": Known("auto", "pread", ("telepathy", 1, None)),
+    "expert_lora_layout": Known("peft", "unsloth", ("axolotl", 1, None)),
     "resume": Known(False, True, FLAG_BAD, in_files=False),
     "overwrite": Known(False, "in-place", ("yes", 1, None), in_files=False),
     "allow_nonfinite": Known(False, True, FLAG_BAD),
@@ -148,6 +150,7 @@ ANALYSIS = {
     **ANALYSED,
     **FORCE,
     "read_backend": RUN["read_backend"],
+    "expert_lora_layout": RUN["expert_lora_layout"],
     "allow_nonfinite": RUN["allow_nonfinite"],
 }
 VERIFY = {
@@ -156,18 +159,27 @@ VERIFY = {
     "seed": Known(0, 3, (-1, 2**64, None, *WHOLE)),
     "threads": RUN["threads"],
 }
+CHECK = {
+    "adapter": MODEL,
+    "model": MODEL,
+    "expert_lora_layout": RUN["expert_lora_layout"],
+    "read_backend": RUN["read_backend"],
+}
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Known]]] = {
     "merge": (safemerge_fast.merge, SAFEMERGE),
     "fold": (safemerge_fast.fold, RECIPES["fold"]),
     "resta": (safemerge_fast.resta, RECIPES["resta"]),
     "wise_ft": (safemerge_fast.wise_ft, RECIPES["wise-ft"]),
     "analyze": (safemerge_fast.analyze, ANALYSIS),
+    "check": (safemerge_fast.check, CHECK),
     "verify": (safemerge_fast.verify, VERIFY),
 }
-COMMANDS = {"merge": SAFEMERGE, "analyze": ANALYSIS, "verify": VERIFY, "run": RUN}
+COMMANDS = {"merge": SAFEMERGE, "analyze": ANALYSIS, "check": CHECK, "verify": VERIFY, "run": RUN}
+ARGUMENTS = {("verify", "output"), ("check", "adapter"), ("check", "model")}
 RECORDS: dict[str, tuple[type[Settings], dict[str, Known]]] = {
     **{name: (recipe.settings, RECIPES[name]) for name, recipe in recipes().items() if name in RECIPES},
     "analyze": (AnalysisSettings, ANALYSIS),
+    "check": (CheckSettings, CHECK),
     "verify": (VerifySettings, VERIFY),
 }
 
@@ -281,7 +293,7 @@ def test_what_decides_the_weights_is_told_from_what_does_not(owner: str) -> None
             **({"method": "linear"} if "method" in table else {}),
         }
     )
-    left_out = {*RUN, "scores", "device", "force"} - {"allow_nonfinite"}
+    left_out = {*RUN, "scores", "device", "force"} - {"allow_nonfinite", "expert_lora_layout"}
     assert set(made.deciding()) == set(table) - left_out - {"adapter_rank"}
     forced = {"force": True} if "force" in table else {}
     assert made.file_fields() == {"recipe": owner, **made.deciding(), **forced}
@@ -333,7 +345,13 @@ def test_files_hold_the_settings_of_their_recipe(
 @pytest.mark.parametrize("name", [name for name, known in RUN.items() if known.in_files])
 def test_what_is_given_beside_a_file_wins(name: str, tmp_path: Path, seen: list[Settings]) -> None:
     given = RUN[name].good
-    other = {"threads": 5, "memory_budget": "2GB", "read_backend": "mmap", "allow_nonfinite": False}[name]
+    other = {
+        "threads": 5,
+        "memory_budget": "2GB",
+        "read_backend": "mmap",
+        "expert_lora_layout": "peft",
+        "allow_nonfinite": False,
+    }[name]
     file = write(tmp_path / "r.yml", recipe="fold", model="m", adapter="a", **{name: other})
     with pytest.raises(SeenError):
         safemerge_fast.run(file, output="out", **{name: given})
@@ -381,7 +399,7 @@ def test_commands_have_an_option_for_each_setting_with_its_default(owner: str) -
             assert name not in options
             continue
         parameter = options[name]
-        if (owner, name) == ("verify", "output"):
+        if (owner, name) in ARGUMENTS:
             assert parameter.param_type_name == "argument"
             continue
         assert option(name) in parameter.opts
@@ -422,7 +440,7 @@ def test_short_and_other_names_of_options(seen: list[Settings]) -> None:
         pytest.param(owner, name, word, id=f"{owner}-{name}-{word}")
         for owner, table in COMMANDS.items()
         for name, known in table.items()
-        if not isinstance(known.default, bool) and (owner, name) != ("verify", "output")
+        if not isinstance(known.default, bool) and (owner, name) not in ARGUMENTS
         for word in known.bad_words()
     ],
 )
@@ -430,10 +448,15 @@ def test_bad_words_are_usage_errors_that_name_the_option(
     owner: str, name: str, word: str, tmp_path: Path
 ) -> None:
     table = {key: value for key, value in COMMANDS[owner].items() if key not in (name, "output")}
-    words = [f"{option(key)}={known.good}" for key, known in table.items() if known.default is ...]
+    words = [
+        f"{option(key)}={known.good}"
+        for key, known in table.items()
+        if known.default is ... and (owner, key) not in ARGUMENTS
+    ]
     if owner == "run":
         words.append(str(write(tmp_path / "r.yml", recipe="fold", model="m", adapter="a")))
-    words.append(str(tmp_path / "out") if owner == "verify" else f"--output={tmp_path / 'out'}")
+    given = {"verify": [str(tmp_path / "out")], "check": ["a", "m"]}
+    words += given.get(owner, [f"--output={tmp_path / 'out'}"])
     result = run(owner, *words, f"{option(name)}={word}")
     assert result.exit_code == 2, result.stderr
     assert_one_sentence(result, option(name))

@@ -15,7 +15,9 @@ from .. import _engine
 from .._engine import TensorInfo
 from ..errors import AdapterError
 from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
-from .model import ANYHOW, FLOATS, Access, Model, locate, open_model
+from .adapter_parameters import AdaptedParameters, parameter_groups
+from .factors import require_factors
+from .model import ANYHOW, FLOATS, Access, ExpertLayout, Model, locate, open_model
 
 __all__ = ["ADAPTER_WEIGHTS", "AdaptedModule", "Adapter", "is_adapter", "open_adapter", "open_source"]
 
@@ -61,10 +63,14 @@ class Adapter(Model):
     Attributes:
         settings: What of the configuration the arithmetic needs.
         modules: What it holds, by the modules' names in the order of the file.
+        parameters: What it holds for bare parameters, by the names of the modules that these belong to.
+        expert_layout: How B of stacked experts is laid out: as PEFT does it, or as Unsloth did.
     """
 
     settings: AdapterConfig
     modules: Mapping[str, AdaptedModule]
+    parameters: Mapping[str, AdaptedParameters]
+    expert_layout: ExpertLayout
 
 
 def is_adapter(path: Path) -> bool:
@@ -116,6 +122,7 @@ def open_adapter(
             )
         )
     headers = _engine.Checkpoint(weights, read_backend=access.read_backend)
+    parameters = parameter_groups(f"{role}: {weights}", headers, settings, _PREFIX)
     return Adapter(
         role=role,
         spec=os.fspath(spec),
@@ -123,7 +130,9 @@ def open_adapter(
         headers=headers,
         config=dict(settings.document),
         settings=settings,
-        modules=_modules(f"{role}: {weights}", headers, settings),
+        modules=_modules(f"{role}: {weights}", headers, settings, parameters),
+        parameters=parameters,
+        expert_layout=access.expert_layout,
     )
 
 
@@ -145,12 +154,20 @@ _SUFFIXES = {
 _SHADOWS = (".original_module.", ".modules_to_save.")
 
 
-def _modules(where: str, headers: _engine.Checkpoint, settings: AdapterConfig) -> dict[str, AdaptedModule]:
-    """Groups the keys by module, understands each, and checks the groups."""
+def _modules(
+    where: str,
+    headers: _engine.Checkpoint,
+    settings: AdapterConfig,
+    parameters: Mapping[str, AdaptedParameters],
+) -> dict[str, AdaptedModule]:
+    """Groups the keys that are of no bare parameter by module, understands each, and checks the groups."""
+    of_parameters = {key for group in parameters.values() for key in group.keys}
     groups: dict[str, _Group] = {}
     shadows: list[str] = []
     for tensor in headers.tensors:
         key = tensor.name
+        if key in of_parameters and tensor.dtype in FLOATS:
+            continue
         if not key.startswith(_PREFIX):
             raise AdapterError(f"{where}: the key {key} does not start with {_PREFIX}, as PEFT's do")
         if tensor.encoding is not None or tensor.dtype not in FLOATS:
@@ -175,7 +192,7 @@ def _modules(where: str, headers: _engine.Checkpoint, settings: AdapterConfig) -
             _add(where, groups.setdefault(module, _Group()).replaced, parameter, key)
     for key in shadows:
         _check_shadow(where, groups, key)
-    if not groups:
+    if not groups and not parameters:
         raise AdapterError(f"{where} holds no tensors, so it adapts nothing")
     return {name: _checked(where, name, group, headers, settings) for name, group in groups.items()}
 
@@ -223,10 +240,11 @@ def _checked(
     a, b = parts.get("a"), parts.get("b")
     rank, scale = 0, 1.0
     if a is not None and b is not None:
-        rank, scale = (
-            _check_factors(where, name, headers.tensor(a), headers.tensor(b), settings),
-            settings.scale(name),
-        )
+        # Patterns are tried on what was adapted: the module, or its weight as a parameter.
+        weight = f"{name}.weight"
+        pattern_name = weight if settings.targets_parameter(weight) else name
+        rank = _check_factors(where, name, pattern_name, headers.tensor(a), headers.tensor(b), settings)
+        scale = settings.scale(pattern_name)
     elif lonely := [key for attribute, key in parts.items() if attribute != "token_rows"]:
         missing = "lora_A" if a is None else "lora_B"
         raise AdapterError(f"{where}: {lonely[0]} has no {missing} beside it; the adapter is not complete")
@@ -250,21 +268,12 @@ def _checked(
     )
 
 
-def _check_factors(where: str, name: str, a: TensorInfo, b: TensorInfo, settings: AdapterConfig) -> int:
+def _check_factors(
+    where: str, name: str, pattern_name: str, a: TensorInfo, b: TensorInfo, settings: AdapterConfig
+) -> int:
     """Checks the factors of a module and returns their rank."""
-    for factor in (a, b):
-        shape = tuple(factor.shape)
-        if 0 in shape:
-            raise AdapterError(
-                f"{where}: {factor.name} is empty, of shape {shape}: the adapter was saved without gathering its "
-                f"shards (DeepSpeed ZeRO-3, FSDP); save it again from gathered weights"
-            )
-        if len(shape) != 2:
-            raise AdapterError(
-                f"{where}: {factor.name} has shape {shape}; only LoRA of linear, Conv1D and embedding layers, whose "
-                f"factors are matrices, can be merged"
-            )
-    rank = settings.rank(name)
+    require_factors(where, a, b)
+    rank = settings.rank(pattern_name)
     if a.shape[0] != rank or b.shape[1] != rank:
         raise AdapterError(
             f"{where}: {name} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, but {ADAPTER_CONFIG} "

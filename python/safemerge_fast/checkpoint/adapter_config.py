@@ -7,6 +7,7 @@ engine does not compute is refused by its name; so is one that this program does
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,6 @@ _NEUTRAL = frozenset(
         "merge_weights",
         "modules_to_save",
         "peft_type",
-        "peft_version",
         "qalora_group_size",
         "revision",
         "runtime_config",
@@ -63,7 +63,9 @@ _USED = frozenset(
         "fan_in_fan_out",
         "lora_alpha",
         "r",
+        "peft_version",
         "rank_pattern",
+        "target_parameters",
         "trainable_token_indices",
         "use_rslora",
     }
@@ -78,7 +80,6 @@ _REFUSED = {
     "layer_replication": "layer replication, which makes a model of more layers",
     "megatron_config": "Megatron's parallel layers",
     "monteclora_config": "MonteCLoRA, which samples its weights",
-    "target_parameters": "LoRA on bare parameters such as fused experts",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QA-LoRA, which pools its input in groups",
 }
@@ -87,6 +88,8 @@ _HELD_BY_NO_WEIGHT = frozenset({"alora_invocation_tokens", "arrow_config"})
 
 # Values of init_lora_weights that leave the base weights as they are; PiSSA and its like subtract from them.
 _INNOCENT_INITS = frozenset({"eva", "gaussian", "mica", "orthogonal", "true", "false", "none"})
+# The version of PEFT that learnt of stacked matrices which are stored as (out, in).
+_STACKED_AS_STORED = (0, 19)
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
@@ -104,6 +107,9 @@ class AdapterConfig:
         fan_in_fan_out: Whether matrices that could be stored either way are stored as (in, out).
         tokens: The replaced rows of embeddings: by the end of their names, or by None if the configuration
             names no embedding.
+        target_parameters: The ends of the names of adapted parameters that are no module's weight, such as fused
+            experts.
+        swaps_stacked: Whether stacked matrices are always taken for (in, out), as PEFT before 0.19 does.
         document: The whole file.
     """
 
@@ -115,6 +121,8 @@ class AdapterConfig:
     use_rslora: bool
     fan_in_fan_out: bool
     tokens: Mapping[str | None, tuple[int, ...]]
+    target_parameters: tuple[str, ...]
+    swaps_stacked: bool
     document: Mapping[str, Any]
 
     def rank(self, module: str) -> int:
@@ -130,6 +138,10 @@ class AdapterConfig:
         rank = self.rank(module)
         alpha = self.alpha_pattern.first(module, self.lora_alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether a parameter, by its full name in the model, is one of target_parameters."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
     def token_indices(self, module: str) -> tuple[int, ...] | None:
         """The rows of an embedding that the adapter replaces, or None if the configuration does not say."""
@@ -167,6 +179,8 @@ def read_adapter_config(role: str, directory: Path) -> AdapterConfig:
         use_rslora=_flag(where, document, "use_rslora"),
         fan_in_fan_out=_flag(where, document, "fan_in_fan_out"),
         tokens=_tokens(where, document.get("trainable_token_indices")),
+        target_parameters=_parameters(where, document.get("target_parameters")),
+        swaps_stacked=_is_before(document.get("peft_version"), _STACKED_AS_STORED),
         document=document,
     )
 
@@ -243,6 +257,20 @@ def _patterns(
         raise AdapterError(f"{where}: {name} should be an object, not {_shown(patterns)}")
     values = {key: check(where, f"{name} '{printable(key, 80)}'", value) for key, value in patterns.items()}
     return ModulePatterns(f"{where}: {name}", values, AdapterError)
+
+
+def _parameters(where: str, value: object) -> tuple[str, ...]:
+    """Reads target_parameters: a list of names."""
+    names = value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise AdapterError(f"{where}: target_parameters should be a list of names, not {_shown(value)}")
+    return tuple(names)
+
+
+def _is_before(version: object, other: tuple[int, int]) -> bool:
+    """Whether a version of PEFT is older than another one; versions that wrote none are."""
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", version) if isinstance(version, str) else None
+    return match is None or (int(match[1]), int(match[2])) < other
 
 
 def _shown(value: object) -> str:

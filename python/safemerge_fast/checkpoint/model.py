@@ -19,12 +19,25 @@ from ..printable import printable
 from .foreign import FLOATS, Foreign, quantization_method, recognise
 from .hub import download
 
-__all__ = ["ANYHOW", "FLOATS", "ROLES", "Access", "Model", "locate", "open_model", "quantization_method"]
+__all__ = [
+    "ANYHOW",
+    "FLOATS",
+    "ROLES",
+    "Access",
+    "ExpertLayout",
+    "Model",
+    "locate",
+    "open_model",
+    "quantization_method",
+]
 
 ROLES = ("base", "aligned", "finetuned", "safe")
 """The parts that a model can play, in the order in which reports name them."""
 
 _REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+
+ExpertLayout = Literal["peft", "unsloth"]
+"""Who trained LoRA of fused experts: PEFT, whose B is (out, rank, experts), or Unsloth: (out, experts, rank)."""
 
 # What the pairing relies on; other fields of a wrong kind do no harm here.
 _FIELDS = (("model_type", str, "a text"), ("tie_word_embeddings", bool, "true or false"))
@@ -37,10 +50,12 @@ class Access:
     Attributes:
         read_backend: How the engine reads their files, see `_engine.Checkpoint`.
         bars: Whether downloads show the Hub's bars on stderr.
+        expert_layout: How adapters lay out B of stacked experts, where they have any.
     """
 
     read_backend: Literal["auto", "mmap", "pread"] = "auto"
     bars: bool = True
+    expert_layout: ExpertLayout = "peft"
 
 
 ANYHOW = Access()

@@ -26,6 +26,7 @@ _Result = TypeVar("_Result")
 
 _COMMANDS = {
     "demo": "Makes a small quartet, merges it and verifies the output.",
+    "check": "Says which tensors of a model an adapter changes, how and by how much.",
     "inspect": "Shows what a checkpoint or an adapter holds; reads headers only.",
     "analyze": "Measures how far each module left the safety subspace.",
     "merge": "Merges the modules that left the safety subspace with a safe model.",

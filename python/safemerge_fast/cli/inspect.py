@@ -70,6 +70,11 @@ def _adapter_document(adapter: Adapter) -> dict[str, Any]:
             }
             for module in adapter.modules.values()
         ],
+        # Which parameters these are, and of what rank, only the model's shapes say.
+        "parameter_groups": [
+            {"module": group.module, "keys": list(group.keys), "products": len(group.factors)}
+            for group in adapter.parameters.values()
+        ],
     }
 
 
@@ -90,6 +95,15 @@ def _adapter_lines(document: Mapping[str, Any]) -> Iterator[Any]:
     groups = Counter(
         (module["name"].rpartition(".")[2], module["rank"], module["scale"], _change(module))
         for module in document["modules"]
+    )
+    groups.update(
+        (
+            group["module"].rpartition(".")[2],
+            0,
+            1.0,
+            f"low rank of {group['products']} bare parameters; see check",
+        )
+        for group in document["parameter_groups"]
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("module", "modules", "rank", "scale", "what changes"):

@@ -37,6 +37,11 @@ class Terminal:
         self._verbose = verbose
         self._no_progress = no_progress
 
+    @property
+    def is_verbose(self) -> bool:
+        """Whether everything is to be said."""
+        return self._verbose > 0
+
     def result(self, to_json: Callable[[], str | Iterable[str]], *parts: Any) -> None:
         """Prints a command's result to stdout: the JSON document, whole or in pieces, or else rich tables and text."""
         if self._as_json:

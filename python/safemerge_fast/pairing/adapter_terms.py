@@ -3,17 +3,106 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from .._engine import TensorInfo
 from ..checkpoint.adapter import AdaptedModule, Adapter
+from ..checkpoint.adapter_parameters import AdaptedParameters
 from ..checkpoint.model import FLOATS, Model
 from ..errors import AdapterError
-from .modules import is_stored_transposed
-from .names import match_names
+from .adapter_orientation import Orientations
+from .expert_updates import ExpertPiece, StackedUpdate
 from .operand import LowRank, Magnitude, Operand, Rows, Term
+from .stacked_parameters import StackedParameters
+from .tensor_names import TensorNames
 from .tied import embedding_name, is_head, ties_head
 
-__all__ = ["adapter_notes", "adapter_terms"]
+__all__ = [
+    "AdapterUses",
+    "StackedUse",
+    "Use",
+    "adapter_notes",
+    "adapter_terms",
+    "adapter_uses",
+    "stacked_pieces",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What becomes of some keys of an adapter.
+
+    Attributes:
+        module: The module that they are of.
+        parameter: Its parameter that they change: "weight", "bias", ….
+        keys: The keys.
+        tensor: The checkpoint's tensor that changes, or None if it has none.
+        terms: What that becomes.
+        problem: Why nothing can become of them, in a sentence; None if all is well.
+    """
+
+    module: AdaptedModule
+    parameter: str
+    keys: tuple[str, ...]
+    tensor: str | None = None
+    terms: tuple[Term, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StackedUse:
+    """What becomes of the keys of one module's bare parameters.
+
+    Attributes:
+        group: The module's keys.
+        updates: The updates of its parameters.
+        problem: As in Use.
+    """
+
+    group: AdaptedParameters
+    updates: tuple[StackedUpdate, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUses:
+    """What becomes of every key of an adapter.
+
+    Attributes:
+        modules: Uses of modules' keys.
+        parameters: Uses of bare parameters' keys.
+        renamed: Names of the adapter that only transformers' table explains, and the tensors they are of.
+    """
+
+    modules: tuple[Use, ...]
+    parameters: tuple[StackedUse, ...]
+    renamed: Mapping[str, str]
+
+    @property
+    def problems(self) -> list[str]:
+        """Why some keys are of no use."""
+        problems = [use.problem for use in self.modules] + [use.problem for use in self.parameters]
+        return [problem for problem in problems if problem is not None]
+
+
+def adapter_uses(adapter: Adapter, model: Model) -> AdapterUses:
+    """Says what becomes of every key of an adapter, also where nothing can.
+
+    Args:
+        adapter: The adapter.
+        model: The checkpoint it was trained on. Names are matched exactly, then by a unique suffix, then by what
+            transformers' loading makes of the checkpoint's names.
+    """
+    names = TensorNames(model, _wanted(adapter))
+    orientations = Orientations(adapter, model)
+    uses = tuple(
+        _use(adapter, model, names, orientations, module, parameter, key)
+        for module in adapter.modules.values()
+        for parameter, key in _parameters(module).items()
+    )
+    stacked = StackedParameters(adapter, model, names)
+    parameters = tuple(_stacked_use(stacked, group) for group in adapter.parameters.values())
+    return AdapterUses(uses, parameters, names.renamed)
 
 
 def adapter_terms(adapter: Adapter, model: Model) -> dict[str, tuple[Term, ...]]:
@@ -24,34 +113,34 @@ def adapter_terms(adapter: Adapter, model: Model) -> dict[str, tuple[Term, ...]]
 
     Args:
         adapter: The adapter.
-        model: The checkpoint it was trained on. Names are matched exactly, then by a unique suffix.
+        model: The checkpoint it was trained on; names are matched as adapter_uses does.
 
     Returns:
         The terms by the checkpoint's tensor names, for the tensors that the adapter changes.
 
     Raises:
-        AdapterError: The checkpoint has no tensor for a key, or one of another shape.
+        AdapterError: The checkpoint has no tensor for a key, or one of another shape; or an update is of fused experts.
     """
-    wanted = [
-        f"{module.name}.{parameter}"
-        for module in adapter.modules.values()
-        for parameter in _parameters(module)
-    ]
-    found = match_names(wanted, [tensor.name for tensor in model.headers.tensors])
-    terms: dict[str, tuple[Term, ...]] = {}
-    for module in adapter.modules.values():
-        for parameter, key in _parameters(module).items():
-            name = found.get(f"{module.name}.{parameter}")
-            if name is None:
-                raise AdapterError(_missing(adapter, model, module, parameter, key))
-            tensor = model.headers.tensor(name)
-            if tensor.dtype not in FLOATS:
-                raise AdapterError(
-                    f"{adapter.role}: {adapter.path} adapts {name}, which is {tensor.dtype} in {model.path}; "
-                    f"give the full-precision checkpoint"
-                )
-            terms[name] = tuple(_terms(adapter, model, module, parameter, tensor))
+    uses = adapter_uses(adapter, model)
+    if problems := uses.problems:
+        raise AdapterError(problems[0])
+    terms = {use.tensor: use.terms for use in uses.modules if use.tensor is not None}
+    for piece in stacked_pieces(adapter, model, uses):
+        (product,) = piece.term.operand.low_rank
+        if product.a_view is not None:
+            raise AdapterError(
+                f"{adapter.role}: {product.a} updates an expert of {piece.tensor} (target_parameters); check shows how "
+                f"it is understood, but merging LoRA of fused experts is not supported yet"
+            )
+        terms[piece.tensor] = (piece.term,)
     return {**terms, **_stored_tied_head(model, terms)}
+
+
+def stacked_pieces(adapter: Adapter, model: Model, uses: AdapterUses) -> Iterator[ExpertPiece]:
+    """The matrices of single experts that an adapter updates, with what each becomes."""
+    for use in uses.parameters:
+        for update in use.updates:
+            yield from update.pieces(adapter.role, model.role)
 
 
 def adapter_notes(adapter: Adapter, model: Model, terms: Mapping[str, tuple[Term, ...]]) -> list[str]:
@@ -62,16 +151,28 @@ def adapter_notes(adapter: Adapter, model: Model, terms: Mapping[str, tuple[Term
         model: The checkpoint it was trained on.
         terms: What adapter_terms says of the two.
     """
+    notes = []
+    if renamed := TensorNames(model, _wanted(adapter)).renamed:
+        name, tensor = next(iter(renamed.items()))
+        notes.append(
+            f"{len(renamed)} tensors have other names in {adapter.role} than in {model.role}, by transformers' own "
+            f"table: such as {name} for {tensor}"
+        )
+    if adapter.parameters:
+        trained = "PEFT" if adapter.expert_layout == "peft" else "Unsloth before September 2026"
+        notes.append(
+            f"{adapter.role} holds LoRA of fused experts, read as {trained} lays it out; its files do not say who "
+            f"trained them, so choose expert_lora_layout if that was another"
+        )
     embedding = embedding_name(tensor.name for tensor in model.headers.tensors)
-    if embedding is None or embedding not in terms or not ties_head(model.config):
-        return []
+    tied = embedding is not None and embedding in terms and ties_head(model.config)
     # PEFT keeps trainable tokens of tied layers in step by itself.
-    if terms[embedding][0].operand.rows is not None:
-        return []
-    return [
-        f"{adapter.role} adapts {embedding}, to which {model.role} ties its head: in the output both change, as "
-        f"with merge_and_unload, while PEFT changes the embedding only as long as the adapter is not merged"
-    ]
+    if embedding is not None and tied and terms[embedding][0].operand.rows is None:
+        notes.append(
+            f"{adapter.role} adapts {embedding}, to which {model.role} ties its head: in the output both change, as "
+            f"with merge_and_unload, while PEFT changes the embedding only as long as the adapter is not merged"
+        )
+    return notes
 
 
 def _stored_tied_head(model: Model, terms: Mapping[str, tuple[Term, ...]]) -> dict[str, tuple[Term, ...]]:
@@ -87,6 +188,15 @@ def _stored_tied_head(model: Model, terms: Mapping[str, tuple[Term, ...]]) -> di
     return {head: terms[embedding]}
 
 
+def _wanted(adapter: Adapter) -> list[str]:
+    """The names that an adapter has for the parameters of modules that change."""
+    return [
+        f"{module.name}.{parameter}"
+        for module in adapter.modules.values()
+        for parameter in _parameters(module)
+    ]
+
+
 def _parameters(module: AdaptedModule) -> dict[str, str]:
     """The parameters of a module that change, and a key that changes each."""
     parameters = dict(module.replaced)
@@ -97,8 +207,59 @@ def _parameters(module: AdaptedModule) -> dict[str, str]:
     return parameters
 
 
+def _keys(module: AdaptedModule, parameter: str) -> tuple[str, ...]:
+    """All keys that change a parameter of a module."""
+    keys = [module.replaced.get(parameter)]
+    if parameter == "weight":
+        keys += [module.a, module.b, module.magnitude, module.token_rows]
+    if parameter == "bias":
+        keys.append(module.b_bias)
+    return tuple(key for key in keys if key is not None)
+
+
+def _use(
+    adapter: Adapter,
+    model: Model,
+    names: TensorNames,
+    orientations: Orientations,
+    module: AdaptedModule,
+    parameter: str,
+    key: str,
+) -> Use:
+    """What becomes of the keys of one parameter."""
+    keys = _keys(module, parameter)
+    name = names.get(f"{module.name}.{parameter}")
+    if name is None:
+        return Use(module, parameter, keys, problem=_missing(adapter, model, names, module, parameter, key))
+    tensor = model.headers.tensor(name)
+    if tensor.dtype not in FLOATS:
+        problem = (
+            f"{adapter.role}: {adapter.path} adapts {name}, which is {tensor.dtype} in {model.path}; "
+            f"give the full-precision checkpoint"
+        )
+        return Use(module, parameter, keys, name, problem=problem)
+    try:
+        terms = tuple(_terms(adapter, model, orientations, module, parameter, tensor))
+    except AdapterError as error:
+        return Use(module, parameter, keys, name, problem=str(error))
+    return Use(module, parameter, keys, name, terms)
+
+
+def _stacked_use(stacked: StackedParameters, group: AdaptedParameters) -> StackedUse:
+    """What becomes of the keys of one module's parameters."""
+    try:
+        return StackedUse(group, stacked.updates(group))
+    except AdapterError as error:
+        return StackedUse(group, problem=str(error))
+
+
 def _terms(
-    adapter: Adapter, model: Model, module: AdaptedModule, parameter: str, tensor: TensorInfo
+    adapter: Adapter,
+    model: Model,
+    orientations: Orientations,
+    module: AdaptedModule,
+    parameter: str,
+    tensor: TensorInfo,
 ) -> Iterator[Term]:
     """The terms of one adapted parameter, whose tensor in the checkpoint is given."""
     role = adapter.role
@@ -118,7 +279,7 @@ def _terms(
             operand.source, operand.tensor, rows=Rows(role, module.token_rows, module.token_indices)
         )
     if parameter == "weight" and module.a is not None and module.b is not None:
-        transpose = _is_transposed(adapter, model, module, tensor)
+        transpose = orientations.is_transposed(module, tensor)
         product = LowRank(role, module.a, module.b, module.scale, module.rank, transpose)
         magnitude = None
         if module.magnitude is not None:
@@ -135,24 +296,6 @@ def _terms(
         yield Term(Operand(role, module.b_bias), module.scale)
 
 
-def _is_transposed(adapter: Adapter, model: Model, module: AdaptedModule, tensor: TensorInfo) -> bool:
-    """Whether the matrix is stored as (in, out): the factors' shapes say it, unless it is square."""
-    assert module.a is not None
-    assert module.b is not None
-    inner, out = adapter.headers.tensor(module.a).shape[1], adapter.headers.tensor(module.b).shape[0]
-    shape = tuple(tensor.shape)
-    if shape not in ((out, inner), (inner, out)) or (module.is_embedding and shape != (inner, out)):
-        raise AdapterError(
-            f"{adapter.role}: {module.a} and its lora_B make a matrix of {out} outputs and {inner} inputs, but "
-            f"{tensor.name} has shape {shape} in {model.path}; give the checkpoint that the adapter was trained on"
-        )
-    if module.is_embedding:
-        return True
-    if out != inner:
-        return shape == (inner, out)
-    return adapter.settings.fan_in_fan_out or is_stored_transposed(tensor, model.config)
-
-
 def _check_shape(
     adapter: Adapter, model: Model, key: str, tensor: TensorInfo, expected: tuple[int, ...]
 ) -> None:
@@ -164,7 +307,9 @@ def _check_shape(
         )
 
 
-def _missing(adapter: Adapter, model: Model, module: AdaptedModule, parameter: str, key: str) -> str:
+def _missing(
+    adapter: Adapter, model: Model, names: TensorNames, module: AdaptedModule, parameter: str, key: str
+) -> str:
     """Says that the checkpoint has no tensor for a key, and why that may be."""
     name = f"{module.name}.{parameter}"
     where = f"{adapter.role}: the key {key} adapts {name}, which {model.path} does not have"
@@ -175,4 +320,5 @@ def _missing(adapter: Adapter, model: Model, module: AdaptedModule, parameter: s
             f"{where}: its head is tied to the embedding, and a head of its own would change the model's architecture; "
             f"untie it first (tie_word_embeddings false, with the head stored)"
         )
-    return f"{where}; give the checkpoint that the adapter was trained on"
+    why = names.why_missing(name) or "give the checkpoint that the adapter was trained on"
+    return f"{where}; {why}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .._engine import Checkpoint
 from ..checkpoint.model import Model
+from .live_names import live_names
 from .names import is_of_other_tower, match_names
 from .tied import embedding_name, is_head, ties_head
 
@@ -46,6 +47,7 @@ def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Count
     headers = other.headers
     lost = [name for name in all_names if name not in headers]
     renamed: dict[str, str] = {}
+    left: list[str] = []
     if lost:
         known = set(all_names)
         left = [name for name in headers.names if name not in known]
@@ -55,16 +57,27 @@ def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Count
             notes.append(
                 f"{len(renamed)} tensors have other names in {other.role}, such as {renamed[first]} for {first}"
             )
+    tied = ties_head(other.config)
+    alone = [name for name in lost if name not in renamed and not (tied and is_head(name))]
+    if alone and _may_be_renamed(names, alone, left, other):
+        found = _by_loading(alone, all_names, other)
+        renamed |= found
+        if found:
+            first = next(iter(found))
+            notes.append(
+                f"{len(found)} tensors have other names in {other.role} by transformers' own table, such as "
+                f"{found[first]} for {first}"
+            )
     heads = [name for name in lost if name not in renamed and is_head(name)]
-    if heads and ties_head(other.config):
+    if heads and tied:
         # Names of a part of a model may be without its embedding.
         embedding = embedding_name(name for name in all_names if name in headers or name in renamed)
-        tied = embedding_name(headers.names) if embedding is None else renamed.get(embedding, embedding)
+        source = embedding_name(headers.names) if embedding is None else renamed.get(embedding, embedding)
         for name in heads:
-            if tied is not None:
-                renamed[name] = tied
+            if source is not None:
+                renamed[name] = source
                 notes.append(
-                    f"{name} is not stored in {other.role}, which ties it to {tied}; that is taken for it"
+                    f"{name} is not stored in {other.role}, which ties it to {source}; that is taken for it"
                 )
     return Counterparts(headers, renamed), notes
 
@@ -79,3 +92,24 @@ def _of_language(
     if towers == [True, False]:
         lost = [name for name in lost if not is_of_other_tower(name)]
     return lost, left
+
+
+def _may_be_renamed(
+    names: Checkpoint | Sequence[str], alone: Sequence[str], left: Sequence[str], other: Model
+) -> bool:
+    """Whether tensors could be others of another name, so that it is worth it to ask transformers, which is slow."""
+    if isinstance(names, Sequence):
+        return bool(left)
+    shapes = {tuple(other.headers.tensor(name).shape) for name in left}
+    return any(tuple(names.tensor(name).shape) in shapes for name in alone)
+
+
+def _by_loading(lost: Sequence[str], names: Sequence[str], other: Model) -> dict[str, str]:
+    """Counterparts that are one parameter once transformers has loaded them, whatever the checkpoints call them."""
+    theirs = live_names(other.config, other.headers.names).tensors
+    if not theirs:
+        return {}
+    mine = {tensor: live for live, tensor in live_names(other.config, names).tensors.items()}
+    taken = set(names)
+    found = {name: tensor for name in lost if (tensor := theirs.get(mine.get(name, ""))) is not None}
+    return {name: tensor for name, tensor in found.items() if tensor not in taken}

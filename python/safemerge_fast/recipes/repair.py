@@ -35,9 +35,7 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
 
     changed: str = ""
 
-    def open(
-        self, settings: _Settings, roles: Mapping[str, str], shape: OutputShape, *, force: bool
-    ) -> None:
+    def open(self, settings: _Settings, roles: Mapping[str, str], shape: OutputShape, *, force: bool) -> None:
         """Opens the models and pairs their tensors; only headers are read.
 
         Args:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, Protocol
 
 from ..checkpoint.adapter import Adapter, open_source
-from ..checkpoint.model import Access, Model, open_model
+from ..checkpoint.model import Access, ExpertLayout, Model, open_model
 from ..progress import ProgressCallback
 from ..settings import Kind, Setting
 
@@ -34,13 +34,17 @@ class _Reading(Protocol):
         """How inputs are read."""
 
     @property
+    def expert_lora_layout(self) -> ExpertLayout:
+        """How adapters lay out LoRA of fused experts."""
+
+    @property
     def progress(self) -> ProgressCallback | None:
         """Who is told of progress."""
 
 
 def access_of(settings: _Reading) -> Access:
     """How models are opened; the Hub's bars are for those who are told of progress."""
-    return Access(settings.read_backend, settings.progress is not None)
+    return Access(settings.read_backend, settings.progress is not None, settings.expert_lora_layout)
 
 
 def open_roles(roles: Mapping[str, str], access: Access) -> dict[str, Model]:

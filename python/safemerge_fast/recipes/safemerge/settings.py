@@ -11,6 +11,7 @@ from ...plan.methods import known_methods, summing_method, weighing_methods
 from ...settings import (
     AllowNonfinite,
     Dtype,
+    ExpertLoraLayout,
     Force,
     Kind,
     MaxShardSize,
@@ -74,6 +75,7 @@ class AnalysisSettings(Settings, frozen=True):
     delta_reference: DeltaReference = "aligned"
     device: Device = "auto"
     read_backend: ReadBackend = "auto"
+    expert_lora_layout: ExpertLoraLayout = "peft"
     allow_nonfinite: AllowNonfinite = False
     force: Force = False
     progress: Progress = None

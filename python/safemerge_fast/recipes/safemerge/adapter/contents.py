@@ -119,13 +119,9 @@ class AdapterContents:
 
     def configuration(self, rank: int) -> bytes:
         """The adapter_config.json of the adapter, whose products have that rank."""
-        # All modules of the aligned model that have a matrix, by the names that PEFT knows the adapted ones by.
+        # All modules of the aligned model, by the names that PEFT knows the adapted ones by.
         known = {weight.row.name: weight.module for weight in self.layout.weights}
-        modules = [
-            known.get(row.name, row.name.rpartition(".")[0])
-            for row in self.pairing.rows
-            if len(row.shape) == 2
-        ]
+        modules = [known.get(row.name, row.name.rpartition(".")[0]) for row in self.pairing.rows]
         settings = adapter_settings(self.models["finetuned"].config, self.layout, rank, modules)
         return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 

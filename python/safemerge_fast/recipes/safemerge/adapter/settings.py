@@ -56,7 +56,7 @@ def adapter_settings(
         finetuned: The fine-tuned adapter's configuration.
         layout: What the merged adapter consists of.
         rank: The rank of all its modules.
-        modules: All modules of the aligned model that have a matrix.
+        modules: All modules of the aligned model that have tensors.
 
     Returns:
         The document, by sorted names.
@@ -78,17 +78,36 @@ def adapter_settings(
 def target_modules(adapted: Sequence[str], modules: Iterable[str]) -> list[str]:
     """Names modules so that PEFT adapts exactly these.
 
+    PEFT takes a name for every module that is called so or whose name ends with it, after a dot. That may be a mere
+    container of others, or one that it cannot adapt.
+
     Args:
         adapted: Full names of the modules.
-        modules: Full names of all modules there are; adapted ones count in any case.
+        modules: Full names of all modules that have tensors; adapted ones count in any case.
 
     Returns:
-        The last parts of their names ("q_proj", …), if every module of these last parts is adapted; else the
-        full names; sorted.
+        For each module the last part of its name ("q_proj", …), if every module or container of that name is adapted;
+        else its full name; sorted.
     """
     all_of: dict[str, set[str]] = defaultdict(set)
-    for module in {*modules, *adapted}:
+    for module in _with_containers({*modules, *adapted}):
         all_of[module.rpartition(".")[2]].add(module)
-    short = {module.rpartition(".")[2] for module in adapted}
-    whole = all(all_of[leaf] <= set(adapted) for leaf in short)
-    return sorted(short if whole else set(adapted))
+    chosen = set(adapted)
+    return sorted(
+        {
+            # Lists of modules may hold some without tensors, which no name here tells of.
+            leaf if not leaf.isdecimal() and all_of[leaf] <= chosen else module
+            for module in chosen
+            for leaf in (module.rpartition(".")[2],)
+        }
+    )
+
+
+def _with_containers(modules: Iterable[str]) -> set[str]:
+    """Modules, and all that they lie in."""
+    found: set[str] = set()
+    for module in modules:
+        while module and module not in found:
+            found.add(module)
+            module = module.rpartition(".")[0]
+    return found
