@@ -257,8 +257,10 @@ def test_the_base_must_have_what_is_analysed(
         PairingError, match=r"layers\.0\.mlp\.down_proj\.weight is .* in aligned but missing in base"
     ):
         pair(opened)
-    # Nobody adapts gate_proj, so that nobody misses it.
-    excluded = pair(opened, exclude=r"layers\.0\.mlp\.down_proj")
+    # Nobody adapts gate_proj, and yet a model that lacks it is another one.
+    with pytest.raises(PairingError, match=r"layers\.0\.mlp\.gate_proj\.weight is .* missing in base; "):
+        pair(opened, exclude=r"layers\.0\.mlp\.down_proj")
+    excluded = pair(opened, exclude=r"layers\.0\.mlp\.(down|gate)_proj")
     assert sum(row.analysed for row in excluded.rows) == 8
 
 

@@ -120,6 +120,23 @@ def test_fill_from_aligned_copies_them(
     verify(output)
 
 
+def test_a_configuration_counts_no_layers_that_are_left_out(tmp_path: Path) -> None:
+    """As transformers saves a fine-tune: the tensors are lost, and the configuration still counts them."""
+
+    def edit(role: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: each for name, each in tensors.items() if role == "aligned" or not name.startswith(MTP)}
+
+    def edit_config(role: str, config: dict[str, Any]) -> None:
+        config |= {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}
+
+    models = write_quartet(tmp_path, shards=1, edit=edit, edit_config=edit_config)
+    report = merge(**models, output=tmp_path / "out", allow_missing=True)
+    assert config_of(tmp_path / "out") == {**config_of(models["finetuned"]), "num_nextn_predict_layers": 0}
+    assert any("counts no layers for multi-token prediction" in note for note in report.notes)
+    merge(**models, output=tmp_path / "filled", fill_from="aligned")
+    assert config_of(tmp_path / "filled") == config_of(models["finetuned"])
+
+
 def test_repairs_fill_as_well(models: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
     wise_ft(models["aligned"], models["finetuned"], output=output, alpha=0.25, fill_from="aligned")

@@ -89,6 +89,11 @@ SHAPE = {
     "max_shard_size": Known(None, "5GB", SIZE_BAD, held=5 * 10**9),
 }
 FORCE = {"force": Known(False, True, FLAG_BAD)}
+WHOLE_MODEL = {
+    "allow_missing": Known(False, True, FLAG_BAD),
+    "fill_from": Known(None, "aligned", ("base", True, 1)),
+    "untie": Known(False, True, FLAG_BAD),
+}
 SHARE = optional((-0.1, 1.1, *NUMBERS))
 ANALYSED = {
     "delta_reference": Known("aligned", "base", ("safe", 1, None)),
@@ -117,12 +122,13 @@ SAFEMERGE = {
     "adapter_rank": Known(None, 4, (0, -1, *WHOLE)),
     "compat": Known(None, "peft-linear", ("peft", 1)),
     **SHAPE,
+    **WHOLE_MODEL,
     **ANALYSED,
     **FORCE,
 }
 RECIPES: dict[str, dict[str, Known]] = {
     "safemerge": SAFEMERGE,
-    "fold": {"model": MODEL, "adapter": MODEL, **RUN, **SHAPE},
+    "fold": {"model": MODEL, "adapter": MODEL, **RUN, **SHAPE, "untie": WHOLE_MODEL["untie"]},
     "resta": {
         "base": MODEL,
         "aligned": MODEL,
@@ -132,6 +138,7 @@ RECIPES: dict[str, dict[str, Known]] = {
         "density": Known(None, 0.3, SHARE),
         "seed": Known(0, 5, (-1, None, *WHOLE)),
         **SHAPE,
+        **WHOLE_MODEL,
         **FORCE,
     },
     "wise-ft": {
@@ -140,6 +147,7 @@ RECIPES: dict[str, dict[str, Known]] = {
         **RUN,
         "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
         **SHAPE,
+        **WHOLE_MODEL,
         **FORCE,
     },
 }
@@ -283,13 +291,17 @@ def test_paths_may_be_path_objects(tmp_path: Path) -> None:
     assert (made.model, made.adapter, made.output) == (str(tmp_path / "m"), "a", str(tmp_path / "o"))
 
 
+# What other settings do not go with.
+ALONE = ("adapter_rank", "resume", "allow_missing")
+
+
 @pytest.mark.parametrize("owner", RECIPES)
 def test_what_decides_the_weights_is_told_from_what_does_not(owner: str) -> None:
     """Whatever is about this run or machine only must not keep a job from being resumed."""
     table = RECIPES[owner]
     made = recipes()[owner].settings(
         **{
-            **{name: known.good for name, known in table.items() if name not in ("adapter_rank", "resume")},
+            **{name: known.good for name, known in table.items() if name not in ALONE},
             **({"method": "linear"} if "method" in table else {}),
         }
     )

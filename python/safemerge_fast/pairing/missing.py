@@ -14,9 +14,18 @@ from ..errors import PairingError
 from .modules import layer_of, module_type, predicts_further
 from .names import is_of_other_tower, prefix_of_layers
 from .row import Row
+from .structure import decoder_layers
 from .tied import embedding_name, is_head, is_tied_table, ties_head
 
-__all__ = ["Lacking", "Missing", "filled_config", "filled_rows", "lacking_tensors", "require_complete"]
+__all__ = [
+    "Lacking",
+    "Missing",
+    "filled_config",
+    "filled_rows",
+    "lacking_tensors",
+    "reduced_config",
+    "require_complete",
+]
 
 FILLED = "filled from aligned"
 """What a row is called whose tensor the fine-tuned model lacks."""
@@ -79,7 +88,7 @@ def lacking_tensors(anchor: Model, aligned: Model, met: Collection[str]) -> Lack
             or (is_tied_table(name) and name != embedding)
         ):
             notes.append(f"{name} of aligned is not in the output, which ties it to {embedding}")
-        elif language and not name.startswith(language) and not predicts_further(name):
+        elif language and not name.startswith(language) and not predicts_further(name, None):
             towers.append(name)
         else:
             names.append(name)
@@ -135,6 +144,19 @@ def filled_config(config: Mapping[str, Any], aligned: Mapping[str, Any]) -> dict
     text, theirs = config.get("text_config"), aligned.get("text_config")
     if isinstance(text, Mapping) and isinstance(theirs, Mapping):
         written["text_config"] = filled_config(text, theirs)
+    return written
+
+
+def reduced_config(config: Mapping[str, Any], aligned: Mapping[str, Any], lacking: Lacking) -> dict[str, Any]:
+    """A configuration that counts no layers for multi-token prediction, if those are what is lacking."""
+    layers = decoder_layers(aligned)
+    written = dict(config)
+    if not any(predicts_further(name, layers) for name in lacking.names):
+        return written
+    written |= {key: 0 for key, value in config.items() if _COUNTS.search(key) and value}
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        written["text_config"] = reduced_config(text, aligned, lacking)
     return written
 
 

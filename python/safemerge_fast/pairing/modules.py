@@ -105,9 +105,11 @@ def lies_in_layer(name: str) -> bool:
     return layer is not None and name[len(layer) + 1 :] not in ("weight", "bias")
 
 
-def predicts_further(name: str) -> bool:
-    """Whether a tensor is of multi-token prediction (MTP), by its name."""
-    return _MTP.search(name) is not None
+def predicts_further(name: str, layers: int | None) -> bool:
+    """Whether a tensor is of multi-token prediction (MTP): by its name, or past the decoder's layers."""
+    decoder = None if layers is None else _DECODER_LAYER.match(name)
+    past = decoder is not None and layers is not None and int(decoder["index"]) >= layers
+    return past or _MTP.search(name) is not None
 
 
 def classify(tensor: TensorInfo, layers: int | None) -> str:
@@ -149,19 +151,18 @@ class _Kinds:
 
     def kind(self, tensor: TensorInfo, *, has_bias: bool) -> str:
         """What a tensor is called."""
-        name, layers = tensor.name, self._structure.layers
-        decoder = None if layers is None else _DECODER_LAYER.match(name)
-        past = decoder is not None and layers is not None and int(decoder["index"]) >= layers
+        name = tensor.name
+        further = predicts_further(name, self._structure.layers)
         shape = tuple(tensor.shape)
         routes = len(shape) == 2 and self._routes(name, shape)
-        key = (_NUMBER.sub("0", name), tensor.dtype, shape, has_bias, past, routes)
+        key = (_NUMBER.sub("0", name), tensor.dtype, shape, has_bias, further, routes)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._decide(key[0], tensor.dtype, shape, has_bias, past, routes)
+            found = self._known[key] = self._decide(key[0], tensor.dtype, shape, has_bias, further, routes)
         return found
 
     def _decide(
-        self, name: str, dtype: str, shape: tuple[int, ...], has_bias: bool, past: bool, routes: bool
+        self, name: str, dtype: str, shape: tuple[int, ...], has_bias: bool, further: bool, routes: bool
     ) -> str:
         own, dimensions = own_name(name), len(shape)
         matrix = dimensions == 2
@@ -169,7 +170,7 @@ class _Kinds:
         reasons = (
             (dtype not in FLOATS, f"not a float tensor ({dtype})"),
             (0 in shape, "empty tensor"),
-            (past or predicts_further(name), MTP),
+            (further, MTP),
             (name.endswith("bias"), "bias"),
             (_NORM.search(own) is not None and not own.endswith("_proj"), "norm"),
             (not lies_in_layer(name) and self._is_head(name, own, shape), HEAD),

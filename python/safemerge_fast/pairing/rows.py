@@ -16,7 +16,15 @@ from ..errors import PairingError
 from .adapter_terms import adapter_notes, adapter_terms
 from .counterparts import Counterparts, counterparts
 from .experts import Experts, find_experts
-from .missing import Lacking, Missing, filled_config, filled_rows, lacking_tensors, require_complete
+from .missing import (
+    Lacking,
+    Missing,
+    filled_config,
+    filled_rows,
+    lacking_tensors,
+    reduced_config,
+    require_complete,
+)
 from .module import Module, modules_of_rows
 from .modules import (
     EMBEDDING,
@@ -129,6 +137,7 @@ def pair(
     shared = Shared((anchor.role, *others))
     rows: list[Row] = []
     unfit: list[str] = []
+    misfits: list[str] = []
     kept: list[str] = []
     for tensor in tensors:
         own = tensor.name
@@ -165,7 +174,8 @@ def pair(
         if faults:
             sentence = f"{own} is {_shape(tensor)} in {anchor.role} but {' and '.join(faults)}"
             essential = analysed or (_is_matrix_of_layer(tensor) and not selection.excludes(own))
-            (unfit if essential else kept).append(sentence)
+            # What is to be analysed is named first.
+            (unfit if analysed else misfits if essential else kept).append(sentence)
             reason = f"{reason}, {', '.join(faults)}"
         rows.append(
             Row(
@@ -185,7 +195,7 @@ def pair(
                 slices=replace(slices, elsewhere=elsewhere) if slices is not None and elsewhere else slices,
             )
         )
-    if unfit:
+    if unfit := unfit + misfits:
         more = f" (and {len(unfit) - 1} more tensors do not fit)" if len(unfit) > 1 else ""
         way_out = ", or leave such tensors out with --exclude REGEX" if analyse else ""
         raise PairingError(f"{unfit[0]}{more}; give models of one architecture{way_out}")
@@ -197,6 +207,12 @@ def pair(
         notes += lacking.notes
         if missing is Missing.REFUSE:
             require_complete(lacking)
+        if missing is Missing.LEAVE_OUT and lacking.names:
+            config = reduced_config(anchor.config, others["aligned"].config, lacking)
+            if config != anchor.config:
+                notes.append(
+                    "config.json counts no layers for multi-token prediction, since the output has none"
+                )
         if missing is Missing.FILL and lacking.names:
             rows += filled_rows(lacking, anchor, others["aligned"])
             unused["aligned"] = tuple(sorted(set(unused["aligned"]) - set(lacking.names)))
