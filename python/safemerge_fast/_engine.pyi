@@ -180,6 +180,7 @@ class ShardFacts:
         write: How it was written: past the page cache, through it, or as a clone of an input of the same bytes.
         resumed: Whether it had been committed before, so that nothing was done.
         nonfinite_inputs: Input tensors that were merged though they hold NaN or infinity, if that was allowed.
+        survival: Of tensors that were quantised again, by name: ‖Q(W') - W‖ / ‖W' - W‖, what is stored of a change.
     """
 
     @property
@@ -194,6 +195,8 @@ class ShardFacts:
     def resumed(self) -> bool: ...
     @property
     def nonfinite_inputs(self) -> list[NonFinite]: ...
+    @property
+    def survival(self) -> dict[str, float]: ...
 
 @final
 class Mismatch:
@@ -253,6 +256,9 @@ class TensorInfo:
     @property
     def stored(self) -> tuple[str, ...]:
         """Names of the stored tensors that it is made of: codes, scales, the global scale, what else speaks of it."""
+    @property
+    def scales(self) -> str | None:
+        """Which of them holds scales; None if there are none."""
     @property
     def file(self) -> str:
         """The file that holds it, or its codes."""

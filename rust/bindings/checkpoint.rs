@@ -80,6 +80,12 @@ impl TensorInfo {
     }
 
     #[getter]
+    fn scales(&self, py: Python<'_>) -> PyResult<Option<&str>> {
+        let scales = self.found(py)?.and_then(|encoding| encoding.scales);
+        Ok(scales.map(|scales| self.checkpoint.entry(scales.tensor).1.name))
+    }
+
+    #[getter]
     fn file(&self) -> &str {
         &self.entry().0.name
     }

@@ -259,9 +259,16 @@ class Composed(Matrix):
 def open_matrix(models: Mapping[str, Model], role: str, name: str, terms: Sequence[Term]) -> Matrix:
     """A role's matrix: as it is stored if it is that, else composed; arguments as for Composed."""
     operand = terms[0].operand
-    if len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain and operand.view is None:
+    if len(terms) > 1 or terms[0].weight != 1.0 or not operand.is_plain:
+        return Composed(models, role, name, terms)
+    encoding = models[operand.source].headers.tensor(operand.tensor).encoding
+    if operand.view is None and encoding is None:
         return Matrix(models[operand.source], operand.tensor)
-    return Composed(models, role, name, terms)
+    composed = Composed(models, role, name, terms)
+    if encoding is not None:
+        # What it was rounded to; it is read as float32 nevertheless.
+        composed.dtype = encoding.split()[0]
+    return composed
 
 
 def _whole_view(headers: _engine.Checkpoint, name: str, rows: int) -> torch.Tensor:

@@ -19,6 +19,10 @@ ROUNDING_WARNING = 0.25
 # float32.
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 24}
 
+# The same of quantised formats, by the first word of their names. INT4's error is even, not relative; in the norm of a
+# block it is about that of three bits.
+_SIGNIFICAND_BITS |= {"FP8": 4, "MXFP8": 4, "INT4": 3, "MXFP4": 2, "NVFP4": 2}
+
 
 def relative_rounding(dtype: str) -> float:
     """Relative error, in the Frobenius norm, of rounding a matrix to nearest in a dtype.
@@ -29,7 +33,7 @@ def relative_rounding(dtype: str) -> float:
     are rounded more coarsely.
 
     Args:
-        dtype: "BF16", "F16", "F32" or "F64".
+        dtype: "BF16", "F16", "F32" or "F64"; or the first word of a quantised format's name, such as "FP8".
 
     Returns:
         The error, e.g. 0.0015 for BF16.

@@ -193,7 +193,7 @@ def recognise(tensors: Sequence[TensorInfo], config: Mapping[str, Any]) -> Forei
 def _is_foreign(tensor: TensorInfo) -> bool:
     """Whether a tensor holds numbers that mean nothing by themselves."""
     dtype = tensor.dtype
-    if dtype in FLOATS or getattr(tensor, "encoding", None) is not None:
+    if dtype in FLOATS or tensor.encoding is not None:
         return False
     if dtype.startswith(_NARROW):
         return True

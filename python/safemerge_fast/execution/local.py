@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import msgspec
@@ -52,11 +52,13 @@ class Written:
         shards: What happened to each file.
         bytes_read: Bytes that were read of all models, less those of files that were there already.
         seconds: How long it took.
+        survival: Of tensors that were quantised again, by name: ‖Q(W') - W‖ / ‖W' - W‖, what is stored of a change.
     """
 
     shards: tuple[WrittenShard, ...]
     bytes_read: int
     seconds: float
+    survival: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bytes_written(self) -> int:
@@ -135,7 +137,9 @@ def execute(
         )
         for fact in facts
     )
-    return Written(tuple(shards), 0 if resumed else checked.bytes_read, time.perf_counter() - started)
+    survival = {name: share for fact in facts for name, share in fact.survival.items()}
+    seconds = time.perf_counter() - started
+    return Written(tuple(shards), 0 if resumed else checked.bytes_read, seconds, survival)
 
 
 def watch(work: Callable[[], _Result], counters: _engine.Progress, say: Callable[[], None]) -> _Result:

@@ -11,6 +11,7 @@ from typing import Any
 from .._engine import TensorInfo
 from ..checkpoint.model import Model
 from ..errors import PairingError
+from .encoded import encoded_of
 from .modules import layer_of, module_type, predicts_further
 from .names import is_of_other_tower, prefix_of_layers
 from .row import Row
@@ -132,6 +133,7 @@ def filled_rows(lacking: Lacking, anchor: Model, aligned: Model) -> list[Row]:
             analysed=False,
             transposed=False,
             reason=FILLED,
+            encoded=encoded_of(tensor, aligned.role),
         )
         for name in lacking.names
         for tensor in (aligned.headers.tensor(name),)

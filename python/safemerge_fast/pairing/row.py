@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from .encoded import Encoded
 from .operand import Operand, Term
 from .stack import Slices
 
@@ -67,6 +68,7 @@ class Row(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         adapted: What adapters make of it, by role; a role is there if it is an adapter, or if it has the matrix as a
             part of another tensor.
         slices: The experts that it holds, if it holds many; None for a tensor that is one module, or none.
+        encoded: How it is stored, if it is quantised.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Row(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     reason: str
     adapted: Mapping[str, tuple[Term, ...]] = NOT_ADAPTED
     slices: Slices | None = None
+    encoded: Encoded | None = None
 
     @property
     def terms(self) -> Mapping[str, tuple[Term, ...]]:

@@ -15,6 +15,7 @@ from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
 from .adapter_terms import adapter_notes, adapter_terms
 from .counterparts import Counterparts, counterparts
+from .encoded import encoded_of
 from .experts import Experts, find_experts
 from .missing import (
     Lacking,
@@ -193,6 +194,7 @@ def pair(
                 reason=reason,
                 adapted=_made(names.get("aligned"), adapted, parts),
                 slices=replace(slices, elsewhere=elsewhere) if slices is not None and elsewhere else slices,
+                encoded=encoded_of(tensor, anchor.role),
             )
         )
     if unfit := unfit + misfits:
@@ -263,6 +265,7 @@ def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pair
             transposed=orientations.is_stored_transposed(tensor),
             reason="adapted" if tensor.name in adapted else "not adapted",
             adapted={adapter.role: adapted.get(tensor.name, (Term(Operand(model.role, tensor.name)),))},
+            encoded=encoded_of(tensor, model.role),
         )
         for tensor in in_file_order(model)
     )

@@ -51,7 +51,9 @@ def output_dtype(row: Row, dtype: str) -> str:
 
 
 def tensor_bytes(row: Row, dtype: str) -> int:
-    """Bytes of a row's tensor in the output."""
+    """Bytes of a row's tensor in the output, with all that it is stored as."""
+    if row.encoded is not None and row.encoded.kept:
+        return row.encoded.nbytes
     return math.prod(row.shape) * _ITEM_BYTES[output_dtype(row, dtype)]
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..checkpoint.model import Model
-from ..pairing.operand import OWN_NAME
+from ..pairing.operand import OWN_NAME, Operand
 from ..pairing.row import Row
 from ..pairing.view import View
 from .layout import Shard, output_dtype, tensor_bytes
-from .operation import Operation
+from .operation import Operation, copy_of
 from .pieces import Piece, Pieces
 
-__all__ = ["PLAN_FILE", "Plan", "build_plan"]
+__all__ = ["PLAN_FILE", "Plan", "build_plan", "is_own"]
 
 VERSION = 2
 """Version of the plan's format."""
@@ -38,6 +38,14 @@ class _PlannedPiece(msgspec.Struct):
     operation: int
 
 
+class _Encode(msgspec.Struct):
+    """As which input a tensor is stored, and which part of that it is."""
+
+    source: str
+    tensor: str
+    part: str
+
+
 class _PlannedTensor(msgspec.Struct, omit_defaults=True):
     """One output tensor as the plan writes it; what can be derived is left out."""
 
@@ -46,6 +54,7 @@ class _PlannedTensor(msgspec.Struct, omit_defaults=True):
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
     pieces: list[_PlannedPiece] | None = None
+    encode: _Encode | None = None
 
 
 _encoder = msgspec.json.Encoder()
@@ -66,6 +75,7 @@ class Plan:
         operations: The operations, each once.
         numbers: The operation of each tensor, by the file's and the row's order.
         parts: By name, the parts of tensors that are made in pieces, and the operation of each.
+        copies: By role, the operation that copies a tensor of that name from it; of roles that have quantised tensors.
     """
 
     models: Mapping[str, Model]
@@ -75,6 +85,7 @@ class Plan:
     operations: tuple[Operation, ...]
     numbers: tuple[Sequence[int], ...]
     parts: Mapping[str, Sequence[tuple[View, int]]] = field(default_factory=dict)
+    copies: Mapping[str, int] = field(default_factory=dict)
     _sizes: list[int] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -136,7 +147,7 @@ class Plan:
             piece += b'{"file": %b, "metadata": {"format": "pt"}, "tensors": [' % file
             for position, (row, number) in enumerate(zip(shard.rows, numbers, strict=True)):
                 piece += b",\n" if position else b"\n"
-                _encoder.encode_into(self._planned(row, number), piece, -1)
+                piece += b",\n".join(map(_encoder.encode, self._stored(row, number)))
                 if len(piece) > _PIECE:
                     yield bytes(piece)
                     piece.clear()
@@ -151,7 +162,12 @@ class Plan:
             self.total_bytes,
         )
         yield b'\n  "weight_map": {'
-        places = [(row.name, number) for number, shard in enumerate(self.layout) for row in shard.rows]
+        places = [
+            (name, number)
+            for number, shard in enumerate(self.layout)
+            for row in shard.rows
+            for name in _stored_names(row)
+        ]
         places.sort()
         files = [_encoder.encode(shard.file) for shard in self.layout]
         for start in range(0, len(places), 10_000):
@@ -162,17 +178,38 @@ class Plan:
             yield (b"," if start else b"") + b",".join(lines)
         yield b"\n  }\n}\n"
 
-    def _planned(self, row: Row, number: int) -> _PlannedTensor:
+    def _stored(self, row: Row, number: int) -> Iterator[_PlannedTensor]:
+        """The tensors that a row is stored as: one, or the parts of a quantised one."""
+        encoded = row.encoded
+        if encoded is None or not encoded.kept:
+            yield self._planned(row, number)
+            return
+        if number != _IN_PIECES and is_own(self.operations[number], row):
+            for name in _stored_names(row):
+                yield _PlannedTensor(name, number)
+            return
+        pieces = None
         if number == _IN_PIECES:
             pieces = [_PlannedPiece(view, part) for view, part in self.parts[row.name]]
-            dtype = output_dtype(row, self.dtype)
+        made = None if pieces else number
+        codes = _Encode(encoded.role, row.name, "codes")
+        yield _PlannedTensor(encoded.codes, made, pieces=pieces, encode=codes)
+        if encoded.scales is not None:
+            scales = _Encode(encoded.role, row.name, "scales")
+            yield _PlannedTensor(encoded.scales, made, pieces=pieces, encode=scales)
+        for name in encoded.others:
+            yield _PlannedTensor(name, self.copies[encoded.role])
+
+    def _planned(self, row: Row, number: int) -> _PlannedTensor:
+        dtype = output_dtype(row, self.dtype)
+        if number == _IN_PIECES:
+            pieces = [_PlannedPiece(view, part) for view, part in self.parts[row.name]]
             return _PlannedTensor(row.name, dtype=dtype, shape=row.shape, pieces=pieces)
         operation = self.operations[number]
         first = operation.arguments[0].operand
-        dtype = output_dtype(row, self.dtype)
         # Where operands are the tensor's counterparts, the pairing has compared their shapes.
         derived = first.source == self.anchor and first.tensor in (OWN_NAME, row.name)
-        if derived and dtype == row.dtype:
+        if derived and dtype == row.dtype and row.encoded is None:
             return _PlannedTensor(row.name, number)
         return _PlannedTensor(row.name, number, dtype, row.shape)
 
@@ -232,6 +269,9 @@ def build_plan(
                 known[id(made)] = number
         return number
 
+    # What belongs to a quantised tensor is copied as it is.
+    quantised = {row.encoded.role for shard in layout for row in shard.rows if row.encoded is not None}
+    copies = {role: number_of(copy_of(Operand(role, OWN_NAME)), OWN_NAME) for role in sorted(quantised)}
     planned = []
     parts: dict[str, Sequence[tuple[View, int]]] = {}
     for shard in layout:
@@ -246,4 +286,29 @@ def build_plan(
             else:
                 of_shard.append(number_of(made, row.name))
         planned.append(array("I", of_shard))
-    return Plan(models, anchor, tuple(layout), dtype, tuple(numbers), tuple(planned), parts)
+    return Plan(models, anchor, tuple(layout), dtype, tuple(numbers), tuple(planned), parts, copies)
+
+
+def _stored_names(row: Row) -> Iterator[str]:
+    """Names of the tensors that a row's tensor is stored as."""
+    encoded = row.encoded
+    if encoded is None or not encoded.kept:
+        yield row.name
+        return
+    yield encoded.codes
+    if encoded.scales is not None:
+        yield encoded.scales
+    yield from encoded.others
+
+
+def is_own(operation: Operation | Pieces, row: Row) -> bool:
+    """Whether an operation copies the very tensor that a row describes."""
+    if isinstance(operation, Pieces) or not operation.is_copy:
+        return False
+    operand = operation.arguments[0].operand
+    return (
+        row.encoded is not None
+        and operand.source == row.encoded.role
+        and operand.tensor in (OWN_NAME, row.name)
+        and operand.view is None
+    )

@@ -59,7 +59,7 @@ class Contents(Protocol):
     def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """Name and bytes, in pieces, of every small file."""
 
-    def tensors(self, scores: Mapping[str, Score]) -> Sequence[TensorReport]:
+    def tensors(self, scores: Mapping[str, Score], written: Written | None = None) -> Sequence[TensorReport]:
         """What the report says of the tensors."""
 
     def adapter(self) -> Mapping[str, Any] | None:
@@ -257,7 +257,7 @@ class CheckpointContents:
         if len(self.plan.layout) > 1:
             yield INDEX_FILE, self.plan.index_pieces()
 
-    def tensors(self, scores: Mapping[str, Score]) -> Sequence[TensorReport]:
+    def tensors(self, scores: Mapping[str, Score], written: Written | None = None) -> Sequence[TensorReport]:
         """A record per output tensor, in the order of the files."""
         plan = self.plan
         descriptions = {operation: operation.describe() for operation in plan.operations}
@@ -274,6 +274,7 @@ class CheckpointContents:
                     else descriptions[operation],
                     decision=self.decisions(row),
                     score=scores.get(row.name),
+                    survival=None if written is None else written.survival.get(row.name),
                     modules=module_records(row, self.module_decisions, scores),
                 )
 

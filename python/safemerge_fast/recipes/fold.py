@@ -14,13 +14,14 @@ from ..decision import Decision
 from ..pairing.row import Row
 from ..pairing.rows import pair_adapter
 from ..plan.blend import Blend
+from ..plan.encoding import Encode
 from ..plan.methods import summing_method
 from ..plan.operation import Operation
 from ..settings import Dtype, Kind, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .planned import PlannedJob
 from .roles import access_of
-from .shape import Untie
+from .shape import EncodeAs, Untie
 
 __all__ = ["RECIPE", "FoldSettings"]
 
@@ -47,6 +48,7 @@ class FoldSettings(_Roles, frozen=True, kw_only=True):
 
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    encode: EncodeAs = "keep"
     untie: Untie = False
 
 
@@ -66,7 +68,7 @@ class FoldJob(PlannedJob[FoldSettings]):
         self.models = {"model": model, "adapter": adapter}
         pairing = pair_adapter(model, adapter, untie=settings.untie)
         self.rows, self.notes, self.config = pairing.rows, pairing.notes, pairing.config
-        self.dtype = settings.dtype
+        self.dtype, self.encode = settings.dtype, Encode(settings.encode)
         self.max_shard_size = None if settings.max_shard_size is None else int(settings.max_shard_size)
         self.sentence = "{model} with the LoRA adapter {adapter} folded into its weights"
         self._blend = Blend(summing_method().name, {"normalize": False}, {"adapter": 1.0}, kept="model")

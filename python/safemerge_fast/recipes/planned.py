@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from ..decision import Decision
 from ..pairing.row import Row
-from ..plan.layout import lay_out
+from ..plan.checkpoint import plan_checkpoint
+from ..plan.encoding import Encode
 from ..plan.operation import Operation
 from ..plan.pieces import Pieces
-from ..plan.plan import build_plan
 from ..report.card import recipe_card
 from ..report.report import Report
 from ..settings import RunSettings
@@ -28,6 +28,7 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
         rows: The output's tensors.
         dtype: Output dtype of float tensors.
         max_shard_size: Most bytes per output file, or None.
+        encode: What becomes of quantised tensors.
         sentence: What the output is, in a sentence for its card.
         config: What config.json says in place of the host's, if it is not to be that.
     """
@@ -35,6 +36,7 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
     rows: tuple[Row, ...]
     dtype: str
     max_shard_size: int | None
+    encode: Encode
     sentence: str
     config: Mapping[str, Any] | None = None
 
@@ -48,16 +50,18 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
 
     def contents(self, measurement: Measurement | None) -> Contents:
         """The checkpoint that the plan makes."""
-        operation: Callable[[Row], Operation | Pieces] = self.operation
-        plan = build_plan(
+        plan, config = plan_checkpoint(
             self.models,
-            lay_out(self.rows, dtype=self.dtype, max_shard_size=self.max_shard_size),
-            operation,
-            anchor=self.host.role,
+            self.rows,
+            self.operation,
+            host=self.host,
             dtype=self.dtype,
+            max_shard_size=self.max_shard_size,
+            encode=self.encode,
+            config=self.config,
         )
         return CheckpointContents(
-            plan, self.decision, self.host, self.config, read_backend=self.settings.read_backend
+            plan, self.decision, self.host, config, read_backend=self.settings.read_backend
         )
 
     def card(self, report: Report) -> str:

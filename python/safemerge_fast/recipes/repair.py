@@ -56,7 +56,7 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
         pairing = pair(self.models, analyse=False, missing=shape.missing, untie=shape.untie)
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
         self.config = pairing.config
-        self.dtype, self.max_shard_size = shape.dtype, shape.max_shard_size
+        self.dtype, self.max_shard_size, self.encode = shape.dtype, shape.max_shard_size, shape.encode
         if not any(self.decision(row).merge for row in self.rows):
             raise PairingError("no tensor is in all of the models; give models of one architecture")
 

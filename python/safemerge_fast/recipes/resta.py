@@ -15,7 +15,7 @@ from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Base, Finetuned
-from .shape import AllowMissing, FillFrom, OutputShape, Untie
+from .shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 
 __all__ = ["RECIPE", "RestaSettings"]
 
@@ -52,6 +52,7 @@ class RestaSettings(_Roles, frozen=True, kw_only=True):
     seed: Annotated[int, Setting("Seed of DARE's random numbers.", least=0)] = 0
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    encode: EncodeAs = "keep"
     allow_missing: AllowMissing = False
     fill_from: FillFrom = None
     untie: Untie = False

@@ -26,6 +26,9 @@ __all__ = ["carry_out", "read_recipe", "read_report", "run"]
 
 _OVERWRITING = "overwriting"
 
+_SURVIVAL = 0.5
+"""A share of a change that is stored below which a tensor is warned about."""
+
 
 def carry_out(settings: RunSettings) -> Report:
     """Makes what settings say.
@@ -205,12 +208,27 @@ def _report(
         bytes_written=written.bytes_written,
         peak_memory_bytes=peak_memory(),
         shards=written.shards,
-        tensors=contents.tensors(measurement.scores),
+        tensors=contents.tensors(measurement.scores, written),
         unused=job.unused,
-        warnings=(*job.warnings, *measurement.warnings, *nonfinite),
+        warnings=(*job.warnings, *measurement.warnings, *nonfinite, *_lost(written)),
         notes=(*job.notes, *contents.notes()),
         adapter=contents.adapter(),
         coverage=job.coverage,
+    )
+
+
+def _lost(written: Written) -> tuple[ModuleWarning, ...]:
+    """What little is left of changes where tensors were quantised again."""
+    lost = sorted((share, name) for name, share in written.survival.items() if share < _SURVIVAL)
+    if not lost:
+        return ()
+    share, name = lost[0]
+    return (
+        ModuleWarning(
+            None,
+            f"of {len(lost)} tensors that were quantised again less than half of the change is stored, such as "
+            f"{share:.1%} of {name}; pass --encode bfloat16 to keep all of it",
+        ),
     )
 
 

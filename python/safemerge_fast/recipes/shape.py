@@ -7,9 +7,10 @@ from typing import Annotated, Literal, Protocol
 
 from ..errors import SettingError
 from ..pairing.missing import Missing
+from ..plan.encoding import Encode
 from ..settings import Setting
 
-__all__ = ["AllowMissing", "FillFrom", "OutputShape", "Untie"]
+__all__ = ["AllowMissing", "EncodeAs", "FillFrom", "OutputShape", "Untie"]
 
 AllowMissing = Annotated[
     bool, Setting("Make an output that lacks tensors which the aligned model has, instead of refusing it.")
@@ -31,6 +32,15 @@ Untie = Annotated[
 ]
 
 
+EncodeAs = Annotated[
+    Literal["keep", "bfloat16", "all"],
+    Setting(
+        "What becomes of quantised tensors: keep stores changed ones in their own format again and leaves the others as "
+        "they are; bfloat16 dequantises the changed ones, all dequantises all of them.",
+    ),
+]
+
+
 class _Settings(Protocol):
     """Settings of such a recipe."""
 
@@ -41,6 +51,10 @@ class _Settings(Protocol):
     @property
     def max_shard_size(self) -> int | str | None:
         """Most bytes per output file."""
+
+    @property
+    def encode(self) -> str:
+        """What becomes of quantised tensors."""
 
     @property
     def allow_missing(self) -> bool:
@@ -62,12 +76,14 @@ class OutputShape:
     Attributes:
         dtype: Output dtype of float tensors.
         max_shard_size: Most bytes per output file, or None.
+        encode: What becomes of quantised tensors.
         missing: What becomes of tensors that the fine-tuned model lacks.
         untie: Whether a tied head becomes a tensor of its own.
     """
 
     dtype: str
     max_shard_size: int | None
+    encode: Encode
     missing: Missing
     untie: bool
 
@@ -85,6 +101,7 @@ class OutputShape:
         return cls(
             settings.dtype,
             None if size is None else int(size),
+            Encode(settings.encode),
             missing if settings.fill_from is None else Missing.FILL,
             settings.untie,
         )

@@ -13,7 +13,7 @@ from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .repair import RepairJob
 from .roles import Aligned, Finetuned
-from .shape import AllowMissing, FillFrom, OutputShape, Untie
+from .shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 
 __all__ = ["RECIPE", "WiseFtSettings"]
 
@@ -39,6 +39,7 @@ class WiseFtSettings(_Roles, frozen=True, kw_only=True):
     ] = 0.5
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
+    encode: EncodeAs = "keep"
     allow_missing: AllowMissing = False
     fill_from: FillFrom = None
     untie: Untie = False

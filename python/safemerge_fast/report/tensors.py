@@ -46,6 +46,9 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         weight_norm: ‖W_aligned‖ (Frobenius); None where not analysed.
         v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
         cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖); None where not analysed or undefined.
+        encoding: How it is stored, in words, if it is quantised.
+        survival: Of a tensor that was quantised again, the share of its change that is stored,
+            ‖Q(W') - W‖ / ‖W' - W‖; None where nothing was, or nothing was to change.
         modules: The same of each expert, of a tensor that holds many and was analysed; else None.
     """
 
@@ -67,6 +70,8 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     weight_norm: float | None = None
     v_rounding: float | None = None
     cos_v_delta: float | None = None
+    encoding: str | None = None
+    survival: float | None = None
     modules: ModuleRecords | None = None
 
     def module_reports(self) -> Iterator[ModuleReport]:
@@ -163,6 +168,7 @@ def tensor_report(
     description: str,
     decision: Decision,
     score: Score | None,
+    survival: float | None = None,
     modules: ModuleRecords | None = None,
 ) -> TensorReport:
     """Joins what the stages found out about one tensor.
@@ -175,6 +181,7 @@ def tensor_report(
         description: operation.describe(), which many tensors share.
         decision: What was decided, and why.
         score: Its score, or None.
+        survival: What is stored of its change, if it was quantised again.
         modules: The experts that it holds, or None.
     """
     return TensorReport(
@@ -190,6 +197,8 @@ def tensor_report(
         operation.is_copy,
         row.analysed,
         *(NOT_MEASURED if score is None else measured(score)),
+        row.encoded.format if row.encoded is not None and row.encoded.kept else None,
+        survival,
         modules,
     )
 

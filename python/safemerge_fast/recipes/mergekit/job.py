@@ -8,8 +8,7 @@ from typing import Annotated, Any, ClassVar
 from ...checkpoint.model import Model
 from ...decision import Decision
 from ...pairing.row import Row
-from ...plan.layout import lay_out
-from ...plan.plan import build_plan
+from ...plan.checkpoint import plan_checkpoint
 from ...report.card import recipe_card
 from ...report.report import Report
 from ...settings import Kind, RunSettings, Setting
@@ -118,7 +117,6 @@ class MergekitJob(Job[MergekitSettings]):
         self.notes = tuple(dict.fromkeys(notes))
         self.unused = tensors.unused
         self._host = host.model
-        self._config = stacked_configuration(host, layers) if layers else None
         roles = ", ".join(f"{{{role}}}" for role in self.models)
         method = document.method.name
         self._sentence = (
@@ -127,12 +125,15 @@ class MergekitJob(Job[MergekitSettings]):
         size = document.max_shard_size or (_STACKED_SHARD_SIZE if stacked else None)
         # Rows of slices may be of other models than the host.
         whole = all(section.layers is None for section in sections)
-        self._plan = build_plan(
+        self._plan, self._config = plan_checkpoint(
             self.models,
-            lay_out(tensors.rows, dtype=document.dtype, max_shard_size=size),
+            tensors.rows,
             lambda row: tensors.operations[row.name],
+            host=host.model,
             anchor=host.role if whole else "",
             dtype=document.dtype,
+            max_shard_size=size,
+            config=stacked_configuration(host, layers) if layers else None,
         )
 
     @property

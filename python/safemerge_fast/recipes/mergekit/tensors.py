@@ -10,6 +10,7 @@ from ..._engine import TensorInfo
 from ...checkpoint.model import FLOATS, Model
 from ...errors import PairingError
 from ...pairing.counterparts import counterparts
+from ...pairing.encoded import encoded_of
 from ...pairing.modules import classify, layer_of, module_type
 from ...pairing.row import Row, SameName
 from ...pairing.tied import is_head, ties_head
@@ -189,6 +190,7 @@ class _Finder:
                 transposed=False,
                 reason=reason,
                 adapted={other: models[other].terms(stored[other]) for other in adapters},
+                encoded=encoded_of(tensor, label),
             )
         )
 

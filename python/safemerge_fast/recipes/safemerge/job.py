@@ -20,7 +20,8 @@ from ...pairing.coverage import coverage_of
 from ...pairing.module import Module, modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
-from ...plan.layout import SINGLE_FILE, Shard, lay_out
+from ...plan.checkpoint import plan_checkpoint
+from ...plan.layout import SINGLE_FILE, Shard
 from ...plan.methods import known_methods
 from ...plan.pieces import compose_row
 from ...plan.plan import build_plan
@@ -207,12 +208,15 @@ class SafemergeJob(Job[SafemergeSettings]):
         if self.writes_adapter:
             layout = lay_out_adapter(rows, decisions, self.blend, self.adapters)
             return AdapterContents(self.models, self.pairing, layout, decisions, settings)
-        plan = build_plan(
+        plan, config = plan_checkpoint(
             self.models,
-            lay_out(rows, dtype=settings.dtype, max_shard_size=self.shape.max_shard_size),
+            rows,
             lambda row: compose_row(self.blend, row, decisions),
-            anchor=self.host.role,
+            host=self.host,
             dtype=settings.dtype,
+            max_shard_size=self.shape.max_shard_size,
+            encode=self.shape.encode,
+            config=self.pairing.config,
         )
         remarks: tuple[str, ...] = ()
         if not any(decision.merge for decision in decisions.values()):
@@ -221,7 +225,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             plan,
             lambda row: decision_of(row, decisions),
             self.host,
-            self.pairing.config,
+            config,
             read_backend=settings.read_backend,
             remarks=remarks,
             module_decisions=decisions,

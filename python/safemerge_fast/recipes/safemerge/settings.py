@@ -22,7 +22,7 @@ from ...settings import (
     Settings,
 )
 from ..roles import Aligned, Base, Finetuned
-from ..shape import AllowMissing, FillFrom, OutputShape, Untie
+from ..shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 
 __all__ = ["AnalysisSettings", "SafemergeSettings"]
 
@@ -184,6 +184,7 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
         ),
     ] = None
     max_shard_size: MaxShardSize = None
+    encode: EncodeAs = "keep"
     allow_missing: AllowMissing = False
     fill_from: FillFrom = None
     untie: Untie = False

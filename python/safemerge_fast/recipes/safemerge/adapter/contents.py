@@ -125,7 +125,9 @@ class AdapterContents:
         settings = adapter_settings(self.models["finetuned"].config, self.layout, rank, modules)
         return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
-    def tensors(self, scores: Mapping[str, Score]) -> tuple[TensorReport, ...]:
+    def tensors(
+        self, scores: Mapping[str, Score], written: Written | None = None
+    ) -> tuple[TensorReport, ...]:
         """A record per tensor of the aligned model that the adapter speaks of."""
         spoken_of = {row.name for row in self.layout.rows}
         dtype = DTYPES.get(self.settings.dtype, "F32")

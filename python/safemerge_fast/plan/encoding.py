@@ -1,0 +1,115 @@
+"""What becomes of quantised tensors: which stay so in the output, and what config.json then says of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from ..pairing.row import Row
+
+__all__ = ["Encode", "encoded_config", "output_rows"]
+
+
+class Encode(Enum):
+    """How tensors of the output are stored that are quantised in the model that it is shaped like."""
+
+    KEEP = "keep"
+    TOUCHED = "bfloat16"
+    ALL = "all"
+
+
+# Where configurations list the modules that are not quantised, by the method; the first is that of all others.
+_LISTS = {
+    "": "modules_to_not_convert",
+    "compressed-tensors": "ignore",
+    "modelopt": "ignore",
+}
+
+
+def output_rows(
+    rows: Sequence[Row], encode: Encode, touched: Callable[[Row], bool], host: str, config: Mapping[str, Any]
+) -> list[Row]:
+    """Says of each row whether its tensor stays quantised.
+
+    Args:
+        rows: All rows.
+        encode: What is asked for.
+        touched: Whether a row's tensor is anything else than the tensor that it describes.
+        host: Role of the model that the output is shaped like.
+        config: Its config.json. Where that speaks of no quantisation, tensors of other models cannot stay quantised.
+
+    Returns:
+        The rows, in their order. A module of several quantised parameters (stacked experts) is dequantised as a whole,
+        since loaders know it as one.
+    """
+    if not any(row.encoded is not None for row in rows):
+        return list(rows)
+    if encode is Encode.ALL:
+        return [_dequantised(row) for row in rows]
+    if not any(_quantisations(config)):
+        rows = [
+            _dequantised(row) if row.encoded is not None and row.encoded.role != host else row for row in rows
+        ]
+    if encode is Encode.KEEP:
+        return list(rows)
+    lost = {_module(row) for row in rows if row.encoded is not None and touched(row)}
+    return [_dequantised(row) if _module(row) in lost else row for row in rows]
+
+
+def encoded_config(config: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any] | None:
+    """A configuration that tells the truth about which modules are quantised.
+
+    Args:
+        config: config.json of the model that the output is shaped like.
+        rows: What output_rows returned.
+
+    Returns:
+        The configuration, or None if the model's own is true.
+    """
+    quantised = [row for row in rows if row.encoded is not None]
+    plain = sorted({_module(row) for row in quantised if row.encoded is not None and not row.encoded.kept})
+    if not plain:
+        return None
+    none_left = all(row.encoded is None or not row.encoded.kept for row in quantised)
+    written = copy.deepcopy(dict(config))
+    for part in _parts(written):
+        if not isinstance(part.get("quantization_config"), dict):
+            continue
+        if none_left:
+            del part["quantization_config"]
+            continue
+        quantization = part["quantization_config"]
+        key = _LISTS.get(str(quantization.get("quant_method") or ""), _LISTS[""])
+        listed = quantization.get(key)
+        listed = listed if isinstance(listed, list) else []
+        quantization[key] = [*listed, *(name for name in plain if name not in listed)]
+    return written
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]
+
+
+def _quantisations(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [
+        part["quantization_config"]
+        for part in _parts(dict(config))
+        if isinstance(part.get("quantization_config"), Mapping)
+    ]
+
+
+def _module(row: Row) -> str:
+    """The module whose parameter a tensor is."""
+    return row.name.rpartition(".")[0]
+
+
+def _dequantised(row: Row) -> Row:
+    if row.encoded is None:
+        return row
+    return msgspec.structs.replace(row, encoded=replace(row.encoded, kept=False))
