@@ -33,7 +33,7 @@ class Encoded:
 
     @property
     def is_block_format(self) -> bool:
-        """Whether it is stored as gpt-oss stores experts: (experts, out, in), where numbers lie as (experts, in, out)."""
+        """Whether it is stored as gpt-oss stores experts: (experts, out, in), where numbers are (experts, in, out)."""
         return self.codes.endswith("_blocks")
 
 

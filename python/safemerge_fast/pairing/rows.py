@@ -431,4 +431,5 @@ def _config_notes(models: Mapping[str, Model]) -> list[str]:
         f"but all its weights are stored in full precision"
         for role, model in models.items()
         if (method := quantization_method(model.config)) is not None
+        and all(tensor.encoding is None for tensor in model.headers.tensors)
     ]

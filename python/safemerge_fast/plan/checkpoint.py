@@ -1,4 +1,4 @@
-"""The plan of a whole checkpoint: which files it has, what stays quantised in them, and what config.json says of that."""
+"""The plan of a whole checkpoint: its files, what stays quantised in them, and what config.json says of that."""
 
 from __future__ import annotations
 

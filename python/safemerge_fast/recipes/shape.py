@@ -35,8 +35,8 @@ Untie = Annotated[
 EncodeAs = Annotated[
     Literal["keep", "bfloat16", "all"],
     Setting(
-        "What becomes of quantised tensors: keep stores changed ones in their own format again and leaves the others as "
-        "they are; bfloat16 dequantises the changed ones, all dequantises all of them.",
+        "What becomes of quantised tensors: keep stores changed ones in their own format again and leaves the others "
+        "as they are; bfloat16 dequantises the changed ones, all dequantises all of them.",
     ),
 ]
 
