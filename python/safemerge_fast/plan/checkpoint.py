@@ -12,6 +12,7 @@ from .layout import lay_out
 from .operation import Operation
 from .pieces import Pieces
 from .plan import Plan, build_plan, is_own
+from .turned import turned_operation, turned_row, turns
 
 __all__ = ["plan_checkpoint"]
 
@@ -50,10 +51,17 @@ def plan_checkpoint(
     """
     known = host.config if config is None else config
     made = output_rows(rows, encode, lambda row: not is_own(operation(row), row), host.role, known)
+    other = {row.name: row for row in made if turns(row)}
+
+    def making(row: Row) -> Operation | Pieces:
+        quantised = other.get(row.name)
+        return operation(row) if quantised is None else turned_operation(operation(quantised), quantised)
+
+    written = [turned_row(row) if row.name in other else row for row in made]
     plan = build_plan(
         models,
-        lay_out(made, dtype=dtype, max_shard_size=max_shard_size),
-        operation,
+        lay_out(written, dtype=dtype, max_shard_size=max_shard_size),
+        making,
         anchor=host.role if anchor is None else anchor,
         dtype=dtype,
     )
