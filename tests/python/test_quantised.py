@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,9 @@ from quantised_formats import FORMS, Form
 from quantised_models import Quartet, assert_requantised, bfloat16, llama_quartet, same_bytes
 
 import safemerge_fast
+from safemerge_fast.recipes.preview import preview
+from safemerge_fast.recipes.run import carry_out
+from safemerge_fast.recipes.safemerge.settings import SafemergeSettings
 from safemerge_fast.report.report import Report
 
 # gpt-oss stores stacked experts only.
@@ -47,7 +51,7 @@ def touched(report: Report) -> set[str]:
 def test_rho_is_that_of_the_decoded_weights(quartets: Callable[[str], Quartet], name: str) -> None:
     quartet = quartets(name)
     scores = safemerge_fast.analyze(**{role: path for role, path in quartet.words().items() if role != "safe"})
-    found = {score.name: score for score in scores}
+    found = scores.modules
     assert found.keys() == quartet.roles["finetuned"].forms.keys()
     for tensor, score in found.items():
         assert score.rho == pytest.approx(quartet.cosine(tensor), abs=1e-6)
@@ -164,17 +168,21 @@ def test_a_resumed_merge_knows_what_survived(quartets: Callable[[str], Quartet],
 def test_dry_run_counts_the_bytes_that_are_written(
     quartets: Callable[[str], Quartet], tmp_path: Path, encode: str
 ) -> None:
+    words = quartets("block fp8").words()
     settings = SafemergeSettings(
-        **quartets("block fp8").words(),
+        **words,
         output=str(tmp_path / "out"),
         encode=encode,
         device="cpu",
         threshold=0.35,
     )
-    report = safemerge_fast.run(settings)
+    report = carry_out(settings)
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert report.bytes_written == written
-    known = preview(replace(settings, scores=str(tmp_path / "scores.json"), output=str(tmp_path / "other")))
+    scores = tmp_path / "scores.json"
+    three = {role: path for role, path in words.items() if role != "safe"}
+    scores.write_text(safemerge_fast.analyze(**three).to_json())
+    known = preview(msgspec.structs.replace(settings, scores=str(scores), output=str(tmp_path / "other")))
     assert known.bytes_written == written
 
 
@@ -191,12 +199,30 @@ def test_threads_shards_and_ways_of_reading_change_no_bit(
     assert all(same_bytes(one[key], two[key]) for key in one)
 
 
-@pytest.mark.parametrize("words", [("inspect",), ("analyze",)])
-def test_the_format_is_shown(quartets: Callable[[str], Quartet], words: tuple[str, ...]) -> None:
+def test_inspect_shows_the_format(quartets: Callable[[str], Quartet]) -> None:
     quartet = quartets("nvfp4")
     result = run("inspect", quartet.paths["finetuned"])
     assert result.exit_code == 0, result.stderr
-    assert "NVFP4" in result.stdout
+    assert "14 NVFP4, 5 BF16, 1 F32, 1 I64" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if line.startswith(" down_proj"))
+    assert line.split() == ["down_proj", "NVFP4", "2", "61,440", "96×320", "yes"]
+    document = json.loads(run("inspect", quartet.paths["finetuned"], "--json").stdout)
+    assert document["encodings"] == {"NVFP4": 14}
+    assert sum(document["dtypes"].values()) == 7
+    stored = quartet.roles["finetuned"].stored
+    for tensor in document["tensors"]:
+        form = quartet.roles["finetuned"].forms.get(tensor["name"])
+        assert tensor["encoding"] == (None if form is None else form.words)
+        parts = [tensor["name"]] if form is None else form.names(tensor["name"])
+        assert tensor["bytes"] == sum(stored[part].nbytes for part in parts)
+
+
+def test_analyze_says_which_formats_there_are(quartets: Callable[[str], Quartet], tmp_path: Path) -> None:
+    paths = quartets("int4").paths
+    roles = [word for role in ("base", "aligned", "finetuned") for word in (f"--{role}", paths[role])]
+    result = run("analyze", *roles, "-v")
+    assert result.exit_code == 0, result.stderr
+    assert "quantised tensors of base, aligned, finetuned: 14 as INT4 (pack-quantized)" in result.stderr
 
 
 HOSTILE: dict[str, tuple[str, Callable[[dict[str, torch.Tensor], str], None], tuple[str, ...]]] = {}
@@ -209,9 +235,9 @@ def _break(form: str, *parts: str) -> Callable[[Callable[[dict[str, torch.Tensor
     return register
 
 
-@_break("block fp8", "[3, 1]", "q_proj.weight")
+@_break("block fp8", "[5, 1]", "q_proj.weight")
 def other_grid(tensors: dict[str, torch.Tensor], name: str) -> None:
-    tensors[name + "_scale_inv"] = torch.ones(3, 1)
+    tensors[name + "_scale_inv"] = torch.ones(5, 1)
 
 
 @_break("block fp8", "q_proj.weight_scale_inv", "is expected")
@@ -219,17 +245,17 @@ def no_scales(tensors: dict[str, torch.Tensor], name: str) -> None:
     del tensors[name + "_scale_inv"]
 
 
-@_break("block fp8", "q_proj.weight", "NaN")
+@_break("block fp8", "q_proj.weight", "non-finite")
 def nan_scale(tensors: dict[str, torch.Tensor], name: str) -> None:
     tensors[name + "_scale_inv"].fill_(float("nan"))
 
 
-@_break("mxfp4", "q_proj.weight", "NaN")
+@_break("mxfp4", "q_proj.weight", "non-finite")
 def nan_power(tensors: dict[str, torch.Tensor], name: str) -> None:
     tensors[name + "_scale"][0, 0] = 255
 
 
-@_break("mxfp4", "q_proj.weight_scale")
+@_break("mxfp4", "q_proj.weight_packed is U8")
 def no_powers(tensors: dict[str, torch.Tensor], name: str) -> None:
     del tensors[name + "_scale"]
 

@@ -15,7 +15,7 @@ from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
 from .adapter_terms import adapter_notes, adapter_terms
 from .counterparts import Counterparts, counterparts
-from .encoded import encoded_of
+from .encoded import encoded_of, encoding_notes
 from .experts import Experts, find_experts
 from .missing import (
     Lacking,
@@ -230,7 +230,7 @@ def pair(
     if config == anchor.config:
         config = None
     notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + orientations.notes()
-    notes += _config_notes(models)
+    notes += _config_notes(models) + encoding_notes(models)
     return Pairing(tuple(rows), unused, tuple(notes), config)
 
 
@@ -269,13 +269,14 @@ def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pair
         )
         for tensor in in_file_order(model)
     )
-    notes = (*adapter_notes(adapter, model, adapted), *_config_notes({model.role: model}))
+    said = (*_config_notes({model.role: model}), *encoding_notes({model.role: model}))
+    notes = (*adapter_notes(adapter, model, adapted), *said)
     if not untie:
         return Pairing(rows, {}, notes)
     head = untied_head(model, {}, {}, (adapter.role,))
     if head is None:
         return Pairing(rows, {}, notes, untied_config(model.config))
-    notes = (*_config_notes({model.role: model}), _untied_note(head, model.role))
+    notes = (*said, _untied_note(head, model.role))
     return Pairing((*rows, head), {}, notes, untied_config(model.config))
 
 

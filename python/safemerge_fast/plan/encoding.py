@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 import msgspec
 
+from ..pairing.expert_names import single
 from ..pairing.row import Row
 
 __all__ = ["Encode", "encoded_config", "output_rows"]
@@ -44,8 +46,8 @@ def output_rows(
         config: Its config.json. Where that speaks of no quantisation, tensors of other models cannot stay quantised.
 
     Returns:
-        The rows, in their order. A module of several quantised parameters (stacked experts) is dequantised as a whole,
-        since loaders know it as one.
+        The rows, in their order. A module of several quantised parameters is dequantised as a whole, and so are all
+        experts of a layer, stacked or not: loaders know them as one module, which is quantised or is not.
     """
     if not any(row.encoded is not None for row in rows):
         return list(rows)
@@ -84,11 +86,21 @@ def encoded_config(config: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, 
             del part["quantization_config"]
             continue
         quantization = part["quantization_config"]
-        key = _LISTS.get(str(quantization.get("quant_method") or ""), _LISTS[""])
+        method = str(quantization.get("quant_method") or "")
+        key = _LISTS.get(method, _LISTS[""])
         listed = quantization.get(key)
         listed = listed if isinstance(listed, list) else []
-        quantization[key] = [*listed, *(name for name in plain if name not in listed)]
+        quantization[key] = [*listed, *(name for name in _entries(plain, method) if name not in listed)]
     return written
+
+
+def _entries(modules: Iterable[str], method: str) -> Iterator[str]:
+    """What a list of modules says of these."""
+    for module in modules:
+        yield module
+        # With other methods a name stands for what is within, too.
+        if method == "compressed-tensors" and module.endswith("experts"):
+            yield f"re:{re.escape(module)}\\..*"
 
 
 def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,8 +117,9 @@ def _quantisations(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _module(row: Row) -> str:
-    """The module whose parameter a tensor is."""
-    return row.name.rpartition(".")[0]
+    """The module that a loader knows a tensor as a part of: one of that name, or the experts of a layer."""
+    expert = single(row.name)
+    return row.name.rpartition(".")[0] if expert is None else expert.prefix
 
 
 def _dequantised(row: Row) -> Row:
