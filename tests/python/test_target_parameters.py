@@ -100,6 +100,20 @@ def fused_qwen3_moe() -> Any:
     return qwen3_moe()
 
 
+def jetmoe() -> Any:
+    """Experts in a module's own weight."""
+    config = transformers.JetMoeConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=6,
+        vocab_size=61,
+        num_local_experts=EXPERTS,
+    )
+    return transformers.JetMoeForCausalLM(config)
+
+
 FAMILIES = [mixtral, qwen3_moe, gpt_oss, gpt_oss_square, llama4, fused_qwen3_moe]
 
 
@@ -218,6 +232,17 @@ def test_patterns_of_parameters_and_modules_beside_them(tmp_path: Path, make: An
     found = folded(tmp_path)
     for name, tensor in expected.items():
         assert np.abs(found[name] - tensor.numpy()).max() < 1e-12, name
+
+
+def test_a_weight_that_is_a_stack_of_experts(tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    targets = ["mlp.input_linear.weight", "mlp.output_linear.weight"]
+    expected = save(tmp_path, jetmoe, r=2, target_modules=["router.layer"], target_parameters=targets)
+    original, found = load(tmp_path / "model"), folded(tmp_path)
+    for name, tensor in expected.items():
+        assert np.abs(found[name] - tensor.numpy()).max() < 1e-12, name
+    changed = [name for name in found if (found[name] != original[name].numpy()).any()]
+    assert len([name for name in changed if "linear" in name]) == 4
 
 
 def test_a_matrix_that_is_adapted_as_a_parameter_is_folded(tmp_path: Path) -> None:
