@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .._engine import TensorInfo
@@ -95,10 +95,13 @@ def adapter_uses(adapter: Adapter, model: Model) -> AdapterUses:
     """
     names = TensorNames(model, _wanted(adapter))
     orientations = Orientations(adapter, model)
-    uses = tuple(
-        _use(adapter, model, names, orientations, module, parameter, key)
-        for module in adapter.modules.values()
-        for parameter, key in _parameters(module).items()
+    uses = _each_once(
+        adapter,
+        (
+            _use(adapter, model, names, orientations, module, parameter, key)
+            for module in adapter.modules.values()
+            for parameter, key in _parameters(module).items()
+        ),
     )
     stacked = StackedParameters(adapter, model, names)
     parameters = tuple(_stacked_use(stacked, group) for group in adapter.parameters.values())
@@ -243,6 +246,22 @@ def _use(
     except AdapterError as error:
         return Use(module, parameter, keys, name, problem=str(error))
     return Use(module, parameter, keys, name, terms)
+
+
+def _each_once(adapter: Adapter, uses: Iterable[Use]) -> tuple[Use, ...]:
+    """The uses; of two that are of one tensor, whose names mean the same, the second is none."""
+    found: list[Use] = []
+    first: dict[str | None, Use] = {}
+    for use in uses:
+        other = first.setdefault(use.tensor, use)
+        if other is not use and use.tensor is not None and use.problem is None:
+            problem = (
+                f"{adapter.role}: {use.keys[0]} and {other.keys[0]} both adapt {use.tensor}; only one of them can be "
+                f"applied"
+            )
+            use = Use(use.module, use.parameter, use.keys, use.tensor, problem=problem)
+        found.append(use)
+    return tuple(found)
 
 
 def _stacked_use(stacked: StackedParameters, group: AdaptedParameters) -> StackedUse:
