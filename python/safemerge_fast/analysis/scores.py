@@ -242,7 +242,7 @@ _ADAPTER_SETTINGS = (
 def _sample(model: Model) -> str:
     """Digests the beginning of tensors spread evenly over the model's names."""
     tensors = sorted(
-        (tensor for tensor in model.headers.tensors if tensor.shape and tensor.nbytes),
+        (tensor for tensor in model.headers.stored_tensors if tensor.shape and tensor.nbytes),
         key=lambda tensor: tensor.name,
     )
     step = max(1, math.ceil(len(tensors) / _SAMPLED_TENSORS))
@@ -252,10 +252,10 @@ def _sample(model: Model) -> str:
     if "peft_type" in model.config:
         digest.update(json.dumps(settings, sort_keys=True).encode())
     for tensor in tensors[::step]:
-        row = np.asarray(model.headers.rows(tensor.name, 0, 1))
+        row = np.asarray(model.headers.rows(tensor.name, 0, 1, stored=True))
         digest.update(tensor.name.encode() + b"\0" + row[:_SAMPLED_BYTES].tobytes())
         # Touching one page maps its neighbours too; over hundreds of tensors that would add up.
-        model.headers.release(tensor.name)
+        model.headers.release(tensor.name, stored=True)
     return digest.hexdigest()
 
 

@@ -90,7 +90,7 @@ def pair(
     include: str | None = None,
     exclude: str | None = None,
     analyse: bool = True,
-    missing: Missing = Missing.LEAVE_OUT,
+    missing: Missing = Missing.NOTE,
     untie: bool = False,
 ) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
