@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from .._engine import TensorInfo
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import Model
-from ..errors import AdapterError, PairingError
-from .adapted_stack import AdaptedStack
+from ..errors import PairingError
+from .adapted_stack import AdaptedStack, slices_of
 from .adapter_terms import AdapterTerms, adapter_notes, adapter_terms
 from .modules import EMBEDDING, HEAD, PROJECTION, is_float_matrix
 from .operand import Operand, Term
@@ -16,33 +16,7 @@ from .orientation import Orientations
 from .row import NOT_ADAPTED, Row
 from .stack import Slices
 
-__all__ = ["Adapted", "stacked_update"]
-
-
-def stacked_update(
-    terms: AdapterTerms, role: str, model: Model, tensor: TensorInfo, slices: Slices | None
-) -> AdaptedStack | None:
-    """What an adapter makes of a stacked tensor, if it adapts one of all its experts.
-
-    Args:
-        terms: What the adapter makes of all tensors.
-        role: The adapter's.
-        model: The checkpoint that it adapts.
-        tensor: The tensor.
-        slices: How its experts lie.
-
-    Raises:
-        AdapterError: It does, and it is not known how they lie.
-    """
-    update = terms.stacks.get(tensor.name)
-    if update is None:
-        return None
-    if slices is None:
-        raise AdapterError(
-            f"{role}: {update.factors.a} updates the experts of {tensor.name} in {model.path}, but how these lie in it "
-            f"is not known; fold the adapter with PEFT's merge_and_unload"
-        )
-    return AdaptedStack(role, model.role, tensor.name, slices.stack, update)
+__all__ = ["Adapted"]
 
 
 class Adapted:
@@ -76,13 +50,26 @@ class Adapted:
     def __contains__(self, role: object) -> bool:
         return role in self.terms
 
-    def stacks(self, tensor: TensorInfo, slices: Slices | None) -> dict[str, AdaptedStack]:
-        """What each adapter that adapts them makes of the experts of a tensor of the aligned model, by role."""
-        found = {
-            role: stacked_update(terms, role, self._model, tensor, slices)
+    def slices(self, name: str) -> Slices | None:
+        """How the experts of a tensor of the aligned model lie that an adapter adapts, if nothing else says it."""
+        updates = (terms.stacks[name] for terms in self.terms.values() if name in terms.stacks)
+        update = next(updates, None)
+        return None if update is None else slices_of(update)
+
+    def stacks(self, name: str, slices: Slices | None) -> dict[str, AdaptedStack]:
+        """What each adapter that adapts them makes of the experts of a tensor of the aligned model, by role.
+
+        Args:
+            name: The tensor.
+            slices: How its experts lie; None if it holds none, or nobody adapts them.
+        """
+        if slices is None:
+            return {}
+        return {
+            role: AdaptedStack(role, self._model.role, name, slices.stack, terms.stacks[name])
             for role, terms in self.terms.items()
+            if name in terms.stacks
         }
-        return {role: stack for role, stack in found.items() if stack is not None}
 
     def made(
         self, aligned: str | None, parts: Mapping[str, tuple[Term, ...]]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .expert_updates import StackedUpdate
+from .modules import PROJECTION, module_type
 from .operand import LowRank, Operand, Term
-from .stack import Part, Stack
+from .stack import Part, Slices, Stack
+from .view import View
 
-__all__ = ["AdaptedStack"]
+__all__ = ["AdaptedStack", "slices_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +53,12 @@ class AdaptedStack:
         factors, scale, rank = self.update.factors, self.update.scale, self.update.rank
         product = LowRank(self.role, factors.a, factors.b, scale, rank, turned, a, b)
         return (Term(Operand(self.model_role, self.tensor, low_rank=(product,), view=view)),)
+
+
+def slices_of(update: StackedUpdate) -> Slices:
+    """The experts of a stacked tensor as an update of it takes them: each is one matrix."""
+    (tensor,) = update.stored.tensors
+    experts, rows, columns = update.stored.shape
+    prefix, _, leaf = tensor.removesuffix(".weight").rpartition(".")
+    part = Part(leaf, module_type(f"{prefix}.0.{leaf}", PROJECTION), View(0, (rows, columns), (columns, 1)))
+    return Slices(prefix, Stack(experts, rows * columns, (part,), update.transposed))

@@ -7,15 +7,16 @@ from dataclasses import replace
 from .._engine import TensorInfo
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import Model
-from .adapted import stacked_update
+from .adapted_stack import AdaptedStack, slices_of
 from .adapter_terms import adapter_notes, adapter_terms
 from .encoded import encoded_of
-from .experts import find_experts
+from .expert_updates import StackedUpdate
 from .modules import Classifier, layer_of, module_type
 from .operand import Operand, Term
 from .orientation import Orientations
 from .row import Row, Shared
 from .rows import Pairing, config_notes, in_file_order, untied_note
+from .stack import Slices
 from .structure import structure_of
 from .untied import untied_config, untied_head
 
@@ -39,15 +40,18 @@ def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pair
     adapted = adapter_terms(adapter, model)
     structure = structure_of(model, (adapter,))
     classify, orientations = Classifier(model, structure), Orientations(model, structure)
-    # Only a tensor that is adapted expert by expert is taken apart.
-    experts = find_experts({model.role: model}, model.role) if adapted.stacks else None
     shared = Shared((model.role,))
 
+    def taken_apart(update: StackedUpdate) -> Slices:
+        slices = slices_of(update)
+        (tensor,) = update.stored.tensors
+        stack = AdaptedStack(adapter.role, model.role, tensor, slices.stack, update)
+        return replace(slices, elsewhere={adapter.role: stack})
+
     def row(tensor: TensorInfo) -> Row:
-        slices = (
-            experts.slices(tensor.name) if experts is not None and tensor.name in adapted.stacks else None
-        )
-        stack = stacked_update(adapted, adapter.role, model, tensor, slices)
+        # Only a tensor that is adapted expert by expert is taken apart.
+        update = adapted.stacks.get(tensor.name)
+        slices = None if update is None else taken_apart(update)
         plain = (Term(Operand(model.role, tensor.name)),)
         return Row(
             name=tensor.name,
@@ -62,10 +66,8 @@ def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pair
             if slices is None
             else slices.stack.transposed,
             reason="adapted" if tensor.name in adapted else "not adapted",
-            adapted={} if stack is not None else {adapter.role: adapted.terms.get(tensor.name, plain)},
-            slices=None
-            if slices is None or stack is None
-            else replace(slices, elsewhere={adapter.role: stack}),
+            adapted={} if slices is not None else {adapter.role: adapted.terms.get(tensor.name, plain)},
+            slices=slices,
             encoded=encoded_of(tensor, model.role),
         )
 

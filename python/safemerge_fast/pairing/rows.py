@@ -141,7 +141,7 @@ def pair(
     for tensor in tensors:
         own = tensor.name
         kind = classify(tensor)
-        slices = None if experts is None else experts.slices(own)
+        slices = (None if experts is None else experts.slices(own)) or adapted.slices(own)
         is_stack = slices is not None and kind != MTP
         if is_stack or adapted.is_matrix(tensor, kind):
             kind = PROJECTION
@@ -150,7 +150,7 @@ def pair(
             reason = adapted.why_not(own) or reason
         analysed = analyse and reason == PROJECTION
         names: dict[str, str] = {anchor.role: own}
-        elsewhere: dict[str, Elsewhere] = {**adapted.stacks(tensor, slices)}
+        elsewhere: dict[str, Elsewhere] = {**adapted.stacks(own, slices)}
         parts: dict[str, tuple[Term, ...]] = {}
         faults = []
         for role, model in others.items():
