@@ -351,8 +351,8 @@ class Checkpoint:
             PlanError: There are not so many rows, or the tensor is quantised and `stored` was not said.
             CheckpointError: There is no tensor of this name, or it cannot be read.
         """
-    def release(self, name: str) -> None:
-        """Gives the memory back that a tensor's mapped bytes take."""
+    def release(self, name: str, *, stored: bool = False) -> None:
+        """Gives the memory back that a tensor's mapped bytes take; `stored` as for rows."""
 
 @final
 class Matrix:

@@ -325,9 +325,10 @@ impl Checkpoint {
         })
     }
 
-    fn release(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+    #[pyo3(signature = (name, *, stored = false))]
+    fn release(&self, py: Python<'_>, name: &str, stored: bool) -> PyResult<()> {
         let release = || {
-            let encoding = self.inner.encoding(name)?;
+            let encoding = if stored { None } else { self.inner.encoding(name)? };
             let whole = || self.inner.id(name).ok_or_else(|| self.inner.absent(name));
             let parts = match &encoding {
                 Some(encoding) => encoding.stored().collect(),

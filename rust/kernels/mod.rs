@@ -14,6 +14,7 @@ mod x86;
 pub use band::Band;
 pub use generic::{COLLECT_MARGIN, Product};
 
+use crate::code::Code;
 use crate::dtype::Float;
 use crate::{Error, Result};
 
@@ -77,6 +78,10 @@ pub struct Kernels {
     dot: fn(&[f32], &[f32]) -> f64,
     add_product: fn(&mut [f32], &Product<'_>),
     collect_between: CollectBetween,
+    decode: fn(Code, &[u8], bool, &mut [f32]),
+    encode: fn(Code, &[f32], &mut [u8]),
+    over_groups: fn(&mut [f32], &[f32], usize, bool),
+    amax: fn(&[f32]) -> f32,
 }
 
 impl Kernels {
@@ -117,6 +122,10 @@ impl Kernels {
                 dot: x86::avx512::dot,
                 add_product: x86::avx512::add_product,
                 collect_between: x86::collect_between,
+                decode: x86::avx512::decode,
+                encode: x86::avx512::encode,
+                over_groups: x86::avx512::over_groups,
+                amax: x86::avx512::amax,
             },
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Self {
@@ -127,6 +136,10 @@ impl Kernels {
                 dot: x86::avx2::dot,
                 add_product: x86::avx2::add_product,
                 collect_between: generic::collect_between,
+                decode: x86::avx2::decode,
+                encode: x86::avx2::encode,
+                over_groups: x86::avx2::over_groups,
+                amax: x86::avx2::amax,
             },
             _ => Self {
                 level: Level::Scalar,
@@ -136,6 +149,10 @@ impl Kernels {
                 dot: generic::dot,
                 add_product: generic::add_product,
                 collect_between: generic::collect_between,
+                decode: codes::decode,
+                encode: codes::encode,
+                over_groups: codes::over_groups,
+                amax: codes::amax,
             },
         }
     }
@@ -206,5 +223,40 @@ impl Kernels {
         debug_assert!(product.start + values.len() <= product.columns);
         debug_assert_eq!(product.factor.len(), product.coefficients.len() * product.columns);
         (self.add_product)(values, product);
+    }
+
+    /// The numbers of codes, exact. The first is the one with the number `first` within `bytes`, since codes of four bits
+    /// may begin in the middle of a byte.
+    pub fn decode(&self, code: Code, bytes: &[u8], first: usize, out: &mut [f32]) {
+        let bytes = &bytes[first / code.per_byte()..];
+        let middle = !first.is_multiple_of(code.per_byte());
+        assert!(bytes.len() >= code.bytes(out.len() + usize::from(middle)));
+        (self.decode)(code, bytes, middle, out);
+    }
+
+    /// The nearest codes of values, ties to even, never beyond [`Code::most`]. Values must be finite, and there must be
+    /// two for each byte where codes have four bits.
+    pub fn encode(&self, code: Code, values: &[f32], out: &mut [u8]) {
+        assert_eq!(values.len(), out.len() * code.per_byte());
+        (self.encode)(code, values, out);
+    }
+
+    /// Multiplies each run of `columns` values, the last of which may be shorter, by its factor.
+    pub fn scale_groups(&self, values: &mut [f32], factors: &[f32], columns: usize) {
+        assert_eq!(values.len().div_ceil(columns), factors.len());
+        (self.over_groups)(values, factors, columns, false);
+    }
+
+    /// Divides each run of `columns` values, the last of which may be shorter, by its factor. A product with the reciprocal
+    /// would be rounded twice.
+    pub fn divide_groups(&self, values: &mut [f32], factors: &[f32], columns: usize) {
+        assert_eq!(values.len().div_ceil(columns), factors.len());
+        (self.over_groups)(values, factors, columns, true);
+    }
+
+    /// The largest magnitude; NaN if there is one, and zero of no values.
+    #[must_use]
+    pub fn amax(&self, values: &[f32]) -> f32 {
+        (self.amax)(values)
     }
 }

@@ -1,6 +1,8 @@
 //! The loops of [`super::generic`] compiled with AVX2 and with AVX-512, and half conversions by F16C.
 
+use super::codes;
 use super::generic::{self, COLLECT_MARGIN, Half, Portable, Product};
+use crate::code::Code;
 use crate::dtype::Float;
 use std::arch::x86_64::{
     _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
@@ -83,7 +85,7 @@ fn collect_between_avx512(values: &[f32], low: u32, width: u32, found: &mut [u32
 macro_rules! level {
     ($level:ident, $features:literal) => {
         pub(super) mod $level {
-            use super::{F16c, Float, Product, generic};
+            use super::{Code, F16c, Float, Product, codes, generic};
 
             #[target_feature(enable = $features)]
             fn load_with(dtype: Float, source: &[u8], destination: &mut [f32]) {
@@ -108,6 +110,61 @@ macro_rules! level {
             #[target_feature(enable = $features)]
             fn add_product_with(values: &mut [f32], product: &Product<'_>) {
                 generic::add_product(values, product);
+            }
+
+            #[target_feature(enable = $features)]
+            fn decode_with(code: Code, bytes: &[u8], middle: bool, out: &mut [f32]) {
+                codes::decode(code, bytes, middle, out);
+            }
+
+            #[target_feature(enable = $features)]
+            fn encode_with(code: Code, values: &[f32], out: &mut [u8]) {
+                codes::encode(code, values, out);
+            }
+
+            #[target_feature(enable = $features)]
+            fn over_groups_with(
+                values: &mut [f32],
+                factors: &[f32],
+                columns: usize,
+                divides: bool,
+            ) {
+                codes::over_groups(values, factors, columns, divides);
+            }
+
+            #[target_feature(enable = $features)]
+            fn amax_with(values: &[f32]) -> f32 {
+                codes::amax(values)
+            }
+
+            pub(in crate::kernels) fn decode(
+                code: Code,
+                bytes: &[u8],
+                middle: bool,
+                out: &mut [f32],
+            ) {
+                // SAFETY: as in `load`.
+                unsafe { decode_with(code, bytes, middle, out) }
+            }
+
+            pub(in crate::kernels) fn encode(code: Code, values: &[f32], out: &mut [u8]) {
+                // SAFETY: as in `load`.
+                unsafe { encode_with(code, values, out) }
+            }
+
+            pub(in crate::kernels) fn over_groups(
+                values: &mut [f32],
+                factors: &[f32],
+                columns: usize,
+                divides: bool,
+            ) {
+                // SAFETY: as in `load`.
+                unsafe { over_groups_with(values, factors, columns, divides) }
+            }
+
+            pub(in crate::kernels) fn amax(values: &[f32]) -> f32 {
+                // SAFETY: as in `load`.
+                unsafe { amax_with(values) }
             }
 
             #[target_feature(enable = $features)]

@@ -45,7 +45,7 @@ class Roles(dict[str, Path]):
     ) -> None:
         model.save_pretrained(path / "aligned")
         base = copy.deepcopy(model)
-        train(base, 7)
+        train(base, 7, size=0.005)
         base.save_pretrained(path / "base")
         super().__init__(base=path / "base", aligned=path / "aligned")
         self["finetuned"] = save_adapter(path / "finetuned", model, 1, finetuned)

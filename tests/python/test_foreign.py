@@ -170,7 +170,7 @@ def test_formats_are_refused_by_name_and_shown_by_inspect(tmp_path: Path, kind: 
 def test_narrow_floats_without_a_known_scale_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     for shape in ((4, 4), (4,)):
         path = write(tmp_path / str(len(shape)), {f"{LAYER}.weight": torch.ones(shape).to(dtype)}, None)
-        with pytest.raises(CheckpointError, match=r"quantised \(F8_E.M.*full-precision"):
+        with pytest.raises(CheckpointError, match=r"quantised \(FP8 without scales.*full-precision"):
             open_model("base", path)
 
 

@@ -196,3 +196,21 @@ def test_the_parts_of_transformers_that_are_asked_are_there() -> None:
         (mapping, ("get_model_conversion_mapping",)),
     ):
         assert all(hasattr(module, name) for name in names)
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    """The checkpoint's own name of a tensor and the loaded model's, in one adapter."""
+    model = small("laguna")
+    layers = save(tmp_path, model)
+    original = load(tmp_path / "model")
+    (name, *_) = [name for name in layers if f"{name}.weight" not in original]
+    live = live_names.live_names(open_model("model", tmp_path / "model").config, list(original))
+    stored = live.tensors[f"{name}.weight"].removesuffix(".weight")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for factor in "AB":
+        key = f"base_model.model.{{}}.lora_{factor}.weight"
+        tensors[key.format(stored)] = tensors[key.format(name)].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=rf"both adapt {stored}\.weight; only one of them"):
+        fold(tmp_path / "model", tmp_path / "adapter", output=tmp_path / "out")

@@ -281,6 +281,18 @@ def test_towers_with_equal_tails_are_told_apart_or_left() -> None:
     assert match_names(text, other_text + ambiguous) == {}
 
 
+def test_layers_of_a_language_model_are_not_those_of_a_vision_tower() -> None:
+    text = ["model.layers.0.q.weight", "model.norm.weight", "lm_head.weight"]
+    whole = {
+        "model.layers.0.q.weight": "model.language_model.layers.0.q.weight",
+        "model.norm.weight": "model.language_model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    }
+    vision = ["model.vision_tower.layers.0.q.weight", "vision_model.norm.weight"]
+    assert match_names(text, [*whole.values(), *vision]) == whole
+    assert match_names([*whole.values(), *vision], text) == {other: name for name, other in whole.items()}
+
+
 PARTS = st.lists(st.sampled_from(["a", "b", "layers", "0", "1", "w"]), min_size=1, max_size=5).map(".".join)
 NAMES = st.lists(PARTS, max_size=12, unique=True)
 

@@ -47,12 +47,12 @@ def gpt2() -> Any:
     )
 
 
-def train(adapted: Any, seed: int = 0) -> None:
+def train(adapted: Any, seed: int = 0, *, size: float = 0.05) -> None:
     """Moves all that is trainable, so that no factor is zero and no magnitude the weight's own norm."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
 def save(path: Path, model: Any, **settings: Any) -> tuple[Path, Path]:

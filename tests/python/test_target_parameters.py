@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_adapter import PREFIX, write_adapter, write_aligned
 
-from safemerge_fast import AdapterError, fold
+from safemerge_fast import fold, merge
 from safemerge_fast.checkpoint.adapter import Adapter, open_adapter
 from safemerge_fast.checkpoint.model import Access, Model, open_model
-from safemerge_fast.pairing.adapter_terms import adapter_terms, adapter_uses, stacked_pieces
+from safemerge_fast.pairing.adapter_terms import adapter_uses, stacked_pieces
 from safemerge_fast.pairing.operand import Operand
 from safemerge_fast.pairing.view import View
 
@@ -98,6 +99,20 @@ def llama4() -> Any:
 def fused_qwen3_moe() -> Any:
     """Experts in one tensor, stored as (out, in)."""
     return qwen3_moe()
+
+
+def jetmoe() -> Any:
+    """Experts in a module's own weight."""
+    config = transformers.JetMoeConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=6,
+        vocab_size=61,
+        num_local_experts=EXPERTS,
+    )
+    return transformers.JetMoeForCausalLM(config)
 
 
 FAMILIES = [mixtral, qwen3_moe, gpt_oss, gpt_oss_square, llama4, fused_qwen3_moe]
@@ -220,6 +235,17 @@ def test_patterns_of_parameters_and_modules_beside_them(tmp_path: Path, make: An
         assert np.abs(found[name] - tensor.numpy()).max() < 1e-12, name
 
 
+def test_a_weight_that_is_a_stack_of_experts(tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    targets = ["mlp.input_linear.weight", "mlp.output_linear.weight"]
+    expected = save(tmp_path, jetmoe, r=2, target_modules=["router.layer"], target_parameters=targets)
+    original, found = load(tmp_path / "model"), folded(tmp_path)
+    for name, tensor in expected.items():
+        assert np.abs(found[name] - tensor.numpy()).max() < 1e-12, name
+    changed = [name for name in found if (found[name] != original[name].numpy()).any()]
+    assert len([name for name in changed if "linear" in name]) == 4
+
+
 def test_a_matrix_that_is_adapted_as_a_parameter_is_folded(tmp_path: Path) -> None:
     """A router: its weight is no module's of its own, and its patterns are the parameter's."""
     torch.manual_seed(3)
@@ -283,13 +309,78 @@ def test_early_versions_of_peft_took_every_stack_for_in_out(tmp_path: Path) -> N
     assert np.abs(found[name] - expected.numpy()).max() < 1e-12
 
 
-def test_folding_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    save(tmp_path, mixtral, r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"])
-    adapter, model = opened(tmp_path)
-    with pytest.raises(AdapterError, match=r"lora_A\.weight updates an expert of .*experts\.0\.w1\.weight"):
-        adapter_terms(adapter, model)
-    with pytest.raises(AdapterError, match="merging LoRA of fused experts is not supported yet"):
-        fold(tmp_path / "model", tmp_path / "adapter", output=tmp_path / "out")
+@pytest.mark.parametrize("make", [*FAMILIES, jetmoe])
+def test_folds_are_peft_s_merges(tmp_path: Path, make: Any) -> None:
+    target = ["input_linear.weight"] if make is jetmoe else ["gate_up_proj", "down_proj"]
+    merged = save(tmp_path, make, r=2, lora_alpha=8, target_modules=["q_proj"], target_parameters=target)
+    fold(tmp_path / "model", tmp_path / "adapter", output=tmp_path / "out")
+    original, found = load(tmp_path / "model"), load(tmp_path / "out")
+    assert found.keys() == merged.keys()
+    changed = 0
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=2e-6, msg=name)
+        changed += not torch.equal(tensor, original[name])
+    assert changed >= 4
+
+
+@pytest.mark.parametrize("make", [gpt_oss, fused_qwen3_moe, qwen3_moe, llama4])
+def test_merges_are_decided_expert_by_expert(tmp_path: Path, make: Any) -> None:
+    """ρ of every expert's part from the dense models, and what is merged shrinks PEFT's update to α of itself."""
+    merged = save(tmp_path, make, r=2, lora_alpha=8, target_modules=[], target_parameters=["gate_up_proj"])
+    original = load(tmp_path / "model")
+    generator = torch.Generator().manual_seed(3)
+    base = {
+        name: tensor + 0.1 * tensor.std() * torch.randn(tensor.shape, generator=generator).double()
+        for name, tensor in original.items()
+    }
+    shutil.copytree(tmp_path / "model", tmp_path / "base")
+    save_file(base, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    report = merge(
+        base=tmp_path / "base",
+        aligned=tmp_path / "model",
+        finetuned=tmp_path / "adapter",
+        output=tmp_path / "out",
+        output_format="checkpoint",
+        select="lowest:4",
+        alpha=0.75,
+        device="cpu",
+    )
+    found = load(tmp_path / "out")
+    assert sum(module.merged for tensor in report.tensors for module in tensor.module_reports()) == 4
+    seen = 0
+    for tensor in report.tensors:
+        name = tensor.name
+        v, delta = original[name] - base[name], merged[name] - original[name]
+        if tensor.modules is None and not tensor.analysed:
+            assert torch.equal(found[name], original[name]), name
+            continue
+        modules = list(tensor.module_reports())
+        expected = original[name].clone()
+        for place, module in enumerate(modules):
+            part = _part(make, place, len(modules), v)
+            left, right = v[part], delta[part]
+            if make in (gpt_oss, llama4):
+                left, right = left.T, right.T
+            assert module.rho == pytest.approx(_cosine(left @ left.T @ right, right), abs=1e-5), module.name
+            expected[part] += (0.75 if module.merged else 1.0) * delta[part]
+            seen += 1
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=2e-6, msg=name)
+    assert seen == 2 * 2 * EXPERTS
+
+
+def _part(make: Any, place: int, count: int, whole: torch.Tensor) -> Any:
+    """Where the module with this number of a tensor lies: experts one after another, gate before up."""
+    if count == 1:
+        return slice(None)
+    expert, up = divmod(place, 2)
+    if make is gpt_oss:
+        return (expert, slice(None), slice(up, None, 2))
+    half = (slice(0, INNER), slice(INNER, None))[up]
+    return (expert, slice(None), half) if make is llama4 else (expert, half)
+
+
+def _cosine(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left * right).sum() / (left.norm() * right.norm()))
 
 
 def test_factors_that_fit_no_parameter(tmp_path: Path) -> None:

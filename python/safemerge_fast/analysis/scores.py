@@ -255,7 +255,7 @@ def _sample(model: Model) -> str:
         row = np.asarray(model.headers.rows(tensor.name, 0, 1, stored=True))
         digest.update(tensor.name.encode() + b"\0" + row[:_SAMPLED_BYTES].tobytes())
         # Touching one page maps its neighbours too; over hundreds of tensors that would add up.
-        model.headers.release(tensor.name)
+        model.headers.release(tensor.name, stored=True)
     return digest.hexdigest()
 
 

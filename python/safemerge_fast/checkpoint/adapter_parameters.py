@@ -97,9 +97,13 @@ def _is_of_parameters(
     module: str,
     depths: Mapping[int, Mapping[str, str]],
 ) -> bool:
-    """Whether keys are of a module's parameters; a `weight` that is adapted as a parameter is like any module's."""
+    """Whether keys are of a module's parameters; a matrix `weight` that is adapted as one is like any module's."""
     if any(depths):
         return True
+    key = depths[0].get("a")
+    height = None if key is None else list(headers.tensor(key).shape[:1])
+    if settings.targets_parameter(weight := f"{module}.weight"):
+        return height is not None and height != [settings.rank(weight)]
     containers = [target.rpartition(".")[::2] for target in settings.target_parameters]
     if any(
         container and leaf != "weight" and (module == container or module.endswith(f".{container}"))
@@ -109,8 +113,7 @@ def _is_of_parameters(
     if all(container for container, _ in containers):
         return False
     # Names without their module, as PEFT itself writes them: a matrix of several experts is higher than its rank.
-    key = depths[0].get("a")
-    return key is not None and list(headers.tensor(key).shape[:1]) != [settings.rank(module)]
+    return height is not None and height != [settings.rank(module)]
 
 
 def _nested(

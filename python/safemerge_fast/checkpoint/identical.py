@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from .. import _engine
-from ..errors import CheckpointError
 from .adapter import Adapter
 from .model import Model
 
@@ -35,10 +34,10 @@ def same_weights(left: Model, right: Model, *, read: bool = True) -> bool:
         return True
     if not read or len(left.headers) != len(right.headers) or left.headers.nbytes != right.headers.nbytes:
         return False
-    # Two fine-tunes differ in their first tensors, so that few are looked at.
-    tensors = left.headers.tensors
-    return all(_begins_alike(left, right, tensor) for tensor in tensors) and all(
-        _same(left, right, tensor.name, _rows(tensor), None) for tensor in tensors if tensor.nbytes
+    # Two fine-tunes differ in their first tensors, so that few are looked at. Of quantised ones the parts are compared.
+    tensors, others = left.headers.stored_tensors, {t.name: t for t in right.headers.stored_tensors}
+    return all(_begins_alike(left, right, tensor, others.get(tensor.name)) for tensor in tensors) and all(
+        _same(left, right, tensor, _rows(tensor), None) for tensor in tensors if tensor.nbytes
     )
 
 
@@ -46,24 +45,22 @@ def _inodes(model: Model) -> set[tuple[int, int]]:
     return {(facts.device, facts.inode) for facts in model.headers.identity().values()}
 
 
-def _begins_alike(left: Model, right: Model, tensor: _engine.TensorInfo) -> bool:
+def _begins_alike(
+    left: Model, right: Model, tensor: _engine.TensorInfo, other: _engine.TensorInfo | None
+) -> bool:
     """Whether the other model has a tensor of that name, dtype and shape, and of its first row the same bytes."""
-    try:
-        other = right.headers.tensor(tensor.name)
-    except CheckpointError:
+    if other is None or (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
         return False
-    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
-        return False
-    return not tensor.nbytes or _same(left, right, tensor.name, 1, _FIRST)
+    return not tensor.nbytes or _same(left, right, tensor, 1, _FIRST)
 
 
 def _rows(tensor: _engine.TensorInfo) -> int:
     return tensor.shape[0] if tensor.shape else 1
 
 
-def _same(left: Model, right: Model, name: str, rows: int, most: int | None) -> bool:
-    """Compares the first rows of a tensor, of their bytes at most so many."""
-    step = max(1, _PIECE * rows // max(left.headers.tensor(name).nbytes, 1))
+def _same(left: Model, right: Model, tensor: _engine.TensorInfo, rows: int, most: int | None) -> bool:
+    """Compares the first rows of a stored tensor, of their bytes at most so many."""
+    name, step = tensor.name, max(1, _PIECE * rows // max(tensor.nbytes, 1))
     parts = ((start, min(start + step, rows)) for start in range(0, rows, step))
     try:
         return all(
@@ -72,8 +69,8 @@ def _same(left: Model, right: Model, name: str, rows: int, most: int | None) -> 
         )
     finally:
         for model in (left, right):
-            model.headers.release(name)
+            model.headers.release(name, stored=True)
 
 
 def _bytes(model: Model, name: str, rows: tuple[int, int]) -> np.ndarray:
-    return np.asarray(model.headers.rows(name, *rows))
+    return np.asarray(model.headers.rows(name, *rows, stored=True))

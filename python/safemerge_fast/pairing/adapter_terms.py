@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from .._engine import TensorInfo
@@ -18,6 +18,7 @@ from .tensor_names import TensorNames
 from .tied import embedding_name, is_head, ties_head
 
 __all__ = [
+    "AdapterTerms",
     "AdapterUses",
     "StackedUse",
     "Use",
@@ -95,17 +96,36 @@ def adapter_uses(adapter: Adapter, model: Model) -> AdapterUses:
     """
     names = TensorNames(model, _wanted(adapter))
     orientations = Orientations(adapter, model)
-    uses = tuple(
-        _use(adapter, model, names, orientations, module, parameter, key)
-        for module in adapter.modules.values()
-        for parameter, key in _parameters(module).items()
+    uses = _each_once(
+        adapter,
+        (
+            _use(adapter, model, names, orientations, module, parameter, key)
+            for module in adapter.modules.values()
+            for parameter, key in _parameters(module).items()
+        ),
     )
     stacked = StackedParameters(adapter, model, names)
     parameters = tuple(_stacked_use(stacked, group) for group in adapter.parameters.values())
     return AdapterUses(uses, parameters, names.renamed)
 
 
-def adapter_terms(adapter: Adapter, model: Model) -> dict[str, tuple[Term, ...]]:
+@dataclass(frozen=True, slots=True)
+class AdapterTerms:
+    """What an adapter makes of a checkpoint's tensors.
+
+    Attributes:
+        terms: The terms by the checkpoint's tensor names, for the tensors that it changes as a whole.
+        stacks: The updates of the experts of stacked tensors, by the tensors' names.
+    """
+
+    terms: Mapping[str, tuple[Term, ...]]
+    stacks: Mapping[str, StackedUpdate]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.terms or name in self.stacks
+
+
+def adapter_terms(adapter: Adapter, model: Model) -> AdapterTerms:
     """Says what every adapted tensor is made of; all keys of the adapter are used.
 
     With s the module's scale, a weight becomes W + s·B·A, an embedding or a Conv1D W + s·(B·A)ᵀ, with DoRA
@@ -116,24 +136,24 @@ def adapter_terms(adapter: Adapter, model: Model) -> dict[str, tuple[Term, ...]]
         model: The checkpoint it was trained on; names are matched as adapter_uses does.
 
     Returns:
-        The terms by the checkpoint's tensor names, for the tensors that the adapter changes.
+        What the adapter changes.
 
     Raises:
-        AdapterError: The checkpoint has no tensor for a key, or one of another shape; or an update is of fused experts.
+        AdapterError: The checkpoint has no tensor for a key, or one of another shape.
     """
     uses = adapter_uses(adapter, model)
     if problems := uses.problems:
         raise AdapterError(problems[0])
     terms = {use.tensor: use.terms for use in uses.modules if use.tensor is not None}
-    for piece in stacked_pieces(adapter, model, uses):
-        (product,) = piece.term.operand.low_rank
-        if product.a_view is not None:
-            raise AdapterError(
-                f"{adapter.role}: {product.a} updates an expert of {piece.tensor} (target_parameters); check shows how "
-                f"it is understood, but merging LoRA of fused experts is not supported yet"
-            )
-        terms[piece.tensor] = (piece.term,)
-    return {**terms, **_stored_tied_head(model, terms)}
+    stacks: dict[str, StackedUpdate] = {}
+    for use in uses.parameters:
+        for update in use.updates:
+            stored = update.stored
+            if not stored.rows and not stored.is_matrix:
+                stacks[stored.names[0][0]] = update
+                continue
+            terms |= {piece.tensor: (piece.term,) for piece in update.pieces(adapter.role, model.role)}
+    return AdapterTerms({**terms, **_stored_tied_head(model, terms)}, stacks)
 
 
 def stacked_pieces(adapter: Adapter, model: Model, uses: AdapterUses) -> Iterator[ExpertPiece]:
@@ -243,6 +263,22 @@ def _use(
     except AdapterError as error:
         return Use(module, parameter, keys, name, problem=str(error))
     return Use(module, parameter, keys, name, terms)
+
+
+def _each_once(adapter: Adapter, uses: Iterable[Use]) -> tuple[Use, ...]:
+    """The uses; of two that are of one tensor, whose names mean the same, the second is none."""
+    found: list[Use] = []
+    first: dict[str | None, Use] = {}
+    for use in uses:
+        other = first.setdefault(use.tensor, use)
+        if other is not use and use.tensor is not None and use.problem is None:
+            problem = (
+                f"{adapter.role}: {use.keys[0]} and {other.keys[0]} both adapt {use.tensor}; only one of them can be "
+                f"applied"
+            )
+            use = Use(use.module, use.parameter, use.keys, use.tensor, problem=problem)
+        found.append(use)
+    return tuple(found)
 
 
 def _stacked_use(stacked: StackedParameters, group: AdaptedParameters) -> StackedUse:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from .._engine import Checkpoint
 from ..checkpoint.model import Model
 from .live_names import live_names
-from .names import is_of_other_tower, match_names
+from .names import match_names
 from .tied import embedding_name, is_head, ties_head
 
 __all__ = ["Counterparts", "counterparts"]
@@ -51,7 +51,7 @@ def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Count
     if lost:
         known = set(all_names)
         left = [name for name in headers.names if name not in known]
-        renamed = match_names(*_of_language(lost, left, all_names, headers.names))
+        renamed = match_names(lost, left, among=(all_names, headers.names))
         if renamed:
             first = next(iter(renamed))
             notes.append(
@@ -80,18 +80,6 @@ def counterparts(names: Checkpoint | Sequence[str], other: Model) -> tuple[Count
                     f"{name} is not stored in {other.role}, which ties it to {source}; that is taken for it"
                 )
     return Counterparts(headers, renamed), notes
-
-
-def _of_language(
-    lost: list[str], left: list[str], mine: Sequence[str], theirs: Sequence[str]
-) -> tuple[list[str], list[str]]:
-    """Leaves the other towers of a multimodal model out if the other model has none: its layers are of language."""
-    towers = [any(map(is_of_other_tower, names)) for names in (mine, theirs)]
-    if towers == [False, True]:
-        left = [name for name in left if not is_of_other_tower(name)]
-    if towers == [True, False]:
-        lost = [name for name in lost if not is_of_other_tower(name)]
-    return lost, left
 
 
 def _may_be_renamed(

@@ -90,7 +90,7 @@ def _cached(config: str, names: tuple[str, ...]) -> LiveNames:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _ask(transformers, json.loads(config), names)
+            return _ask(transformers, json.loads(config, object_hook=_number), names)
     except Exception as error:
         # Code of many models, none of which is ours; whatever it raises, the names are not known.
         what = printable(f"{type(error).__name__}: {error}", 200)
@@ -99,6 +99,12 @@ def _cached(config: str, names: tuple[str, ...]) -> LiveNames:
         transformers.logging.set_verbosity(verbosity)
         # Models may import triton, which complains on stderr if nobody collects what it leaves at the exit.
         atexit.unregister(gc.freeze)
+
+
+def _number(found: dict[str, Any]) -> Any:
+    """Numbers that JSON does not have, as transformers writes them."""
+    tag = found.get("__float__")
+    return float(tag) if len(found) == 1 and tag in ("Infinity", "-Infinity", "NaN") else found
 
 
 def _unknown(problem: str) -> LiveNames:

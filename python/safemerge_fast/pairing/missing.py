@@ -43,6 +43,7 @@ _MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|mask)$")
 class Missing(Enum):
     """What becomes of tensors of the aligned model that the fine-tuned one lacks."""
 
+    NOTE = "they are noted, since nothing is written"
     REFUSE = "they are refused"
     LEAVE_OUT = "they are left out"
     FILL = "they are copied from the aligned model"

@@ -75,11 +75,20 @@ class Module(msgspec.Struct, frozen=True, gc=False):
         """The same for a piece of the output tensor: operands without a view are meant with the piece's."""
         if self.row.slices is None or self.part is None or self.expert is None:
             return self.row.terms
+        own = self.view
         elsewhere = {
-            role: place.terms(self.expert, self.part, transposed=self.transposed)
+            role: tuple(
+                replace(term, operand=self._of_piece(term.operand, own))
+                for term in place.terms(self.expert, self.part, transposed=self.transposed)
+            )
             for role, place in self.row.slices.elsewhere.items()
         }
         return {**self.row.terms, **elsewhere}
+
+    def _of_piece(self, operand: Operand, own: View | None) -> Operand:
+        """The operand without its view, if that is the piece's own part of a tensor like the output's."""
+        same = operand.view == own and self.row.names.get(operand.source) == operand.tensor
+        return replace(operand, view=None) if same else operand
 
     def has(self, role: str) -> bool:
         """Whether a role has the matrix, or makes it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 __all__ = ["is_of_other_tower", "match_names", "prefix_of_layers"]
@@ -27,24 +27,37 @@ def prefix_of_layers(name: str) -> str | None:
     return None if match is None else name[: match.start()]
 
 
-def match_names(mine: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+def match_names(
+    mine: Iterable[str],
+    theirs: Iterable[str],
+    *,
+    among: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> dict[str, str]:
     """Matches the tensor names of two checkpoints of one architecture.
 
     Exact names first; then names of which one is the other with a prefix (`transformer.h.0…` and `h.0…`);
     then names that agree from the list of layers on (`model.language_model.layers.0…` and
     `language_model.model.layers.0…`); then names that differ by what those differ by (`model.norm.weight` and
     `model.language_model.norm.weight`). A name is matched only if nothing else can be meant on either side, and
-    only with a name that has the same numbers in it: a missing layer is not its neighbour.
+    only with a name that has the same numbers in it: a missing layer is not its neighbour. Names of a language model
+    are not matched with those of other towers of a multimodal one.
 
     Args:
         mine: Names to find counterparts for.
         theirs: Names to find them among.
+        among: All names of the two checkpoints, if those are more.
 
     Returns:
         The counterpart of each of mine that has one, in the order of mine.
     """
     mine, left = list(mine), set(theirs)
     found = {name: name for name in mine if name in left}
+    if len(found) < len(mine):
+        towers = [any(map(is_of_other_tower, names)) for names in among or (mine, left)]
+        if towers == [False, True]:
+            left = {name for name in left if not is_of_other_tower(name)}
+        if towers == [True, False]:
+            mine = [name for name in mine if name in found or not is_of_other_tower(name)]
     layers: dict[str, str] = {}
     for same in (_same_but_for_prefix, _same_from_layers, partial(_same_as_layers, layers)):
         left -= set(found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from .._engine import TensorInfo
 from ..checkpoint.model import Model
@@ -32,34 +33,36 @@ class Orientations:
             model: The model whose matrices are asked for.
             structure: What its shapes and all configurations say.
         """
-        self._headers = model.headers
         self._structure = structure
-        self._votes: dict[tuple[str, str], set[bool]] = {}
         self._unknown: list[str] = []
+        self._known = dict(_by_biases(model))
         for tensor in model.headers.tensors:
-            transposed = self._by_shape(tensor)
-            if transposed is not None:
-                self._votes.setdefault(_siblings(tensor.name), set()).add(transposed)
+            if _may_be_conv1d(tensor.name) and tensor.name not in self._known:
+                self._known |= self._by_hidden_states(tensor)
+        votes: dict[tuple[str, str], set[bool]] = {}
+        for name, transposed in self._known.items():
+            votes.setdefault(_siblings(name), set()).add(transposed)
+        # What (out, in) says of others is what is assumed anyhow, but for names of Conv1D modules.
+        self._votes = {key: next(iter(found)) for key, found in votes.items() if len(found) == 1}
+        self._any = any(self._votes.values())
 
     def is_stored_transposed(self, tensor: TensorInfo) -> bool:
         """Whether a tensor of the model is stored as (in, out); for what is no matrix, it is not."""
-        if len(tensor.shape) != 2:
+        name = tensor.name
+        if len(tensor.shape) != 2 or not (self._any or _may_be_conv1d(name)):
             return False
-        known = self._by_shape(tensor)
+        known = self._known.get(name)
+        if known is None:
+            known = self._votes.get(_siblings(name))
         if known is not None:
             return known
-        votes = self._votes.get(_siblings(tensor.name), ())
-        if len(votes) == 1:
-            return next(iter(votes))
-        if not is_conv1d_name(tensor.name):
+        if not is_conv1d_name(name):
             return False
-        if any(
-            is_stored_transposed(tensor, {"model_type": model_type})
-            for model_type in self._structure.model_types
-        ):
+        types = self._structure.model_types
+        if any(is_stored_transposed(tensor, {"model_type": model_type}) for model_type in types):
             return True
-        if not self._structure.model_types and tensor.name.endswith("weight"):
-            self._unknown.append(tensor.name)
+        if not types and name.endswith("weight"):
+            self._unknown.append(name)
         return False
 
     def notes(self) -> list[str]:
@@ -73,21 +76,30 @@ class Orientations:
             f"beside the weights of a role"
         ]
 
-    def _by_shape(self, tensor: TensorInfo) -> bool | None:
-        """What the shape says of a matrix, or None; a square one says nothing."""
+    def _by_hidden_states(self, tensor: TensorInfo) -> dict[str, bool]:
+        """What the size of hidden states says of a matrix that takes them and gives something wider."""
         shape = tuple(tensor.shape)
-        if len(shape) != 2 or shape[0] == shape[1] or not tensor.name.endswith("weight"):
-            return None
-        bias = f"{tensor.name.removesuffix('weight')}bias"
-        if bias in self._headers:
-            length = tuple(self._headers.tensor(bias).shape)
-            if length in (shape[:1], shape[1:]):
-                return length == shape[1:]
-        if own_name(tensor.name) in _WIDENS:
-            hidden = [size in self._structure.hidden for size in shape]
-            if hidden.count(True) == 1:
-                return hidden[0]
-        return None
+        if len(shape) != 2 or shape[0] == shape[1] or own_name(tensor.name) not in _WIDENS:
+            return {}
+        hidden = [size in self._structure.hidden for size in shape]
+        return {tensor.name: hidden[0]} if hidden.count(True) == 1 else {}
+
+
+def _by_biases(model: Model) -> Iterator[tuple[str, bool]]:
+    """What the lengths of biases say of matrices that are not square, by the matrices' names."""
+    headers = model.headers
+    for bias in headers.tensors:
+        if len(bias.shape) != 1 or not bias.name.endswith("bias"):
+            continue
+        name = f"{bias.name.removesuffix('bias')}weight"
+        shape = tuple(headers.tensor(name).shape) if name in headers else ()
+        if len(shape) == 2 and shape[0] != shape[1] and bias.shape[0] in shape:
+            yield name, shape[1] == bias.shape[0]
+
+
+def _may_be_conv1d(name: str) -> bool:
+    """Whether a name may be of a Conv1D module, at a glance."""
+    return "c_" in name or "q_attn" in name
 
 
 def _siblings(name: str) -> tuple[str, str]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .._engine import TensorInfo
-from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
-from .adapter_terms import adapter_notes, adapter_terms
+from .adapted import Adapted
 from .counterparts import Counterparts, counterparts
 from .encoded import encoded_of, encoding_notes
 from .experts import Experts, find_experts
@@ -28,20 +27,17 @@ from .missing import (
 )
 from .module import Module, modules_of_rows
 from .modules import (
-    EMBEDDING,
-    HEAD,
     MTP,
     PROJECTION,
     Classifier,
-    is_float_matrix,
     layer_of,
     lies_in_layer,
     module_type,
 )
 from .names import match_names
-from .operand import Operand, Term
+from .operand import Term
 from .orientation import Orientations
-from .row import NOT_ADAPTED, Row, SameName, Shared
+from .row import Row, SameName, Shared
 from .selection import Selection
 from .stack import Elsewhere, Slices
 from .structure import structure_of
@@ -53,11 +49,12 @@ __all__ = [
     "Pairing",
     "Row",
     "SameName",
+    "config_notes",
     "counterparts",
     "in_file_order",
     "match_names",
     "pair",
-    "pair_adapter",
+    "untied_note",
 ]
 
 
@@ -90,7 +87,7 @@ def pair(
     include: str | None = None,
     exclude: str | None = None,
     analyse: bool = True,
-    missing: Missing = Missing.LEAVE_OUT,
+    missing: Missing = Missing.NOTE,
     untie: bool = False,
 ) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
@@ -120,7 +117,8 @@ def pair(
     """
     if "finetuned" not in models:
         raise PairingError("pairing needs the fine-tuned model; give --finetuned")
-    adapted, notes = _adapted(models)
+    adapted = Adapted(models)
+    notes = list(adapted.notes)
     # What rows are made from: the fine-tuned model, or the one that it is an adapter of.
     anchor = models["aligned" if "finetuned" in adapted else "finetuned"]
     tensors = in_file_order(anchor)
@@ -143,16 +141,16 @@ def pair(
     for tensor in tensors:
         own = tensor.name
         kind = classify(tensor)
-        slices = None if experts is None else experts.slices(own)
+        slices = (None if experts is None else experts.slices(own)) or adapted.slices(own)
         is_stack = slices is not None and kind != MTP
-        if is_stack or ("finetuned" in adapted and _is_adapted_matrix(tensor, kind, adapted["finetuned"])):
+        if is_stack or adapted.is_matrix(tensor, kind):
             kind = PROJECTION
         reason = selection.reason(tensor, own, kind)
-        if reason == PROJECTION and "finetuned" in adapted and own not in adapted["finetuned"]:
-            reason = _not_adapted(own, adapted)
+        if reason == PROJECTION:
+            reason = adapted.why_not(own) or reason
         analysed = analyse and reason == PROJECTION
         names: dict[str, str] = {anchor.role: own}
-        elsewhere: dict[str, Elsewhere] = {}
+        elsewhere: dict[str, Elsewhere] = {**adapted.stacks(own, slices)}
         parts: dict[str, tuple[Term, ...]] = {}
         faults = []
         for role, model in others.items():
@@ -188,11 +186,11 @@ def pair(
                 module_type=shared(module_type(own, kind)),
                 layer=shared(layer_of(own)),
                 analysed=analysed,
-                transposed=_is_transposed(tensor, orientations, adapted)
+                transposed=adapted.is_transposed(tensor, orientations)
                 if slices is None
                 else slices.stack.transposed,
                 reason=reason,
-                adapted=_made(names.get("aligned"), adapted, parts),
+                adapted=adapted.made(names.get("aligned"), parts),
                 slices=replace(slices, elsewhere=elsewhere) if slices is not None and elsewhere else slices,
                 encoded=encoded_of(tensor, anchor.role),
             )
@@ -201,7 +199,7 @@ def pair(
         more = f" (and {len(unfit) - 1} more tensors do not fit)" if len(unfit) > 1 else ""
         way_out = ", or leave such tensors out with --exclude REGEX" if analyse else ""
         raise PairingError(f"{unfit[0]}{more}; give models of one architecture{way_out}")
-    unused = {**_unused(rows, others, experts), **_unused_adapted(rows, adapted)}
+    unused = {**_unused(rows, others, experts), **adapted.unused(rows)}
     notes += [] if experts is None else experts.notes()
     config: Mapping[str, Any] | None = None
     if "aligned" in others:
@@ -224,84 +222,19 @@ def pair(
             )
     if untie:
         config = untied_config(anchor.config if config is None else config)
-        if (head := untied_head(anchor, others, matches, adapted)) is not None:
+        if (head := untied_head(anchor, others, matches, tuple(adapted.terms))) is not None:
             rows.append(head)
-            notes.append(_untied_note(head, anchor.role))
+            notes.append(untied_note(head, anchor.role))
     if config == anchor.config:
         config = None
     notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + orientations.notes()
-    notes += _config_notes(models) + encoding_notes(models)
+    notes += config_notes(models)
     return Pairing(tuple(rows), unused, tuple(notes), config)
 
 
-def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pairing:
-    """Pairs a checkpoint with an adapter of it alone; nothing is to be analysed.
-
-    Args:
-        model: The checkpoint.
-        adapter: The adapter.
-        untie: Whether a tied head becomes a tensor of its own, which the adapter then leaves as it is.
-
-    Returns:
-        A row per tensor of the checkpoint; both roles' terms are in each.
-
-    Raises:
-        AdapterError: The adapter does not fit the checkpoint.
-    """
-    adapted = adapter_terms(adapter, model)
-    structure = structure_of(model, (adapter,))
-    classify, orientations = Classifier(model, structure), Orientations(model, structure)
-    shared = Shared((model.role,))
-    rows = tuple(
-        Row(
-            name=tensor.name,
-            file=shared(tensor.file),
-            dtype=shared(tensor.dtype),
-            shape=shared(tensor.shape),
-            names={model.role: tensor.name},
-            module_type=shared(module_type(tensor.name, classify(tensor))),
-            layer=shared(layer_of(tensor.name)),
-            analysed=False,
-            transposed=orientations.is_stored_transposed(tensor),
-            reason="adapted" if tensor.name in adapted else "not adapted",
-            adapted={adapter.role: adapted.get(tensor.name, (Term(Operand(model.role, tensor.name)),))},
-            encoded=encoded_of(tensor, model.role),
-        )
-        for tensor in in_file_order(model)
-    )
-    said = (*_config_notes({model.role: model}), *encoding_notes({model.role: model}))
-    notes = (*adapter_notes(adapter, model, adapted), *said)
-    if not untie:
-        return Pairing(rows, {}, notes)
-    head = untied_head(model, {}, {}, (adapter.role,))
-    if head is None:
-        return Pairing(rows, {}, notes, untied_config(model.config))
-    notes = (*said, _untied_note(head, model.role))
-    return Pairing((*rows, head), {}, notes, untied_config(model.config))
-
-
-def _untied_note(head: Row, anchor: str) -> str:
+def untied_note(head: Row, anchor: str) -> str:
+    """That a head is written which is tied in the model of that role."""
     return f"{head.name} is written as a tensor of its own, beside {head.names[anchor]}"
-
-
-_Adapted = Mapping[str, Mapping[str, tuple[Term, ...]]]
-"""The terms of adapted tensors by role and by the aligned model's names; a role is there if it is an adapter."""
-
-
-def _adapted(models: Mapping[str, Model]) -> tuple[_Adapted, list[str]]:
-    """Finds out what the adapters among the models do to the aligned one, and what to say of it."""
-    adapted: dict[str, Mapping[str, tuple[Term, ...]]] = {}
-    notes: list[str] = []
-    for role, model in models.items():
-        if not isinstance(model, Adapter):
-            continue
-        if "aligned" not in models:
-            raise PairingError(
-                f"{role} is an adapter, which needs the model it was trained on; give --aligned"
-            )
-        adapted[role] = adapter_terms(model, models["aligned"])
-        notes += adapter_notes(model, models["aligned"], adapted[role])
-    return adapted, notes
 
 
 def _among_experts(
@@ -313,35 +246,6 @@ def _among_experts(
     if counterpart is not None and experts.is_alike(tensor.name, role, counterpart):
         return None
     return experts.elsewhere(tensor.name, role)
-
-
-def _made(
-    aligned: str | None, adapted: _Adapted, parts: Mapping[str, tuple[Term, ...]]
-) -> Mapping[str, tuple[Term, ...]]:
-    """What a tensor is in the roles that have it as something else than a tensor of theirs."""
-    if not adapted and not parts:
-        return NOT_ADAPTED
-    return {**_adapter_terms(aligned, adapted), **parts}
-
-
-def _adapter_terms(aligned: str | None, adapted: _Adapted) -> dict[str, tuple[Term, ...]]:
-    """What the adapters make of one tensor of the aligned model: those that do not adapt it leave it as it is."""
-    if aligned is None:
-        return {}
-    plain = (Term(Operand("aligned", aligned)),)
-    return {role: terms.get(aligned, plain) for role, terms in adapted.items()}
-
-
-def _not_adapted(name: str, adapted: _Adapted) -> str:
-    """Why a projection that the fine-tuned adapter leaves alone is not analysed: its update is zero."""
-    return "only the safe adapter changes it" if name in adapted.get("safe", ()) else "not adapted"
-
-
-def _is_adapted_matrix(tensor: TensorInfo, kind: str, terms: Mapping[str, tuple[Term, ...]]) -> bool:
-    """Whether the fine-tuned adapter adds to a matrix that is no table and no head: such a one is analysed."""
-    if kind in (PROJECTION, HEAD, EMBEDDING) or not is_float_matrix(tensor):
-        return False
-    return any(term.operand.low_rank for term in terms.get(tensor.name, ()))
 
 
 def _is_matrix_of_layer(tensor: TensorInfo) -> bool:
@@ -357,15 +261,6 @@ def _lacking(
         return Lacking()
     met = {name for row in rows if (name := found.get(row.name)) is not None}
     return lacking_tensors(anchor, aligned, met)
-
-
-def _is_transposed(tensor: TensorInfo, orientations: Orientations, adapted: _Adapted) -> bool:
-    """Whether a tensor is stored as (in, out), as the shapes of adapters' factors say or those of the model."""
-    terms = adapted.get("finetuned", {}).get(tensor.name, ())
-    products = [product for term in terms for product in term.operand.low_rank]
-    if products:
-        return products[0].transpose
-    return orientations.is_stored_transposed(tensor)
 
 
 def in_file_order(model: Model) -> list[TensorInfo]:
@@ -402,12 +297,6 @@ def _unused(
     return unused
 
 
-def _unused_adapted(rows: Iterable[Row], adapted: _Adapted) -> dict[str, tuple[str, ...]]:
-    """Lists the aligned model's tensors that an adapter changes and no row is made of, by role."""
-    used = {row.names.get("aligned") for row in rows}
-    return {role: tuple(name for name in terms if name not in used) for role, terms in adapted.items()}
-
-
 def _kept_notes(kept: Sequence[str]) -> list[str]:
     """Notes on tensors that are not analysed and whose counterparts do not fit; a few one by one."""
     notes = [f"{sentence}; the fine-tuned tensor is kept" for sentence in kept[:4]]
@@ -425,9 +314,9 @@ def _unused_notes(unused: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def _config_notes(models: Mapping[str, Model]) -> list[str]:
-    """Notes on configurations that say something else than the tensors."""
-    return [
+def config_notes(models: Mapping[str, Model]) -> list[str]:
+    """Notes on formats of quantised tensors, and on configurations that say something else than the tensors."""
+    return encoding_notes(models) + [
         f"the config.json of {role} speaks of quantisation ({method}), "
         f"but all its weights are stored in full precision"
         for role, model in models.items()

@@ -205,7 +205,7 @@ class StackedParameters:
         found = match_names([container], self._experts).get(container)
         if found is None:
             return None
-        for parts in _PARTS.get(leaf, ()):
+        for parts in _PARTS.get(leaf, ((leaf,),)):
             if all(part in self._experts[found] for part in parts):
                 by_index = [self._experts[found][part] for part in parts]
                 return self._parts([[names[index] for index in sorted(names)] for names in by_index])

@@ -11,12 +11,13 @@ from typing import Annotated, ClassVar
 from ..checkpoint.adapter import open_adapter
 from ..checkpoint.model import Model, open_model
 from ..decision import Decision
+from ..pairing.folding import pair_adapter
 from ..pairing.row import Row
-from ..pairing.rows import pair_adapter
 from ..plan.blend import Blend
 from ..plan.encoding import Encode
 from ..plan.methods import summing_method
 from ..plan.operation import Operation
+from ..plan.pieces import Pieces, compose_row
 from ..settings import Dtype, Kind, MaxShardSize, RunSettings, Setting
 from .base import Recipe
 from .planned import PlannedJob
@@ -83,13 +84,14 @@ class FoldJob(PlannedJob[FoldSettings]):
         """The adapter, which may have tokens of its own."""
         return self.models["adapter"]
 
-    def operation(self, row: Row) -> Operation:
+    def operation(self, row: Row) -> Operation | Pieces:
         """The tensor with the adapter's update, or a copy."""
-        return self._blend.compose(row, self.decision(row))
+        return compose_row(self._blend, row, self.decision)
 
     def decision(self, row: Row) -> Decision:
         """Whether the adapter changes a tensor."""
-        return _ADAPTED if row.adapted["adapter"] != row.terms["model"] else _LEFT
+        adapted = row.is_elsewhere("adapter") or row.adapted["adapter"] != row.terms["model"]
+        return _ADAPTED if adapted else _LEFT
 
 
 _ADAPTED = Decision(True, "adapted")

@@ -106,7 +106,7 @@ class Participant:
         self.label = label
         self.model = model
         self.adapter = adapter
-        self.adapted = {} if adapter is None else adapter_terms(adapter, model)
+        self.adapted = {} if adapter is None else _whole_tensors(adapter, model)
         self.replaced = {
             name
             for name, terms in self.adapted.items()
@@ -158,6 +158,21 @@ class Participant:
     def notes(self) -> list[str]:
         """What a person should know of the adapter."""
         return [] if self.adapter is None else adapter_notes(self.adapter, self.model, self.adapted)
+
+
+def _whole_tensors(adapter: Adapter, model: Model) -> Mapping[str, tuple[Term, ...]]:
+    """What an adapter makes of the tensors of a checkpoint.
+
+    Raises:
+        AdapterError: It does not fit, or adapts stacked experts one by one.
+    """
+    found = adapter_terms(adapter, model)
+    if found.stacks:
+        raise AdapterError(
+            f"{adapter.path} adapts the experts of {next(iter(found.stacks))} one by one, which files in mergekit's "
+            f"format cannot name; fold it into its checkpoint first (recipe: fold)"
+        )
+    return found.terms
 
 
 class Participants:

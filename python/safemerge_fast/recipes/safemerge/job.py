@@ -319,6 +319,12 @@ class SafemergeJob(Job[SafemergeSettings]):
                 if getattr(settings, name) not in (None, False):
                     raise PlanError(f"{name} is for checkpoints, but the output is an adapter; leave it out")
             require_linear(self.pairing.rows)
+            stacked = (row for row in self.pairing.rows if any(map(row.is_elsewhere, self.adapters)))
+            if (row := next(stacked, None)) is not None:
+                raise AdapterError(
+                    f"the adapters adapt the experts of {row.name} one by one (target_parameters), and experts of "
+                    f"different ranks make no such adapter; pass --output-format checkpoint"
+                )
             return
         for name in ("adapter_rank", "compat"):
             if getattr(settings, name) is not None:

@@ -77,6 +77,7 @@ def _open_job(report: Report) -> SafemergeJob:
             safe=paths.get("safe"),
             scores=None,
             select="threshold",
+            force=True,
         )
     )
     for role in paths:
