@@ -25,12 +25,10 @@ class Encode(Enum):
     ALL = "all"
 
 
-# Where configurations list the modules that are not quantised, by the method; the first is that of all others.
-_LISTS = {
-    "": "modules_to_not_convert",
-    "compressed-tensors": "ignore",
-    "modelopt": "ignore",
-}
+# Where configurations list the modules that are not quantised. Where there is none yet, the method says how it is
+# to be called.
+_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+_USUAL = {"compressed-tensors": "ignore", "modelopt": "ignore"}
 
 
 def output_rows(
@@ -63,35 +61,45 @@ def output_rows(
     return [_dequantised(row) if _module(row) in lost else row for row in rows]
 
 
-def encoded_config(config: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any] | None:
+def encoded_config(config: Mapping[str, Any], rows: Sequence[Row], host: str) -> dict[str, Any] | None:
     """A configuration that tells the truth about which modules are quantised.
 
     Args:
         config: config.json of the model that the output is shaped like.
         rows: What output_rows returned.
+        host: Role of that model.
 
     Returns:
         The configuration, or None if the model's own is true.
     """
-    quantised = [row for row in rows if row.encoded is not None]
-    plain = sorted({_module(row) for row in quantised if row.encoded is not None and not row.encoded.kept})
-    if not plain:
+    kept = [row for row in rows if row.encoded is not None and row.encoded.kept]
+    lost = {_module(row) for row in rows if row.encoded is not None and not row.encoded.kept}
+    # The model's own list cannot know of what another model gave.
+    lost |= {_module(row) for row in rows if host not in row.names and _is_plain_matrix(row)}
+    if not lost or not any(_quantisations(config)):
         return None
-    none_left = all(row.encoded is None or not row.encoded.kept for row in quantised)
     written = copy.deepcopy(dict(config))
     for part in _parts(written):
         if not isinstance(part.get("quantization_config"), dict):
             continue
-        if none_left:
+        if not kept:
             del part["quantization_config"]
             continue
         quantization = part["quantization_config"]
         method = str(quantization.get("quant_method") or "")
-        key = _LISTS.get(method, _LISTS[""])
+        usual = _USUAL.get(method, _LISTS[0])
+        key = next((key for key in _LISTS if isinstance(quantization.get(key), list)), usual)
         listed = quantization.get(key)
-        listed = listed if isinstance(listed, list) else []
-        quantization[key] = [*listed, *(name for name in _entries(plain, method) if name not in listed)]
+        if not isinstance(listed, list):
+            # Without a list loaders leave out the head; with one, only what it names.
+            listed = []
+            lost |= {_module(row) for row in rows if _is_plain_matrix(row)}
+        quantization[key] = [*listed, *(name for name in _entries(sorted(lost), method) if name not in listed)]
     return written
+
+
+def _is_plain_matrix(row: Row) -> bool:
+    return row.encoded is None and len(row.shape) == 2 and row.name.endswith(".weight")
 
 
 def _entries(modules: Iterable[str], method: str) -> Iterator[str]:
