@@ -42,6 +42,7 @@ _DEEPSEEK = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
+    "head_dim": 16,
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
     "qk_rope_head_dim": 16,
@@ -130,7 +131,7 @@ FAMILIES = {
     ),
     "kimi int4": Family(
         "deepseek_v3",
-        _DEEPSEEK,
+        {**_DEEPSEEK, "first_k_dense_replace": 0},
         FORMS["int4"],
         r"mlp\.experts\.\d+\.\w+_proj\.weight$",
         _INT4,
@@ -297,7 +298,10 @@ def merge_dense(
 
 def cosines(models: Mapping[str, Any]) -> dict[Key, float]:
     """ρ of each expert's matrices, in float64."""
-    base, aligned, finetuned = (dict(matrices(models[role])) for role in ("base", "aligned", "finetuned"))
+    base, aligned, finetuned = (
+        {key: matrix.detach() for key, matrix in matrices(models[role])}
+        for role in ("base", "aligned", "finetuned")
+    )
     return {key: rho(base[key], aligned[key], finetuned[key]) for key in finetuned}
 
 
