@@ -28,7 +28,9 @@ class TensorNames:
         """
         self._model = model
         self._live: LiveNames | None = None
-        self._found = match_names(wanted, model.headers.names)
+        # Looking for ends of names takes a model of many experts most of a second.
+        exact = all(name in model.headers for name in wanted)
+        self._found = {name: name for name in wanted} if exact else match_names(wanted, model.headers.names)
         self.renamed: dict[str, str] = {}
         # A head that the model ties is stored under no name at all.
         lost = [name for name in wanted if name not in self._found and not self._is_tied_head(name)]
