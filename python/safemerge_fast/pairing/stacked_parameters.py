@@ -148,7 +148,8 @@ class StackedParameters:
         """Whether an expert's matrix is stored as (in, out); what cannot be told by shapes is refused."""
         if outputs != inputs:
             return stored.shape[1:] == (inputs, outputs)
-        if stored.is_matrix:
+        # PEFT adds B·A as it is where there is but one matrix.
+        if stored.shape[0] == 1:
             return False
         if self._adapter.settings.swaps_stacked:
             return True
