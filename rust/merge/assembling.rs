@@ -5,7 +5,7 @@ use super::entered::{Entered, EnteredPiece};
 use super::work::{SUB_TILE, Watch};
 use crate::Result;
 use crate::kernels::Kernels;
-use crate::plan::{Assembly, Computation, Piece};
+use crate::plan::{Assembly, Computation, Piece, Target};
 use std::ops::Range;
 
 /// A tensor that is computed, as it is worked on.
@@ -80,7 +80,6 @@ impl Assembler {
         elements: &Range<usize>,
         values: &mut [f32],
     ) -> Result<()> {
-        let dtype = work.assembly.dtype();
         let mut watch = Watch::new(work.stopped);
         for (piece, entered) in work.tensor.pieces() {
             let wanted = piece.region.within(elements);
@@ -95,8 +94,11 @@ impl Assembler {
                     let inside = part.start - unit.start..part.end - unit.start;
                     self.blender.blend(job, unit, |kernels, blended| {
                         piece.region.scatter(part.start, &blended[inside], elements.start, values);
+                        let Target::Plain(dtype) = &work.assembly.target else {
+                            return kernels.amax(blended).is_finite();
+                        };
                         stored.resize(blended.len() * dtype.size(), 0);
-                        kernels.store(dtype, blended, stored)
+                        kernels.store(*dtype, blended, stored)
                     })?;
                 }
                 Ok(())

@@ -4,8 +4,8 @@
 use super::assembling::{Assembler, Work};
 use super::reading::Reader;
 use super::scales::{RecentScales, TensorScales};
-use super::tile::copy_wanted;
 use super::windows::{Part, Place};
+use super::work::copy_wanted;
 use crate::Result;
 use crate::kernels::Kernels;
 use crate::plan::{Change, Changes, EncodedPart, EncodedRows, EncodedTarget};
@@ -67,7 +67,8 @@ impl Requantiser {
         let columns = target.like.band.columns;
         for band in target.bands_of(part) {
             let band = target.band(band);
-            let kept = target.keeps(work.assembly, &band);
+            let elements = band.rows.start * columns..band.rows.end * columns;
+            let kept = work.assembly.keeps(&elements);
             match target.part {
                 EncodedPart::Codes => {
                     let rows = target.rows_of(part, &band);
@@ -91,7 +92,7 @@ impl Requantiser {
                     if kept && let Some(scales) = &target.like.scales {
                         scales.read(&bytes, &mut self.scales)?;
                     } else if self.find_scales(assembler, work, target, &known, &band, &mut read)? {
-                        read(&(band.rows.start * columns..band.rows.end * columns));
+                        read(&elements);
                     }
                     copy_wanted(&bytes, &self.scales, part, out);
                 }

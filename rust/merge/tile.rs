@@ -7,7 +7,7 @@ use super::pages::Pages;
 use super::queue::{Chunk, Tile};
 use super::requantising::Requantiser;
 use super::scales::RecentScales;
-use super::work::{SUB_TILE, Watch, chunks, elements_of, parts};
+use super::work::{SUB_TILE, Watch, chunks, copy_wanted, elements_of, parts};
 use crate::Result;
 use crate::dtype::Float;
 use crate::kernels::Kernels;
@@ -290,11 +290,4 @@ fn release_operands(pages: &mut Pages, computation: &Computation, elements: &Ran
             pages.read(&rows.tensor.input, &(0..rows.tensor.input.range.len()));
         }
     }
-}
-
-/// Copies those of the bytes `from` that lie in `part` to their places in `out`, which is that part.
-pub(super) fn copy_wanted(from: &Range<usize>, bytes: &[u8], part: &Range<usize>, out: &mut [u8]) {
-    let wanted = from.start.max(part.start)..from.end.min(part.end);
-    out[wanted.start - part.start..wanted.end - part.start]
-        .copy_from_slice(&bytes[wanted.start - from.start..wanted.end - from.start]);
 }

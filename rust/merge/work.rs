@@ -88,3 +88,10 @@ pub(super) fn parts(layout: &Layout, span: &Range<usize>) -> impl Iterator<Item 
             })
         })
 }
+
+/// Copies those of the bytes `from` that lie in `part` to their places in `out`, which is that part.
+pub(super) fn copy_wanted(from: &Range<usize>, bytes: &[u8], part: &Range<usize>, out: &mut [u8]) {
+    let wanted = from.start.max(part.start)..from.end.min(part.end);
+    out[wanted.start - part.start..wanted.end - part.start]
+        .copy_from_slice(&bytes[wanted.start - from.start..wanted.end - from.start]);
+}

@@ -1,7 +1,6 @@
-//! Quantised tensors as operands, and as what an output tensor is stored as.
+//! Quantised tensors of inputs, and how far what is made of them changed.
 
-use super::inputs::{Assembly, Input};
-use super::schema::EncodedPart;
+use super::input::Input;
 use crate::Result;
 use crate::checkpoint::{Checkpoint, Encoding};
 use crate::code::GlobalScale;
@@ -80,100 +79,6 @@ impl Encoded {
             self.encoding.scale_range(matrix, row)
         };
         of(elements.start).start..of(elements.end - 1).end
-    }
-}
-
-/// What an output tensor is stored as: a part of a quantised one, which is encoded as an input is.
-#[derive(Debug)]
-pub struct EncodedTarget {
-    /// The input that it is encoded like; its global scale is kept.
-    pub like: Encoded,
-    /// What the input is called: source, and its name there.
-    pub name: (Arc<str>, String),
-    /// Its codes; an element that is not changed is stored as it is there.
-    pub codes: Input,
-    /// Which part.
-    pub part: EncodedPart,
-}
-
-/// Rows that share their scales.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EncodedRows {
-    /// Number of the band, over all matrices.
-    pub band: usize,
-    /// The matrix that they belong to.
-    pub matrix: usize,
-    /// Those rows, counted over all matrices.
-    pub rows: Range<usize>,
-}
-
-impl EncodedTarget {
-    /// Number of bands of a matrix.
-    fn bands(&self) -> usize {
-        self.like.encoding.rows().div_ceil(self.like.band.rows)
-    }
-
-    /// The band with this number.
-    #[must_use]
-    pub fn band(&self, band: usize) -> EncodedRows {
-        let (rows, step) = (self.like.encoding.rows(), self.like.band.rows);
-        let (matrix, place) = (band / self.bands(), band % self.bands());
-        let first = matrix * rows + place * step;
-        EncodedRows { band, matrix, rows: first..(first + step).min((matrix + 1) * rows) }
-    }
-
-    /// The bands that bytes of the output tensor are of.
-    #[must_use]
-    pub fn bands_of(&self, bytes: &Range<usize>) -> Range<usize> {
-        let band = &self.like.band;
-        match self.part {
-            EncodedPart::Codes => {
-                let width = band.row_bytes();
-                let of = |row: usize| {
-                    let (matrix, row) = self.like.matrix_and_row(row);
-                    matrix * self.bands() + row / band.rows
-                };
-                of(bytes.start / width)..of((bytes.end - 1) / width) + 1
-            }
-            EncodedPart::Scales => {
-                let width = band.scale_bytes();
-                bytes.start / width..bytes.end.div_ceil(width)
-            }
-        }
-    }
-
-    /// The elements that bytes of the output tensor depend on.
-    #[must_use]
-    pub fn elements_of(&self, bytes: &Range<usize>) -> Range<usize> {
-        if bytes.is_empty() {
-            return 0..0;
-        }
-        let bands = self.bands_of(bytes);
-        let columns = self.like.encoding.columns();
-        self.band(bands.start).rows.start * columns..self.band(bands.end - 1).rows.end * columns
-    }
-
-    /// Number of bands of all matrices.
-    #[must_use]
-    pub fn all_bands(&self) -> usize {
-        self.like.encoding.matrices() * self.bands()
-    }
-
-    /// The rows of a band that these bytes of the codes are of.
-    #[must_use]
-    pub fn rows_of(&self, bytes: &Range<usize>, band: &EncodedRows) -> Range<usize> {
-        let width = self.like.band.row_bytes();
-        let first = (bytes.start / width).max(band.rows.start);
-        first..bytes.end.div_ceil(width).min(band.rows.end)
-    }
-
-    /// Whether nothing changes the numbers of a band, so that its bytes may stay.
-    #[must_use]
-    pub fn keeps(&self, assembly: &Assembly, band: &EncodedRows) -> bool {
-        let columns = self.like.encoding.columns();
-        let elements = band.rows.start * columns..band.rows.end * columns;
-        let kept = assembly.pieces.iter().filter(|piece| piece.kept);
-        kept.map(|piece| piece.region.within(&elements).len()).sum::<usize>() == elements.len()
     }
 }
 

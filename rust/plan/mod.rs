@@ -2,22 +2,29 @@
 //! checked against the inputs (`sources`, `resolve`, `plan`).
 
 mod encoded;
-mod inputs;
+mod float_input;
+mod input;
 pub mod layout;
+mod operand;
+mod operation;
 #[expect(clippy::module_inception, reason = "the stage is named after what it makes")]
 mod plan;
 mod resolve;
 pub mod schema;
+mod shard;
 mod sources;
+mod target;
 mod view;
 
-pub use encoded::{Change, Changes, Encoded, EncodedRows, EncodedTarget};
-pub use inputs::{
-    Assembly, Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, OutputTensor,
-    Piece, Rows, Stored, Target,
-};
-pub use plan::{Plan, PlannedShard};
+pub use encoded::{Change, Changes, Encoded};
+pub use float_input::{FloatInput, Stored};
+pub use input::Input;
+pub use operand::{LowRank, Magnitude, Operand, Rows};
+pub use operation::{Assembly, Computation, Operation, OutputTensor, Piece, Target};
+pub use plan::Plan;
 pub use resolve::resolve_sum;
 pub use schema::EncodedPart;
+pub use shard::PlannedShard;
 pub use sources::GivenSources;
+pub use target::{EncodedRows, EncodedTarget};
 pub use view::{Order, Region, View};

@@ -1,13 +1,13 @@
 //! From what a plan says of a tensor to that tensor's inputs and method. The same check is made when the plan is
 //! validated and when a worker enters the tensor, so that nothing of it need be kept in between.
 
-use super::encoded::EncodedTarget;
-use super::inputs::{
-    Assembly, Computation, FloatInput, Input, LowRank, Magnitude, Operand, Operation, Piece, Rows,
-    Stored, Target,
-};
+use super::float_input::{FloatInput, Stored};
+use super::input::Input;
+use super::operand::{LowRank, Magnitude, Operand, Rows};
+use super::operation::{Assembly, Computation, Operation, Piece, Target};
 use super::schema;
 use super::sources::{GivenSources, Source, Sources};
+use super::target::EncodedTarget;
 use super::view::{Region, View};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;

@@ -189,10 +189,10 @@ impl JobDirectory {
     /// How far requantised tensors of a committed shard changed.
     #[must_use]
     pub fn changes(&self, file: &str) -> Changes {
-        let state = self.lock();
-        let entries = state.held.as_ref().map(|held| held.journal.entries());
-        let entry = entries.zip(FileName::new(file)).and_then(|(entries, name)| entries.get(&name));
-        entry.map(|entry| entry.changes.clone()).unwrap_or_default()
+        let (state, name) = (self.lock(), FileName::new(file));
+        let held = state.held.as_ref().zip(name);
+        let entry = held.and_then(|(held, name)| held.journal.entries().get(&name).cloned());
+        entry.map(|entry| entry.changes).unwrap_or_default()
     }
 
     /// Creates the partial file of a shard.

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from safemerge_fast import _engine
 from safemerge_fast.checkpoint.model import Model
-from safemerge_fast.errors import SafemergeError
 from safemerge_fast.pairing.operand import Operand, Term
 from safemerge_fast.pairing.view import View
 
@@ -189,16 +187,3 @@ def value(models: dict[str, Model], terms: tuple[Term, ...]) -> np.ndarray[Any, 
         return elements.reshape(models[of.source].headers.tensor(of.tensor).shape)
 
     return np.asarray(sum(term.weight * operand(term.operand) for term in terms))
-
-
-def engine_takes_pieces() -> bool:
-    """Whether the engine knows views and pieces; to go once it does everywhere."""
-    plan = (
-        b'{"version":2,"sources":{},"operations":[],"shards":'
-        b'[{"file":"a.safetensors","metadata":{},"tensors":[{"name":"a","pieces":[]}]}]}'
-    )
-    try:
-        _engine.Plan(plan)
-    except SafemergeError as error:
-        return "unknown field" not in str(error)
-    return True

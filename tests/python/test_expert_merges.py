@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 from dense import linear, load, rho
-from expert_models import engine_takes_pieces, make, matrices, save
+from expert_models import make, matrices, save
 from test_experts import ROLES, key_of
 from torch import Tensor
 
 import safemerge_fast
 from safemerge_fast.recipes.verify import VerifySettings, verify_output
 from safemerge_fast.report.report import Report
-
-pytestmark = pytest.mark.skipif(
-    not engine_takes_pieces(), reason="this engine does not know views and pieces yet"
-)
 
 Key = tuple[str, int, str]
 TAU, ALPHA = 0.75, 0.8
@@ -129,6 +125,31 @@ def test_the_layout_changes_no_bit(tmp_path: Path, method: str) -> None:
     assert found[0].keys() == found[1].keys()
     for key, matrix in found[0].items():
         assert torch.equal(matrix, found[1][key]), key
+
+
+def test_rounding_is_that_of_what_is_stored(tmp_path: Path) -> None:
+    """A part of a stacked tensor is read as float32, but its V was rounded to bfloat16."""
+    found = []
+    for stacked in ((), ROLES):
+        directory = tmp_path / ("stacked" if stacked else "single")
+        paths = {
+            role: save(make("qwen3_moe", seed).bfloat16(), directory / role, singly=role not in stacked)
+            for seed, role in enumerate(ROLES)
+        }
+        report = merged(paths, directory / "out")
+        found.append(
+            {
+                module.name: (module.rho, module.v_rounding)
+                for tensor in report.tensors
+                if tensor.analysed
+                for module in tensor.module_reports()
+            }
+        )
+    assert found[0].keys() == found[1].keys()
+    for name, (rho_single, rounding) in found[0].items():
+        assert found[1][name] == (pytest.approx(rho_single, abs=1e-6), pytest.approx(rounding, rel=1e-4))
+        assert rounding is not None
+        assert rounding > 1e-4
 
 
 def test_a_layer_is_decided_with_its_experts(tmp_path: Path) -> None:

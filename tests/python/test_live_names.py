@@ -136,7 +136,7 @@ def test_a_transformers_without_the_table_is_named_with_its_version(
     [
         ({}, "does not know model_type None"),
         ({"model_type": "unheard_of"}, "does not know model_type 'unheard_of'"),
-        ({"model_type": "llama", "num_hidden_layers": 10**9}, "speaks of 1000000000 layers"),
+        ({"model_type": "llama", "num_hidden_layers": 10**9}, "speaks of 1000000000 layers or experts"),
         ({"model_type": "llama", "hidden_size": "wide"}, "could not say how it names tensors"),
     ],
 )

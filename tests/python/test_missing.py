@@ -176,6 +176,25 @@ def test_what_is_accounted_for_is_not_lacking(tmp_path: Path) -> None:
     assert note in report.notes
 
 
+@pytest.mark.parametrize(
+    ("table", "head"),
+    [
+        ("backbone.embeddings.weight", "lm_head.weight"),
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+        ("model.decoder.embed_tokens.weight", "proj_out.weight"),
+    ],
+)
+def test_tied_heads_of_other_families_are_accounted_for(tmp_path: Path, table: str, head: str) -> None:
+    def edit(role: str, tensors: dict[str, Tensor]) -> None:
+        tensors[table] = tensors.pop(EMBEDDING)
+        if role == "aligned":
+            tensors[head] = tensors[table]
+
+    models = write_quartet(tmp_path, layers=1, shards=1, edit=edit)
+    report = merge(**models, output=tmp_path / "out")
+    assert f"{head} of aligned is not in the output, which ties it to {table}" in report.notes
+
+
 def test_a_head_that_nothing_ties_is_lacking(tmp_path: Path) -> None:
     def edit(role: str, tensors: dict[str, Tensor]) -> None:
         if role == "finetuned":
@@ -247,6 +266,23 @@ def test_a_fold_that_unties_leaves_the_head_as_it_was(tied: dict[str, Path], tmp
     torch.testing.assert_close(found[EMBEDDING].double(), wanted, rtol=1e-5, atol=1e-6)
     assert not torch.equal(found[HEAD], found[EMBEDDING])
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
+
+
+def test_the_head_of_a_safe_adapter_is_the_aligned_embedding(tied: dict[str, Path], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    a, b = torch.randn(3, 321, generator=generator), torch.randn(72, 3, generator=generator)
+    factors = {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b}
+    safe = write_lora(tmp_path / "adapter", {}, rank=3, seed=2, more=factors)
+    roles = {**{role: tied[role] for role in ("base", "aligned", "finetuned")}, "safe": safe}
+    merge(**roles, output=tmp_path / "out", untie=True, others="merge", alpha=0.75)
+    found = load_checkpoint(tmp_path / "out")
+    aligned, finetuned = (
+        load_checkpoint(tied[role])[EMBEDDING].double() for role in ("aligned", "finetuned")
+    )
+    wanted = 0.75 * finetuned + 0.25 * aligned
+    torch.testing.assert_close(found[HEAD].double(), wanted, rtol=1e-6, atol=1e-7)
+    wanted += 0.25 * 2.0 * (b.double() @ a.double()).T
+    torch.testing.assert_close(found[EMBEDDING].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_an_embedding_that_is_not_known_cannot_be_untied(tmp_path: Path) -> None:

@@ -261,14 +261,13 @@ def open_matrix(models: Mapping[str, Model], role: str, name: str, terms: Sequen
     operand = terms[0].operand
     if len(terms) > 1 or terms[0].weight != 1.0 or not operand.is_plain:
         return Composed(models, role, name, terms)
-    encoding = models[operand.source].headers.tensor(operand.tensor).encoding
-    if operand.view is None and encoding is None:
+    stored = models[operand.source].headers.tensor(operand.tensor)
+    if operand.view is None and stored.encoding is None:
         return Matrix(models[operand.source], operand.tensor)
-    composed = Composed(models, role, name, terms)
-    if encoding is not None:
-        # What it was rounded to; it is read as float32 nevertheless.
-        composed.dtype = encoding.split()[0]
-    return composed
+    part = Composed(models, role, name, terms)
+    # Its numbers were rounded to what is stored, though they are read as float32.
+    part.dtype = stored.dtype if stored.encoding is None else stored.encoding.split()[0]
+    return part
 
 
 def _whole_view(headers: _engine.Checkpoint, name: str, rows: int) -> torch.Tensor:

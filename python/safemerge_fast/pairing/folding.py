@@ -75,7 +75,7 @@ def pair_adapter(model: Model, adapter: Adapter, *, untie: bool = False) -> Pair
     notes = (*adapter_notes(adapter, model, adapted.terms), *config_notes({model.role: model}))
     if not untie:
         return Pairing(rows, {}, notes)
-    head = untied_head(model, {}, {}, (adapter.role,))
+    head = untied_head(model, {}, {}, (adapter.role,), model.role)
     if head is None:
         return Pairing(rows, {}, notes, untied_config(model.config))
     notes = (*config_notes({model.role: model}), untied_note(head, model.role))

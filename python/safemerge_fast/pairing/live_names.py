@@ -164,7 +164,7 @@ def _without_weights(transformers: Any, config: dict[str, Any]) -> Any:
     if not isinstance(kind, str) or kind not in known:
         return f"transformers {transformers.__version__} does not know model_type {printable(repr(kind), 80)}"
     if (layers := _most_layers(config)) > _MOST_LAYERS:
-        return f"config.json speaks of {layers} layers"
+        return f"config.json speaks of {layers} layers or experts"
     torch = importlib.import_module("torch")
     settings = known[kind].from_dict({**config, "quantization_config": None})
     architectures = config.get("architectures")
@@ -177,11 +177,11 @@ def _without_weights(transformers: Any, config: dict[str, Any]) -> Any:
 
 
 def _most_layers(config: Mapping[str, Any]) -> int:
-    """The largest number of layers or blocks that a configuration and its parts state."""
+    """The largest number of layers, blocks or experts that a configuration and its parts state."""
     most = 0
     for field, value in config.items():
         if isinstance(value, Mapping):
             most = max(most, _most_layers(value))
-        elif isinstance(value, int) and field.endswith(("layers", "n_layer", "depth", "blocks")):
+        elif isinstance(value, int) and field.endswith(("layers", "n_layer", "depth", "blocks", "experts")):
             most = max(most, value)
     return most

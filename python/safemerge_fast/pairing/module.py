@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -60,6 +61,13 @@ class Module(msgspec.Struct, frozen=True, gc=False):
     def terms(self) -> Mapping[str, tuple[Term, ...]]:
         """What each role's matrix is made of, for the roles that have it; rows and columns as they are stored."""
         slices, view = self.row.slices, self.view
+        if slices is None and len(self.row.shape) > 2:
+            # One matrix of three dimensions, whose rows are long.
+            flat = View(0, self.stored, (self.stored[1], 1))
+            return {
+                role: tuple(replace(term, operand=_cut(term.operand, flat)) for term in terms)
+                for role, terms in self.row.terms.items()
+            }
         if slices is None or view is None or self.part is None or self.expert is None:
             return self.row.terms
         found = {
@@ -101,7 +109,9 @@ class Module(msgspec.Struct, frozen=True, gc=False):
 
 def whole(row: Row) -> Module:
     """A row's tensor as one module."""
-    return Module(row, row.name, row.module_type, row.shape)
+    shape = row.shape
+    stored = shape if len(shape) <= 2 else (shape[0], math.prod(shape[1:]))
+    return Module(row, row.name, row.module_type, stored)
 
 
 def modules_of(row: Row) -> Iterator[Module]:

@@ -20,8 +20,10 @@ __all__ = [
     "decoder_layers",
     "is_conv1d_name",
     "is_float_matrix",
+    "is_projection_of_heads",
     "is_stored_transposed",
     "layer_of",
+    "leads_into_heads",
     "lies_in_layer",
     "module_type",
     "own_name",
@@ -68,7 +70,8 @@ _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 _SHARED_EXPERT = re.compile(r"(^|\.)shared_experts?\.")
 # Matrices that are parameters of their module, not of a Linear in it: MultiheadAttention's, and a few others.
 _BARE_MATRIX = re.compile(r"(^|\.)((in|q|k|v)_proj_weight|\w*_proj)$")
-_TENSOR_PROJECTION = re.compile(r"(^|\.)rel_attn\.[qkvor]$")
+# XLNet's, (hidden, heads, head size): h·q, but for o into hidden states, o·h.
+_OF_HEADS = re.compile(r"(^|\.)rel_attn\.(?P<which>[qkvor])$")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 # Model types of transformers whose projections are Conv1D modules, stored as (in, out), and those modules'
@@ -97,6 +100,17 @@ def layer_of(name: str) -> str | None:
     """The layer that a tensor belongs to, e.g. "model.layers.7", or None."""
     match = _LAYER.match(name)
     return None if match is None else match[0]
+
+
+def is_projection_of_heads(name: str, dimensions: int) -> bool:
+    """Whether a tensor of three dimensions is a matrix whose second side is that of heads, as XLNet has them."""
+    return dimensions == 3 and _OF_HEADS.search(name) is not None
+
+
+def leads_into_heads(name: str) -> bool:
+    """Whether such a matrix is stored as (in, out): all but the one that leads back to hidden states."""
+    match = _OF_HEADS.search(name)
+    return match is not None and match["which"] != "o"
 
 
 def lies_in_layer(name: str) -> bool:
@@ -181,13 +195,9 @@ class _Kinds:
                 "convolution",
             ),
             (dimensions == 3 and _EXPERT.search(name) is not None, "fused experts"),
+            (not matrix and not is_projection_of_heads(name, dimensions), f"{dimensions}-D tensor"),
             (
-                dimensions == 3 and _TENSOR_PROJECTION.search(name) is not None,
-                "projection of three dimensions (in, heads, head size)",
-            ),
-            (not matrix, f"{dimensions}-D tensor"),
-            (
-                not name.endswith(".weight") and _BARE_MATRIX.search(name) is None,
+                matrix and not name.endswith(".weight") and _BARE_MATRIX.search(name) is None,
                 "not a weight matrix",
             ),
         )

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 from .._engine import TensorInfo
 from ..checkpoint.model import Model
-from .modules import is_conv1d_name, is_stored_transposed, own_name
+from .modules import (
+    is_conv1d_name,
+    is_projection_of_heads,
+    is_stored_transposed,
+    leads_into_heads,
+    own_name,
+)
 from .structure import Structure
 
 __all__ = ["Orientations"]
@@ -49,6 +55,8 @@ class Orientations:
     def is_stored_transposed(self, tensor: TensorInfo) -> bool:
         """Whether a tensor of the model is stored as (in, out); for what is no matrix, it is not."""
         name = tensor.name
+        if is_projection_of_heads(name, len(tensor.shape)):
+            return leads_into_heads(name)
         if len(tensor.shape) != 2 or not (self._any or _may_be_conv1d(name)):
             return False
         known = self._known.get(name)

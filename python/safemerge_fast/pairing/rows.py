@@ -222,7 +222,7 @@ def pair(
             )
     if untie:
         config = untied_config(anchor.config if config is None else config)
-        if (head := untied_head(anchor, others, matches, tuple(adapted.terms))) is not None:
+        if (head := untied_head(anchor, others, matches, tuple(adapted.terms), "aligned")) is not None:
             rows.append(head)
             notes.append(untied_note(head, anchor.role))
     if config == anchor.config:

@@ -48,7 +48,7 @@ class StackedParameters:
         self._adapter = adapter
         self._model = model
         self._names = names
-        self._experts: dict[str, dict[str, dict[int, str]]] | None = None
+        self._known: dict[str, Stored | None] | None = None
 
     def updates(self, group: AdaptedParameters) -> tuple[StackedUpdate, ...]:
         """What an adapter does to the parameters of one module, from the innermost wrapper to the outermost.
@@ -57,11 +57,11 @@ class StackedParameters:
             AdapterError: The checkpoint has not the parameters, or which is which cannot be told.
         """
         adapter = self._adapter
-        targets = dict.fromkeys(target.rpartition(".")[2] for target in adapter.settings.target_parameters)
-        candidates = [
-            name for leaf in targets if adapter.settings.targets_parameter(name := f"{group.module}.{leaf}")
-        ]
-        stored = {name: found for name in candidates if (found := self._stored(name)) is not None}
+        if self._known is None:
+            self._known = self._places()
+        known = self._known
+        candidates = self._candidates(group)
+        stored = {name: found for name in candidates if (found := known.get(name)) is not None}
         if len(stored) < len(group.factors):
             raise AdapterError(self._missing(group, candidates, stored))
         if len(stored) > _MOST_PARAMETERS:
@@ -74,6 +74,12 @@ class StackedParameters:
             self._update(group, name, factors, stored[name])
             for name, factors in zip(chosen, group.factors, strict=True)
         )
+
+    def _candidates(self, group: AdaptedParameters) -> list[str]:
+        """The parameters of one module that target_parameters names."""
+        settings = self._adapter.settings
+        leaves = dict.fromkeys(target.rpartition(".")[2] for target in settings.target_parameters)
+        return [name for leaf in leaves if settings.targets_parameter(name := f"{group.module}.{leaf}")]
 
     def _assigned(self, group: AdaptedParameters, stored: Mapping[str, Stored]) -> tuple[str, ...]:
         """The parameter of each product."""
@@ -142,7 +148,8 @@ class StackedParameters:
         """Whether an expert's matrix is stored as (in, out); what cannot be told by shapes is refused."""
         if outputs != inputs:
             return stored.shape[1:] == (inputs, outputs)
-        if stored.is_matrix:
+        # PEFT adds B·A as it is where there is but one matrix.
+        if stored.shape[0] == 1:
             return False
         if self._adapter.settings.swaps_stacked:
             return True
@@ -173,43 +180,53 @@ class StackedParameters:
                 return (hidden == [1]) != leads_out
         return None
 
-    def _stored(self, name: str) -> Stored | None:
-        """Where a parameter is, or None."""
+    def _places(self) -> dict[str, Stored | None]:
+        """Where all parameters are that the adapter could mean; None for what is no stack of matrices."""
         headers = self._model.headers
-        tensor = match_names([name], headers.names).get(name)
-        if tensor is None and (found := self._of_single_experts(name)) is not None:
-            return found
-        if tensor is None:
-            tensor = self._names.stored(name)
-        if tensor is not None:
-            return _stacked(tensor, tuple(headers.tensor(tensor).shape))
-        made = self._names.made(name)
-        if made is None:
-            return None
-        if made.operations == ("Transpose(dim=1)",) or made.operations == ("Transpose",):
-            (tensor,) = made.sources[0]
-            return _stacked(tensor, tuple(headers.tensor(tensor).shape))
-        if made.operations in (_STACKING, _STACKING[:1]):
-            return self._parts(made.sources)
-        return None
+        wanted = [name for group in self._adapter.parameters.values() for name in self._candidates(group)]
+        # All names are looked for at once, since a name that is not an exact one is looked for among all there are.
+        direct = match_names(wanted, headers.names)
+        places = {name: self._stacked(tensor) for name, tensor in direct.items()}
+        places |= self._of_single_experts([name for name in wanted if name not in places])
+        if lost := [name for name in wanted if name not in places]:
+            places |= {name: self._stacked(tensor) for name, tensor in self._names.stored(lost).items()}
+            for name, made in self._names.made(lost).items():
+                if made.operations in (_STACKING, _STACKING[:1]):
+                    places[name] = self._parts(made.sources)
+                elif made.operations == ("Transpose",):
+                    places[name] = self._stacked(made.sources[0][0])
+        return places
 
-    def _of_single_experts(self, name: str) -> Stored | None:
-        """A parameter that the checkpoint stores expert by expert under the same module."""
-        container, _, leaf = name.rpartition(".")
-        if self._experts is None:
-            self._experts = {}
-            for other in self._model.headers.names:
-                if match := _ONE_EXPERT.match(other):
-                    leaves = self._experts.setdefault(match["experts"], {})
-                    leaves.setdefault(match["leaf"], {})[int(match["index"])] = other
-        found = match_names([container], self._experts).get(container)
-        if found is None:
-            return None
-        for parts in _PARTS.get(leaf, ((leaf,),)):
-            if all(part in self._experts[found] for part in parts):
-                by_index = [self._experts[found][part] for part in parts]
-                return self._parts([[names[index] for index in sorted(names)] for names in by_index])
-        return None
+    def _of_single_experts(self, wanted: Sequence[str]) -> dict[str, Stored | None]:
+        """Those parameters that the checkpoint stores expert by expert under the same module."""
+        if not wanted:
+            return {}
+        experts: dict[str, dict[str, dict[int, str]]] = {}
+        for other in self._model.headers.names:
+            if match := _ONE_EXPERT.match(other):
+                leaves = experts.setdefault(match["experts"], {})
+                leaves.setdefault(match["leaf"], {})[int(match["index"])] = other
+        containers = match_names([*dict.fromkeys(name.rpartition(".")[0] for name in wanted)], experts)
+        found = {}
+        for name in wanted:
+            container, _, leaf = name.rpartition(".")
+            leaves = experts.get(containers.get(container, ""), {})
+            for parts in _PARTS.get(leaf, ((leaf,),)):
+                if all(part in leaves for part in parts):
+                    found[name] = self._parts(
+                        [
+                            [names[index] for index in sorted(names)]
+                            for names in map(leaves.__getitem__, parts)
+                        ]
+                    )
+        return found
+
+    def _stacked(self, tensor: str) -> Stored | None:
+        """One tensor of all experts; or a matrix, which is one of one."""
+        shape = tuple(self._model.headers.tensor(tensor).shape)
+        if len(shape) == 2:
+            return Stored(((tensor,),), (1, *shape), is_matrix=True)
+        return Stored(((tensor,),), (shape[0], shape[1], shape[2])) if len(shape) == 3 else None
 
     def _parts(self, names: Sequence[Sequence[str]]) -> Stored | None:
         """Tensors of single experts as one parameter, if they go together."""
@@ -244,13 +261,6 @@ class StackedParameters:
             f"{name} of {found.shape[0]} experts and shape {found.shape[1:]} in {self._model.path}, for which "
             f"adapter_config.json says rank {adapter.settings.rank(name)}"
         )
-
-
-def _stacked(tensor: str, shape: tuple[int, ...]) -> Stored | None:
-    """One tensor of all experts; or a matrix, which is one of one."""
-    if len(shape) == 2:
-        return Stored(((tensor,),), (1, *shape), is_matrix=True)
-    return Stored(((tensor,),), (shape[0], shape[1], shape[2])) if len(shape) == 3 else None
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..checkpoint.model import Model
 from .live_names import LiveNames, Made, live_names
@@ -28,13 +28,15 @@ class TensorNames:
         """
         self._model = model
         self._live: LiveNames | None = None
-        self._found = match_names(wanted, model.headers.names)
+        # Looking for ends of names takes a model of many experts most of a second.
+        exact = all(name in model.headers for name in wanted)
+        self._found = {name: name for name in wanted} if exact else match_names(wanted, model.headers.names)
         self.renamed: dict[str, str] = {}
         # A head that the model ties is stored under no name at all.
         lost = [name for name in wanted if name not in self._found and not self._is_tied_head(name)]
         if lost:
             # What is a loaded model's name once is one throughout, even where the checkpoint has that name too.
-            renamed = self._by_loading(wanted)
+            renamed = self.stored(wanted)
             self.renamed = {
                 name: tensor for name, tensor in renamed.items() if tensor != self._found.get(name)
             }
@@ -51,14 +53,15 @@ class TensorNames:
         """The tensor of a name, or None."""
         return self._found.get(name)
 
-    def made(self, name: str) -> Made | None:
-        """What a loaded model's parameter of that name is made of, if that is more than one tensor renamed."""
-        live = self.live
-        return live.made.get(match_names([name], live.made).get(name, ""))
+    def made(self, names: Sequence[str]) -> dict[str, Made]:
+        """What loading makes parameters of, for those of the names that it makes of more than one tensor renamed."""
+        made = self.live.made
+        return {name: made[live] for name, live in match_names(names, made).items()}
 
-    def stored(self, name: str) -> str | None:
-        """The tensor that loading renames to a name, or None."""
-        return self._by_loading([name]).get(name)
+    def stored(self, names: Sequence[str]) -> dict[str, str]:
+        """The tensors that loading renames to the names, for those of them that it does."""
+        tensors = self.live.tensors
+        return {name: tensors[live] for name, live in match_names(names, tensors).items()}
 
     def why_missing(self, name: str) -> str | None:
         """What is to be said of a name that has no tensor, if there is more to say than that."""
@@ -66,16 +69,12 @@ class TensorNames:
             return None
         if self._live.problem is not None:
             return self._live.problem
-        made = self.made(name)
+        made = self.made([name]).get(name)
         return (
             None
             if made is None
             else f"loading makes it of {made.describe()}, and updates of such weights are not supported"
         )
-
-    def _by_loading(self, wanted: Iterable[str]) -> dict[str, str]:
-        tensors = self.live.tensors
-        return {name: tensors[live] for name, live in match_names(wanted, tensors).items()}
 
     def _is_tied_head(self, name: str) -> bool:
         return is_head(name) and ties_head(self._model.config)

@@ -10,7 +10,10 @@ __all__ = ["embedding_name", "is_head", "is_tied_table", "ties_head"]
 
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|lm_head\.decoder|predictions\.decoder|proj_out)\.weight$")
 _TIED_TABLE = re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|shared)\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings?|tok_embeddings|tokens_embed|shared|(backbone|rwkv)\.embeddings)"
+    r"\.weight$"
+)
 
 
 def is_head(name: str) -> bool:

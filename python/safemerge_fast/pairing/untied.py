@@ -16,7 +16,11 @@ __all__ = ["untied_config", "untied_head"]
 
 
 def untied_head(
-    anchor: Model, others: Mapping[str, Model], matches: Mapping[str, Counterparts], adapters: Iterable[str]
+    anchor: Model,
+    others: Mapping[str, Model],
+    matches: Mapping[str, Counterparts],
+    adapters: Iterable[str],
+    adapted: str,
 ) -> Row | None:
     """Makes the row of a head that the output gets beside its embedding.
 
@@ -24,8 +28,9 @@ def untied_head(
         anchor: The model that the output is shaped like.
         others: The other checkpoints by role; a head that one of them stores is taken, else its embedding.
         matches: The names of the anchor's tensors there.
-        adapters: Roles that are adapters of the anchor. Their head is the anchor's embedding as it was, which is what
-            PEFT computes with as long as an adapter is not merged.
+        adapters: Roles that are adapters. Their head is the embedding as it was, which is what PEFT computes with as
+            long as an adapter is not merged.
+        adapted: The role that they are adapters of.
 
     Returns:
         The row; None if the anchor stores a head.
@@ -52,7 +57,7 @@ def untied_head(
         own = heads[role] or matches[role].get(embedding)
         if own is not None and tuple(model.headers.tensor(own).shape) == shape:
             names[role] = own
-    plain = (Term(Operand(anchor.role, embedding)),)
+    plain = (Term(Operand(adapted, names[adapted])),) if adapted in names else ()
     return Row(
         name=name,
         file=anchor.headers.tensors[-1].file,
@@ -64,7 +69,7 @@ def untied_head(
         analysed=False,
         transposed=False,
         reason="head, untied from the embedding",
-        adapted=dict.fromkeys(adapters, plain) or NOT_ADAPTED,
+        adapted=dict.fromkeys(adapters, plain) if plain else NOT_ADAPTED,
     )
 
 
