@@ -130,9 +130,8 @@ class Form:
         most = largest(matrix, *self._block(matrix.shape))
         with np.errstate(divide="ignore"):
             if self.scale in ("e8m0", "u8"):
-                exponent = (
-                    _floor_log2(most) - 2 if self.table is E2M1 else np.ceil(np.log2(most / self.table[-1]))
-                )
+                # Up to 7 is nearest to 6, or halfway.
+                exponent = np.ceil(np.log2(most / (7 if self.table is E2M1 else self.table[-1])))
                 return np.where(most == 0, 1.0, np.ldexp(1.0, np.clip(exponent, -127, 127).astype(int)))
         scale = np.where(most == 0, 1.0, most / self.table[-1] / common)
         if self.scale == "e4m3":
