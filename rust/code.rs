@@ -261,7 +261,7 @@ pub struct Scale {
 /// |---|---|---|
 /// | FP8 | F32, BF16, F16 | `amax / most`, rounded to nearest |
 /// | FP8 | E8M0 | the least power of two that clips nothing |
-/// | E2M1 | E8M0 | `2^(floor(log2(amax)) - 2)`, as the OCP's specification of MX says; up to a quarter of the largest value is clipped |
+/// | E2M1 | E8M0 | the least power of two of which `amax` is at most 7: 6 is then the nearest, or halfway |
 /// | Int4 | F32, BF16, F16 | `amax / 7`, rounded to nearest |
 /// | E2M1 | E4M3 | `amax / 6`, less the global scale, rounded to nearest, at most 448 |
 ///
@@ -304,13 +304,14 @@ pub fn scale_of(
 fn power_code(code: Code, amax: f32, wanted: f64) -> u8 {
     // The exponent of an f64 that is no f64-subnormal, rounded down; no f32 and no quotient of it by `most` is one.
     let floor = |value: f64| i64::try_from((value.to_bits() >> 52) & 0x7FF).map_or(0, |e| e - 1023);
+    // A quotient that is no power of two is not rounded to one: `amax` has 24 bits only.
+    let ceiling = |value: f64| floor(value) + i64::from(value.to_bits() << 12 != 0);
     let exponent = match code {
         _ if amax == 0.0 => 0,
-        Code::E2M1 => floor(f64::from(amax)) - 2,
-        Code::E4M3 | Code::E5M2 | Code::Int4 => {
-            // A quotient that is no power of two is not rounded to one: `amax` has 24 bits only.
-            floor(wanted) + i64::from(wanted.to_bits() << 12 != 0)
-        }
+        // The OCP's rule, the exponent of `amax`, takes the largest number from just below 4 to 3; one that clips nothing
+        // halves the precision of all others from just above 6 on. Numbers that were quantised before are 4 and 6 in every block.
+        Code::E2M1 => ceiling(f64::from(amax) / 7.0),
+        Code::E4M3 | Code::E5M2 | Code::Int4 => ceiling(wanted),
     };
     u8::try_from((exponent + 127).clamp(0, 254)).unwrap_or(0)
 }

@@ -6,9 +6,9 @@ use super::reading::Reader;
 use super::scales::{RecentScales, TensorScales};
 use super::windows::{Part, Place};
 use super::work::copy_wanted;
-use crate::Result;
 use crate::kernels::Kernels;
 use crate::plan::{Change, Changes, EncodedPart, EncodedRows, EncodedTarget};
+use crate::{Error, Result};
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 
@@ -134,6 +134,9 @@ impl Requantiser {
             if !held {
                 assembler.numbers(work, &elements, values)?;
             }
+            if quantised.scales() == 0 && !self.kernels.amax(values).is_finite() {
+                return Err(unstorable(work));
+            }
             // A row that two tiles cut counts for the one that it begins in.
             let counted =
                 if part.start * quantised.row_bytes() < bytes.start { columns } else { 0 };
@@ -208,9 +211,25 @@ impl Requantiser {
                 read(&elements);
             }
         }
+        if self.factors.iter().any(|amax| !amax.is_finite()) {
+            return Err(unstorable(work));
+        }
         let global = target.like.global(band.matrix)?;
         quantised.choose(&mut self.factors, global, &mut self.scales);
         known.put(band.band, &self.scales);
         Ok(held)
+    }
+}
+
+/// The error that numbers are not finite, where that was allowed: most formats cannot say it, and in the others all numbers
+/// that share a scale would be lost.
+#[cold]
+fn unstorable(work: &Work<'_>) -> Error {
+    Error::Merge {
+        file: work.file.to_owned(),
+        tensor: work.tensor.output.name.clone(),
+        problem: "it would hold NaN or infinity, which cannot be quantised again; pass --encode bfloat16 to store \
+                  it as numbers"
+            .to_owned(),
     }
 }

@@ -240,7 +240,7 @@ _ADAPTER_SETTINGS = (
 
 
 def _sample(model: Model) -> str:
-    """Digests the beginning of tensors spread evenly over the model's names."""
+    """Digests the beginning of stored tensors spread evenly over the model's names."""
     tensors = sorted(
         (tensor for tensor in model.headers.stored_tensors if tensor.shape and tensor.nbytes),
         key=lambda tensor: tensor.name,

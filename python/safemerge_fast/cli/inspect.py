@@ -142,7 +142,8 @@ def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
             {"file": file, "bytes": identity[file].size, "tensors": of_file[file]}
             for file in model.headers.files
         ],
-        "dtypes": dict(Counter(row.dtype for row in rows)),
+        "dtypes": dict(Counter(row.dtype for row in rows if row.encoded is None)),
+        "encodings": dict(Counter(row.encoded.format for row in rows if row.encoded is not None)),
         "module_types": _module_types(rows),
     }
 
@@ -169,6 +170,7 @@ def _json_pieces(document: Mapping[str, Any], model: Model, rows: tuple[Row, ...
         line = {
             "name": row.name,
             "dtype": row.dtype,
+            "encoding": _encoding(row),
             "shape": list(row.shape),
             "file": row.file,
             "bytes": model.headers.tensor(row.name).nbytes,
@@ -183,21 +185,27 @@ def _json_pieces(document: Mapping[str, Any], model: Model, rows: tuple[Row, ...
 
 
 def _module_types(rows: tuple[Row, ...]) -> list[dict[str, Any]]:
-    """Per module type and dtype: tensors, parameters, shapes, and whether merge analyses them."""
-    groups: dict[tuple[str, str, bool], list[Row]] = {}
+    """Per module type, dtype and format: tensors, parameters, shapes, and whether merge analyses them."""
+    groups: dict[tuple[str, str, str | None, bool], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.module_type, row.dtype, row.analysed), []).append(row)
+        groups.setdefault((row.module_type, row.dtype, _encoding(row), row.analysed), []).append(row)
     return [
         {
             "module_type": module_type,
             "dtype": dtype,
+            "encoding": encoding,
             "tensors": len(group),
             "parameters": sum(math.prod(row.shape) for row in group),
             "shapes": [list(shape) for shape in sorted({row.shape for row in group})],
             "analysed": analysed,
         }
-        for (module_type, dtype, analysed), group in groups.items()
+        for (module_type, dtype, encoding, analysed), group in groups.items()
     ]
+
+
+def _encoding(row: Row) -> str | None:
+    """The format of a quantised tensor."""
+    return None if row.encoded is None else row.encoded.format
 
 
 def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
@@ -208,7 +216,8 @@ def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
     from ..sizes import format_size
 
     yield printable(document["path"])
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in document["dtypes"].items())
+    stored = {**document["encodings"], **document["dtypes"]}
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in stored.items())
     kind = printable(document["model_type"] or "unknown model type")
     known = document["parameters"]
     parameters = "an unknown number of parameters" if known is None else f"{known:,} parameters"
@@ -240,7 +249,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[Any]:
         first = "×".join(map(str, entry["shapes"][0])) or "scalar"
         types.add_row(
             printable(entry["module_type"]),
-            entry["dtype"],
+            entry["encoding"] or entry["dtype"],
             str(entry["tensors"]),
             f"{entry['parameters']:,}",
             first + (f" and {len(entry['shapes']) - 1} more" if len(entry["shapes"]) > 1 else ""),

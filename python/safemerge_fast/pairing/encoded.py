@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .._engine import TensorInfo
+from ..checkpoint.model import Model
 
-__all__ = ["Encoded", "encoded_of"]
+__all__ = ["Encoded", "encoded_of", "encoding_notes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +53,20 @@ def encoded_of(tensor: TensorInfo, role: str) -> Encoded | None:
     scales = tensor.scales
     others = tuple(name for name in rest if name != scales)
     return Encoded(role, tensor.encoding, codes, scales, others, tensor.nbytes)
+
+
+def encoding_notes(models: Mapping[str, Model]) -> list[str]:
+    """Says how tensors are quantised; models that are so alike are one note.
+
+    Args:
+        models: The models by role.
+    """
+    alike: dict[str, list[str]] = {}
+    for role, model in models.items():
+        formats = Counter(
+            tensor.encoding for tensor in model.headers.tensors if tensor.encoding is not None
+        )
+        if formats:
+            words = ", ".join(f"{count} as {name}" for name, count in sorted(formats.items()))
+            alike.setdefault(words, []).append(role)
+    return [f"quantised tensors of {', '.join(roles)}: {words}" for words, roles in alike.items()]

@@ -14,7 +14,7 @@ from ..checkpoint.model import FLOATS, ROLES, Model, quantization_method
 from ..errors import PairingError
 from .adapted import Adapted
 from .counterparts import Counterparts, counterparts
-from .encoded import encoded_of
+from .encoded import encoded_of, encoding_notes
 from .experts import Experts, find_experts
 from .missing import (
     Lacking,
@@ -315,8 +315,8 @@ def _unused_notes(unused: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def config_notes(models: Mapping[str, Model]) -> list[str]:
-    """Notes on configurations that say something else than the tensors."""
-    return [
+    """Notes on formats of quantised tensors, and on configurations that say something else than the tensors."""
+    return encoding_notes(models) + [
         f"the config.json of {role} speaks of quantisation ({method}), "
         f"but all its weights are stored in full precision"
         for role, model in models.items()

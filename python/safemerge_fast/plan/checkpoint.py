@@ -65,5 +65,5 @@ def plan_checkpoint(
         anchor=host.role if anchor is None else anchor,
         dtype=dtype,
     )
-    changed = encoded_config(known, made)
+    changed = encoded_config(known, made, host.role)
     return plan, config if changed is None else changed

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 import msgspec
 
+from ..pairing.expert_names import single
 from ..pairing.row import Row
 
 __all__ = ["Encode", "encoded_config", "output_rows"]
@@ -23,12 +25,10 @@ class Encode(Enum):
     ALL = "all"
 
 
-# Where configurations list the modules that are not quantised, by the method; the first is that of all others.
-_LISTS = {
-    "": "modules_to_not_convert",
-    "compressed-tensors": "ignore",
-    "modelopt": "ignore",
-}
+# Where configurations list the modules that are not quantised. Where there is none yet, the method says how it is
+# to be called.
+_LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+_USUAL = {"compressed-tensors": "ignore", "modelopt": "ignore"}
 
 
 def output_rows(
@@ -44,8 +44,8 @@ def output_rows(
         config: Its config.json. Where that speaks of no quantisation, tensors of other models cannot stay quantised.
 
     Returns:
-        The rows, in their order. A module of several quantised parameters (stacked experts) is dequantised as a whole,
-        since loaders know it as one.
+        The rows, in their order. A module of several quantised parameters is dequantised as a whole, and so are all
+        experts of a layer, stacked or not: loaders know them as one module, which is quantised or is not.
     """
     if not any(row.encoded is not None for row in rows):
         return list(rows)
@@ -61,34 +61,54 @@ def output_rows(
     return [_dequantised(row) if _module(row) in lost else row for row in rows]
 
 
-def encoded_config(config: Mapping[str, Any], rows: Iterable[Row]) -> dict[str, Any] | None:
+def encoded_config(config: Mapping[str, Any], rows: Sequence[Row], host: str) -> dict[str, Any] | None:
     """A configuration that tells the truth about which modules are quantised.
 
     Args:
         config: config.json of the model that the output is shaped like.
         rows: What output_rows returned.
+        host: Role of that model.
 
     Returns:
         The configuration, or None if the model's own is true.
     """
-    quantised = [row for row in rows if row.encoded is not None]
-    plain = sorted({_module(row) for row in quantised if row.encoded is not None and not row.encoded.kept})
-    if not plain:
+    kept = [row for row in rows if row.encoded is not None and row.encoded.kept]
+    lost = {_module(row) for row in rows if row.encoded is not None and not row.encoded.kept}
+    # The model's own list cannot know of what another model gave.
+    lost |= {_module(row) for row in rows if host not in row.names and _is_plain_matrix(row)}
+    if not lost or not any(_quantisations(config)):
         return None
-    none_left = all(row.encoded is None or not row.encoded.kept for row in quantised)
     written = copy.deepcopy(dict(config))
     for part in _parts(written):
         if not isinstance(part.get("quantization_config"), dict):
             continue
-        if none_left:
+        if not kept:
             del part["quantization_config"]
             continue
         quantization = part["quantization_config"]
-        key = _LISTS.get(str(quantization.get("quant_method") or ""), _LISTS[""])
+        method = str(quantization.get("quant_method") or "")
+        usual = _USUAL.get(method, _LISTS[0])
+        key = next((key for key in _LISTS if isinstance(quantization.get(key), list)), usual)
         listed = quantization.get(key)
-        listed = listed if isinstance(listed, list) else []
-        quantization[key] = [*listed, *(name for name in plain if name not in listed)]
+        if not isinstance(listed, list):
+            # Without a list loaders leave out the head; with one, only what it names.
+            listed = []
+            lost |= {_module(row) for row in rows if _is_plain_matrix(row)}
+        quantization[key] = [*listed, *(name for name in _entries(sorted(lost), method) if name not in listed)]
     return written
+
+
+def _is_plain_matrix(row: Row) -> bool:
+    return row.encoded is None and len(row.shape) == 2 and row.name.endswith(".weight")
+
+
+def _entries(modules: Iterable[str], method: str) -> Iterator[str]:
+    """What a list of modules says of these."""
+    for module in modules:
+        yield module
+        # With other methods a name stands for what is within, too.
+        if method == "compressed-tensors" and module.endswith("experts"):
+            yield f"re:{re.escape(module)}\\..*"
 
 
 def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -105,8 +125,9 @@ def _quantisations(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _module(row: Row) -> str:
-    """The module whose parameter a tensor is."""
-    return row.name.rpartition(".")[0]
+    """The module that a loader knows a tensor as a part of: one of that name, or the experts of a layer."""
+    expert = single(row.name)
+    return row.name.rpartition(".")[0] if expert is None else expert.prefix
 
 
 def _dequantised(row: Row) -> Row:

@@ -56,7 +56,8 @@ def _whole(first: int, count: int, rows: int, columns: int) -> View:
 def _piece(piece: Piece, row: Row) -> Piece:
     _, rows, columns = row.shape
     view, size = piece.view, rows * columns
-    if view.is_contiguous and view.start % size == 0 and view.size % size == 0:
+    # Operands of a piece of one expert may be views of other tensors: matrices, as it is one then.
+    if view.size > size and view.is_contiguous and view.start % size == 0 and view.size % size == 0:
         count = view.size // size
         into = View(view.start, (count, columns, rows), (size, rows, 1))
         return Piece(into, _turned(piece.operation, _whole(view.start // size, count, rows, columns)))
