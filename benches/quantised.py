@@ -161,7 +161,7 @@ def kimi() -> Iterator[Stored]:
 
 
 def fp8_filling(seed: int) -> np.ndarray:
-    """Random bytes: codes of any size but NaN, which as BF16 are numbers of usual size, and as F32 small positive ones."""
+    """Random bytes: codes but no NaN; as BF16 numbers of usual size, and as F32 small positive ones."""
     import numpy as np
 
     values = np.random.default_rng(seed).integers(0, 1 << 8, BLOCK, dtype=np.uint8)

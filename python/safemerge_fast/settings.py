@@ -348,10 +348,7 @@ ReadBackend = Annotated[
 
 ExpertLoraLayout = Annotated[
     Literal["peft", "unsloth"],
-    Setting(
-        "Who trained LoRA of fused experts (target_parameters): PEFT, or Unsloth before September 2026, which ordered "
-        "the columns of B otherwise."
-    ),
+    Setting("Who trained LoRA of fused experts: PEFT, or Unsloth before September 2026, with another B."),
 ]
 """How adapters lay out LoRA of fused experts; the files do not say it."""
 
@@ -359,7 +356,6 @@ AllowNonfinite = Annotated[
     bool, Setting("Let NaN and infinity of the models through instead of refusing them.")
 ]
 """What becomes of values that are not finite."""
-
 
 Force = Annotated[
     bool,

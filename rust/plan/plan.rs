@@ -211,7 +211,7 @@ fn parse(json: &[u8]) -> Result<schema::Plan<'_>> {
 fn made_by(shards: &[schema::Shard<'_>], number: usize) -> String {
     let mut tensors = shards.iter().flat_map(|shard| &shard.tensors);
     let uses = |tensor: &&schema::Tensor<'_>| {
-        let pieces = tensor.pieces.iter().map(|piece| piece.operation);
+        let pieces = tensor.pieces().iter().map(|piece| piece.operation);
         tensor.operation.into_iter().chain(pieces).any(|used| used as usize == number)
     };
     match tensors.find(uses) {

@@ -74,17 +74,25 @@ pub struct Tensor<'a> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operation: Option<u32>,
     /// Otherwise the pieces that it consists of, in any order.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub pieces: Vec<Piece>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pieces: Option<Box<[Piece]>>,
     /// How its numbers are stored, if not as they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub encode: Option<Encode>,
+    pub encode: Option<Box<Encode>>,
     /// Element type in the output; that of the tensor that is copied, or of the first operand's, if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
     /// Dimensions; likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub shape: Option<Vec<usize>>,
+    pub shape: Option<Box<[usize]>>,
+}
+
+impl Tensor<'_> {
+    /// The pieces that it consists of; none if one operation makes it.
+    #[must_use]
+    pub fn pieces(&self) -> &[Piece] {
+        self.pieces.as_deref().unwrap_or(&[])
+    }
 }
 
 /// Elements of a tensor, counted row by row, in an order and shape of their own.

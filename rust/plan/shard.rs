@@ -93,7 +93,7 @@ pub(super) fn plan_shard(
     }
     for (number, tensor) in shard.tensors.into_iter().enumerate() {
         let resolver = Resolver { sources, name: &tensor.name, whole: None };
-        let used = tensor.operation.into_iter().chain(tensor.pieces.iter().map(|p| p.operation));
+        let used = tensor.operation.into_iter().chain(tensor.pieces().iter().map(|p| p.operation));
         for operation in used {
             if operation as usize >= recipes.len() {
                 return Err(Error::Plan(format!(
@@ -103,7 +103,7 @@ pub(super) fn plan_shard(
                 )));
             }
         }
-        let first = match (tensor.operation, tensor.pieces.as_slice()) {
+        let first = match (tensor.operation, tensor.pieces()) {
             (Some(operation), []) => operation,
             (None, [first, ..]) => first.operation,
             _ => {
@@ -115,7 +115,9 @@ pub(super) fn plan_shard(
         };
         let recipe = &recipes[first as usize];
         let encoded = tensor.encode.as_ref().map(|encode| resolver.encoded_like(encode));
-        let (dtype, shape) = match (encoded.transpose()?, tensor.dtype, tensor.shape) {
+        let stated = tensor.shape.map(Vec::from);
+        let pieces = tensor.pieces.map_or_else(Vec::new, Vec::from);
+        let (dtype, shape) = match (encoded.transpose()?, tensor.dtype, stated) {
             (Some((dtype, shape)), None, None) => (dtype, Some(shape.to_vec())),
             (Some(_), _, _) => {
                 return Err(Error::Plan(format!(
@@ -125,7 +127,7 @@ pub(super) fn plan_shard(
             }
             (None, Some(dtype), shape @ Some(_)) => (dtype, shape),
             (None, None, shape @ Some(_)) => (resolver.like(recipe)?.0, shape),
-            (None, dtype, None) if tensor.pieces.is_empty() => {
+            (None, dtype, None) if pieces.is_empty() => {
                 (dtype.unwrap_or(resolver.like(recipe)?.0), None)
             }
             (None, _, None) => {
@@ -135,8 +137,11 @@ pub(super) fn plan_shard(
                 )));
             }
         };
-        let special =
-            shape.map(|shape| Special { shape, pieces: tensor.pieces, encode: tensor.encode });
+        let special = shape.map(|shape| Special {
+            shape,
+            pieces,
+            encode: tensor.encode.map(|encode| *encode),
+        });
         let operation = operation_of(recipes, resolver, first, special.as_ref(), dtype)?;
         for (input, bytes) in operation.reads() {
             planned.bytes_read += bytes;

@@ -187,12 +187,10 @@ impl JobDirectory {
     }
 
     /// How far requantised tensors of a committed shard changed.
-    #[must_use]
     pub fn changes(&self, file: &str) -> Changes {
         let (state, name) = (self.lock(), FileName::new(file));
-        let held = state.held.as_ref().zip(name);
-        let entry = held.and_then(|(held, name)| held.journal.entries().get(&name).cloned());
-        entry.map(|entry| entry.changes).unwrap_or_default()
+        let found = state.held.as_ref().zip(name);
+        found.map_or_else(Changes::new, |(held, name)| held.journal.changes(&name))
     }
 
     /// Creates the partial file of a shard.
@@ -232,8 +230,7 @@ impl JobDirectory {
         }
         shard.rename()?;
         disk::sync_directory(Point::ShardDirectorySync, &self.making())?;
-        let (digest, changes) = (digest.to_owned(), changes.clone());
-        journal.commit(name, Entry { size, digest, changes })?;
+        journal.commit(name, Entry::new(size, digest, changes))?;
         state.written.insert(name.clone(), (size, None));
         Ok(())
     }

@@ -27,6 +27,13 @@ pub(super) struct Entry {
     pub changes: Changes,
 }
 
+impl Entry {
+    /// A shard of this size.
+    pub(super) fn new(size: u64, digest: &str, changes: &Changes) -> Self {
+        Self { size, digest: digest.to_owned(), changes: changes.clone() }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Line {
@@ -80,6 +87,11 @@ impl Journal {
     /// The committed shards.
     pub(super) fn entries(&self) -> &BTreeMap<FileName, Entry> {
         &self.entries
+    }
+
+    /// How far requantised tensors of a committed shard changed.
+    pub(super) fn changes(&self, file: &FileName) -> Changes {
+        self.entries.get(file).map_or_else(Changes::new, |entry| entry.changes.clone())
     }
 
     /// Forgets, in memory alone, what is not there as it is listed.

@@ -33,6 +33,7 @@ DTYPE_NAMES = {
     "torch.uint32": "U32",
     "torch.bool": "BOOL",
     "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
     "torch.float8_e8m0fnu": "F8_E8M0",
 }
 

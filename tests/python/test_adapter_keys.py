@@ -42,7 +42,7 @@ class TestKeys:
         adapter = opened()
         a, b = adapter.headers.tensors[0].name, adapter.headers.tensors[1].name
         product = LowRank("finetuned", a, b, 2.0, 4, False)
-        assert adapter_terms(adapter, aligned) == {
+        assert adapter_terms(adapter, aligned).terms == {
             f"{Q}.weight": (Term(Operand("aligned", f"{Q}.weight", low_rank=(product,))),)
         }
 
@@ -56,7 +56,7 @@ class TestKeys:
             f"{PREFIX}model.norm.weight": torch.ones(12),
             f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 12),
         }
-        terms = adapter_terms(opened(tensors, trainable_token_indices=[7, 3]), aligned)
+        terms = adapter_terms(opened(tensors, trainable_token_indices=[7, 3]), aligned).terms
         used = {
             name
             for group in terms.values()
@@ -84,13 +84,13 @@ class TestKeys:
             f"{name}.lora_embedding_B": torch.ones(12, 4),
             f"{name}.base_layer.weight": torch.ones(20, 12),
         }
-        (term,) = adapter_terms(opened(tensors), aligned)["model.embed_tokens.weight"]
+        (term,) = adapter_terms(opened(tensors), aligned).terms["model.embed_tokens.weight"]
         product = LowRank("finetuned", f"{name}.lora_embedding_A", f"{name}.lora_embedding_B", 2.0, 4, True)
         assert term == Term(Operand("finetuned", f"{name}.base_layer.weight", low_rank=(product,)))
 
     def test_names_are_matched_by_suffix(self, opened: Callable[..., Adapter], aligned: Model) -> None:
         other = Q.replace("model.", "language_model.model.", 1)
-        assert list(adapter_terms(opened(factors(other)), aligned)) == [f"{Q}.weight"]
+        assert list(adapter_terms(opened(factors(other)), aligned).terms) == [f"{Q}.weight"]
 
     def test_the_untrained_original_of_a_trained_module_is_not_used(
         self, opened: Callable[..., Adapter], aligned: Model
@@ -101,7 +101,7 @@ class TestKeys:
             f"{PREFIX}{Q}.weight": torch.ones(12, 12),
             f"{PREFIX}{Q}.bias": torch.ones(12),
         }
-        assert adapter_terms(opened(tensors), aligned)[f"{Q}.bias"] == plain(f"{Q}.bias")
+        assert adapter_terms(opened(tensors), aligned).terms[f"{Q}.bias"] == plain(f"{Q}.bias")
         del tensors[f"{PREFIX}{Q}.bias"]
         with pytest.raises(AdapterError, match=r"modules_to_save\.bias belongs to a module"):
             opened(tensors)
@@ -122,14 +122,16 @@ class TestKeys:
         model = write_aligned(
             tmp_path / "gpt", model_type=model_type, more={f"{name}.weight": torch.zeros(12, 12)}
         )
-        (term,) = adapter_terms(opened(factors(name), fan_in_fan_out=fan_in_fan_out), model)[f"{name}.weight"]
+        (term,) = adapter_terms(opened(factors(name), fan_in_fan_out=fan_in_fan_out), model).terms[
+            f"{name}.weight"
+        ]
         assert term.operand.low_rank[0].transpose is transpose
 
     def test_the_shapes_decide_where_they_can(self, opened: Callable[..., Adapter], aligned: Model) -> None:
         # The flag is that of the module which PEFT happened to visit last.
-        (term,) = adapter_terms(opened(factors(KV, 4, 6), fan_in_fan_out=True), aligned)[f"{KV}.weight"]
+        (term,) = adapter_terms(opened(factors(KV, 4, 6), fan_in_fan_out=True), aligned).terms[f"{KV}.weight"]
         assert term.operand.low_rank[0].transpose is False
-        (term,) = adapter_terms(opened(factors(KV, 4, 12, 6)), aligned)[f"{KV}.weight"]
+        (term,) = adapter_terms(opened(factors(KV, 4, 12, 6)), aligned).terms[f"{KV}.weight"]
         assert term.operand.low_rank[0].transpose is True
 
     @pytest.mark.parametrize(
@@ -291,19 +293,19 @@ class TestTiedHead:
     ) -> None:
         model = write_aligned(tmp_path / "tied", tie_word_embeddings=True)
         adapter = opened(self.EMBEDDING())
-        (note,) = adapter_notes(adapter, model, adapter_terms(adapter, model))
+        (note,) = adapter_notes(adapter, model, adapter_terms(adapter, model).terms)
         assert "model.embed_tokens.weight" in note
         assert "ties its head" in note
-        assert adapter_notes(adapter, aligned, adapter_terms(adapter, aligned)) == []
+        assert adapter_notes(adapter, aligned, adapter_terms(adapter, aligned).terms) == []
         linear = opened()
-        assert adapter_notes(linear, model, adapter_terms(linear, model)) == []
+        assert adapter_notes(linear, model, adapter_terms(linear, model).terms) == []
 
     def test_a_tied_head_that_is_stored_nevertheless_follows(
         self, tmp_path: Path, opened: Callable[..., Adapter]
     ) -> None:
         more = {"lm_head.weight": torch.zeros(20, 12)}
         tied = write_aligned(tmp_path / "tied", tie_word_embeddings=True, more=more)
-        terms = adapter_terms(opened(self.EMBEDDING()), tied)
+        terms = adapter_terms(opened(self.EMBEDDING()), tied).terms
         assert terms["lm_head.weight"] == terms["model.embed_tokens.weight"]
         untied = write_aligned(tmp_path / "untied", tie_word_embeddings=False, more=more)
-        assert list(adapter_terms(opened(self.EMBEDDING()), untied)) == ["model.embed_tokens.weight"]
+        assert list(adapter_terms(opened(self.EMBEDDING()), untied).terms) == ["model.embed_tokens.weight"]

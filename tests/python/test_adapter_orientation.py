@@ -84,7 +84,7 @@ def test_neighbours_say_how_a_square_is_stored(tmp_path: Path) -> None:
         adapter = open_adapter(
             "finetuned", write_adapter(tmp_path / f"adapter-{flag}", tensors, fan_in_fan_out=flag)
         )
-        terms = adapter_terms(adapter, model)
+        terms = adapter_terms(adapter, model).terms
         stored = {name: term.operand.low_rank[0].transpose for name, (term,) in terms.items()}
         assert stored == {f"{linear}.weight": False, f"{conv1d}.weight": True}
 
@@ -102,6 +102,6 @@ def test_the_nested_configuration_says_it_where_no_neighbour_does(tmp_path: Path
     adapter = open_adapter(
         "finetuned", write_adapter(tmp_path / "adapter", {**factors(name), **factors(other)})
     )
-    terms = adapter_terms(adapter, model)
+    terms = adapter_terms(adapter, model).terms
     assert terms[f"{name}.weight"][0].operand.low_rank[0].transpose is True
     assert terms[f"{other}.weight"][0].operand.low_rank[0].transpose is False

@@ -284,7 +284,7 @@ def test_refusals_come_before_the_work(tmp_path: Path) -> None:
     }
     with pytest.raises(AdapterError, match=r"trainable tokens.*--output-format checkpoint"):
         merge_roles(tokens, tmp_path / "out")
-    mixed = {**roles, "safe": roles["base"]}
+    mixed = {**roles, "safe": roles["aligned"]}
     with pytest.raises(AdapterError, match=r"safe is a full checkpoint; pass --output-format checkpoint"):
         merge_roles(mixed, tmp_path / "out", output_format="adapter")
     assert merge_roles(mixed, tmp_path / "mixed").adapter is None

@@ -88,14 +88,9 @@ QUANTISED: dict[str, dict[str, torch.Tensor]] = {
         "a.weight_packed": torch.ones(2, 4, dtype=torch.int32),
         "a.weight_zero_point": torch.ones(2, 1, dtype=torch.int32),
     },
-    "FP8": {
-        "a.weight": torch.ones(2, 4).to(torch.float8_e4m3fn),
-        "a.weight_scale_inv": torch.ones(1, 1),
-    },
     "bitsandbytes": {"a.weight": torch.ones(8, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(2)},
     "MXFP4": {"experts.down_proj_blocks": torch.ones(2, 4, dtype=torch.uint8)},
     "I8": {"a.weight": torch.ones(2, 4, dtype=torch.int8)},
-    "FP8 without scales": {"a.weight": torch.ones(2, 4).to(torch.float8_e4m3fn)},
 }
 
 

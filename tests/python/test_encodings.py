@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +166,7 @@ def test_formats_are_found_by_names_dtypes_and_shapes(tmp_path: Path, variant: s
     assert found.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert checkpoint.names == [name]
     assert checkpoint.tensor(name).shape == shape
-    with pytest.raises(CheckpointError, match=rf"quantised \({re.escape(name)} is {re.escape(words)}\)"):
-        open_model("base", tmp_path)
+    assert len(open_model("base", tmp_path).headers) == 1
 
 
 def test_one_that_is_not_whole_is_named_and_still_looked_into(tmp_path: Path) -> None:

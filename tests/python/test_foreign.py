@@ -167,11 +167,13 @@ def test_formats_are_refused_by_name_and_shown_by_inspect(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_narrow_floats_without_a_known_scale_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
-    for shape in ((4, 4), (4,)):
-        path = write(tmp_path / str(len(shape)), {f"{LAYER}.weight": torch.ones(shape).to(dtype)}, None)
-        with pytest.raises(CheckpointError, match=r"quantised \(FP8 without scales.*full-precision"):
-            open_model("base", path)
+def test_narrow_floats_are_numbers_where_nothing_has_a_scale(tmp_path: Path, dtype: torch.dtype) -> None:
+    weight = {f"{LAYER}.weight": torch.ones(4, 4).to(dtype)}
+    model = open_model("base", write(tmp_path / "plain", weight, None))
+    assert model.headers.tensor(f"{LAYER}.weight").encoding == "FP8 without scales"
+    scaled = {**weight, "b.weight": torch.ones(4, 4).to(dtype), "b.weight_scale": torch.ones(())}
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight.*scale"):
+        open_model("base", write(tmp_path / "scaled", scaled, None))
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_a_tensor_of_1_gb_is_merged_within_256_mb(tmp_path: Path) -> None:
 
     roles = [word for role, path in paths.items() for word in (f"--{role}", str(path))]
     command = [sys.executable, "-m", "safemerge_fast", "merge", *roles, "--scores", str(scores)]
-    process = subprocess.Popen([*command, "-o", str(tmp_path / "out"), "--alpha", "0.75"])
+    process = subprocess.Popen([*command, "-o", str(tmp_path / "out"), "--alpha", "0.75", "--force"])
     peak = 0
     while process.poll() is None:
         peak = max(peak, high_water_mark(process.pid))

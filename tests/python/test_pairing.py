@@ -42,7 +42,12 @@ def model(role: str, shapes: Shapes, config: dict[str, Any] | None = None, dtype
     for key, shape in shapes.items():
         name, _, own = key.partition(" ")
         tensors[name] = SimpleNamespace(
-            name=name, dtype=own or dtype, shape=tuple(shape), file="model.safetensors", nbytes=1
+            name=name,
+            dtype=own or dtype,
+            shape=tuple(shape),
+            file="model.safetensors",
+            nbytes=1,
+            encoding=None,
         )
     return Model(role, role, Path(role), Headers(tensors), config or {})  # type: ignore[arg-type]
 

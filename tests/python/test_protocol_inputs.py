@@ -14,7 +14,7 @@ from protocol import World, standing
 STAGES = {
     # Called between stages of a job: what is changed there must be noticed behind it.
     "before the analysis": ("safemerge_fast.recipes.run", "input_paths"),
-    "behind the analysis": ("safemerge_fast.recipes.safemerge.job", "_warnings"),
+    "behind the analysis": ("safemerge_fast.recipes.safemerge.job", "judge_scores"),
     "behind the check of the analysis": ("safemerge_fast.recipes.run", "require_unchanged"),
     "before publication": ("safemerge_fast.recipes.run", "_files"),
 }

@@ -316,6 +316,10 @@ def test_a_fine_tune_that_holds_only_some_tensors(quartet: Quartet, tmp_path: Pa
     )
     result = run(*merge_words({**quartet, "finetuned": tmp_path / "part"}, tmp_path / "out"))
     assert result.exit_code == 3
+    assert_one_sentence(result, "finetuned lacks", "--allow-missing")
+    words = merge_words({**quartet, "finetuned": tmp_path / "part"}, tmp_path / "out", "--allow-missing")
+    result = run(*words)
+    assert result.exit_code == 3
     assert_one_sentence(
         result, f"has only {math.floor(1000 * share) / 10:g} % of the aligned model's parameters"
     )

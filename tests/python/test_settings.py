@@ -87,6 +87,7 @@ RUN = {
 SHAPE = {
     "dtype": Known("auto", "bfloat16", ("int8", "BF16", 16, None)),
     "max_shard_size": Known(None, "5GB", SIZE_BAD, held=5 * 10**9),
+    "encode": Known("keep", "bfloat16", ("int4", 16, None)),
 }
 FORCE = {"force": Known(False, True, FLAG_BAD)}
 WHOLE_MODEL = {

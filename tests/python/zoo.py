@@ -90,7 +90,12 @@ def as_role(model: Any, tensors: list[Stored], role: str = "finetuned") -> Model
     """The model as the package knows it when it has read its headers."""
     found = {
         tensor.name: SimpleNamespace(
-            name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, file="model.safetensors", nbytes=1
+            name=tensor.name,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            file="model.safetensors",
+            nbytes=1,
+            encoding=None,
         )
         for tensor in tensors
     }
