@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense import load, weight_files
 from invoke import assert_one_sentence, merge_words, run
-from quantised_formats import FORMS, Form
+from quantised_formats import FORMS
 from quantised_models import Quartet, assert_requantised, bfloat16, llama_quartet, same_bytes
 
 import safemerge_fast
@@ -50,7 +50,9 @@ def touched(report: Report) -> set[str]:
 @pytest.mark.parametrize("name", LLAMAS)
 def test_rho_is_that_of_the_decoded_weights(quartets: Callable[[str], Quartet], name: str) -> None:
     quartet = quartets(name)
-    scores = safemerge_fast.analyze(**{role: path for role, path in quartet.words().items() if role != "safe"})
+    scores = safemerge_fast.analyze(
+        **{role: path for role, path in quartet.words().items() if role != "safe"}
+    )
     found = scores.modules
     assert found.keys() == quartet.roles["finetuned"].forms.keys()
     for tensor, score in found.items():
@@ -167,9 +169,10 @@ def test_a_resumed_merge_knows_what_survived(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("safemerge_fast.recipes.run._report", stop)
-        merged(quartet, tmp_path / "again")
+        with pytest.raises(KeyboardInterrupt):
+            merged(quartet, tmp_path / "again")
     again = merged(quartet, tmp_path / "again", resume=True)
     assert all(shard.resumed for shard in again.shards)
     assert list(again.tensors) == list(report.tensors)
@@ -320,6 +323,3 @@ def test_hostile_quantised_tensors_are_refused_in_one_line(tmp_path: Path, case:
     assert result.exit_code == 3, (result.exit_code, result.stderr)
     assert_one_sentence(result, *parts)
     assert not (tmp_path / "out").exists()
-
-
-assert Form  # names of the fixtures' types

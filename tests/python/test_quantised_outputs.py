@@ -102,7 +102,7 @@ def test_nan_is_not_quantised_again_even_where_it_is_allowed(tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4", "nvfp4"])
 def test_what_is_too_small_for_four_bits_changes_nothing(tmp_path: Path, name: str) -> None:
-    """A rule of scales that clips or coarsens near the numbers of its own format would do far more than was asked for."""
+    """Scales that clip or coarsen the numbers of their own format would do far more than was asked for."""
     quartet = llama_quartet(tmp_path, FORMS[name])
     report = merged(quartet, tmp_path / "out", threshold=1.0, alpha=0.999)
     for tensor in report.tensors:
@@ -118,3 +118,14 @@ def test_what_is_too_small_for_four_bits_changes_nothing(tmp_path: Path, name: s
         before = quartet.roles["finetuned"].exact()[key]
         after = form.decode(key, found)
         assert ((before - after) ** 2).sum() <= 1e-4 * (before**2).sum()
+
+
+@pytest.mark.parametrize("encode", ["keep", "bfloat16", "all"])
+def test_what_modelopt_says_beside_the_weights_stays_while_it_is_true(tmp_path: Path, encode: str) -> None:
+    quartet = llama_quartet(tmp_path, FORMS["nvfp4 modelopt"])
+    told = quartet.paths["finetuned"] / "hf_quant_config.json"
+    told.write_text('{"quantization": {"quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}}')
+    merged(quartet, tmp_path / "out", encode=encode)
+    copied = tmp_path / "out" / told.name
+    assert copied.exists() == (encode == "keep")
+    assert encode != "keep" or copied.read_bytes() == told.read_bytes()
