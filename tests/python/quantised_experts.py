@@ -29,7 +29,8 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
-    "num_experts_per_tok": 2,
+    # All of them: which few a router takes may hang by the last bit.
+    "num_experts_per_tok": 3,
     "max_position_embeddings": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -112,14 +113,20 @@ FAMILIES = {
     "qwen3-moe fp8": Family("qwen3_moe", {"num_experts": 3}, FORMS["block fp8"], _LINEAR, _FP8),
     "qwen3-moe fp8 stacked": Family(
         "qwen3_moe",
-        {"num_experts": 3, "moe_intermediate_size": 64},
+        {"num_experts": 3, "moe_intermediate_size": 128},
         _STACKED_FP8,
         r"experts\.(gate_up|down)_proj$",
-        _FP8,
+        {**_FP8, "modules_to_not_convert": ["lm_head", r"model\.layers\.\d\.self_attn"]},
         stacked=True,
         loads=False,
     ),
-    "mixtral fp8": Family("mixtral", {"num_local_experts": 3}, FORMS["block fp8"], _LINEAR, _FP8),
+    "mixtral fp8": Family(
+        "mixtral",
+        {"num_local_experts": 3, "moe_intermediate_size": 256},
+        FORMS["block fp8"],
+        _LINEAR,
+        _FP8,
+    ),
     "llama4 fp8": Family(
         "llama4_text",
         {"num_local_experts": 3, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1,

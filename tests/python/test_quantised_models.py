@@ -245,6 +245,30 @@ def test_changed_modules_dequantised_load_beside_quantised_ones(
     assert not any(name.rpartition(".")[0].startswith(entry) for name in still for entry in listed)
 
 
+@pytest.mark.parametrize("encode", ["keep", "bfloat16"])
+@pytest.mark.parametrize("key", ["deepseek fp8", "qwen3-moe fp8", "qwen3-moe fp8 stacked", "mixtral fp8"])
+def test_transformers_finds_each_module_as_its_configuration_says(
+    worlds: dict[str, World], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, encode: str
+) -> None:
+    """As on a graphics card: codes and scales are loaded as they are, which needs no card as long as nothing runs."""
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    world = worlds[key]
+    settings = {"threshold": 1.0, "exclude": r"layers\.0\."} if encode == "bfloat16" else {}
+    report = world.merge(tmp_path / "out", encode=encode, **settings)
+    assert any(tensor.merged for tensor in report.tensors)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=BF16, output_loading_info=True)
+    assert_loaded(info)
+    found = {name for name, tensor in model.named_parameters() if tensor.dtype == torch.float8_e4m3fn}
+    assert found
+    assert any(name.startswith("model.layers.1.") for name in found) == (encode == "keep")
+    stored = load(tmp_path / "out")
+    for name in found & stored.keys():
+        assert same_bytes(model.get_parameter(name).detach(), stored[name]), name
+
+
 def test_matrices_of_a_world_are_related(worlds: dict[str, World]) -> None:
     """The fixtures: roles differ in each expert, and not by much."""
     world = worlds["deepseek fp8"]
