@@ -229,14 +229,18 @@ class Form:
         if self.globals == "weight_global_scale":
             # A quotient of two float32, rounded once.
             stem = name.removesuffix("weight")
-            bare = _spread(self._scales(parts[stem + self.scales]), numbers.shape, *self._block(numbers.shape))
+            bare = _spread(
+                self._scales(parts[stem + self.scales]), numbers.shape, *self._block(numbers.shape)
+            )
             scales = bare / float(parts[stem + self.globals].double())
         return torch.from_numpy((numbers * scales.astype(np.float32).astype(np.float64)).astype(np.float32))
 
     def best(self, name: str, parts: Mapping[str, Tensor], matrix: Array) -> Array:
         """The nearest that the scales of `parts` can say of a matrix."""
         factors = self.factors(name, parts, matrix.shape)
-        return np.asarray(np.sign(matrix) * self.table[nearest(np.abs(matrix) / factors, self.table)] * factors)
+        return np.asarray(
+            np.sign(matrix) * self.table[nearest(np.abs(matrix) / factors, self.table)] * factors
+        )
 
     def names(self, name: str) -> list[str]:
         """Names of all that a tensor is stored as, in the order in which `encode` writes them."""
@@ -254,9 +258,7 @@ FORMS = {
     "gpt-oss": Form("MXFP4", E2M1, "_blocks", "_scales", "u8", 1, 32),
     "mxfp4": Form("MXFP4", E2M1, "weight_packed", "weight_scale", "u8", 1, 32),
     "deepseek fp4": Form("MXFP4", E2M1, "weight", "scale", "e8m0", 1, 32),
-    "int4": Form(
-        "INT4 (pack-quantized)", INT4, "weight_packed", "weight_scale", "bf16", 1, 32, shaped=True
-    ),
+    "int4": Form("INT4 (pack-quantized)", INT4, "weight_packed", "weight_scale", "bf16", 1, 32, shaped=True),
     "nvfp4 modelopt": Form("NVFP4", E2M1, "weight", "weight_scale", "e4m3", 1, 16, "weight_scale_2"),
     "nvfp4": Form("NVFP4", E2M1, "weight_packed", "weight_scale", "e4m3", 1, 16, "weight_global_scale"),
 }

@@ -105,9 +105,7 @@ def test_a_fold_into_a_quantised_model(tmp_path: Path, name: str, encode: str) -
     quartet = llama_quartet(tmp_path, form, roles=ROLES)
     model = quartet.roles["aligned"]
     adapter = write_lora(tmp_path / "adapter", Q | DOWN, rank=4, seed=5, size=0.1)
-    report = safemerge_fast.fold(
-        str(model.path), str(adapter), output=str(tmp_path / "out"), encode=encode
-    )
+    report = safemerge_fast.fold(str(model.path), str(adapter), output=str(tmp_path / "out"), encode=encode)
     numbers, found, before = model.single(), load(tmp_path / "out"), model.stored
     assert report.changed == len(Q | DOWN)
     for key, codes in model.forms.items():

@@ -63,9 +63,7 @@ def encoding_notes(models: Mapping[str, Model]) -> list[str]:
     """
     alike: dict[str, list[str]] = {}
     for role, model in models.items():
-        formats = Counter(
-            tensor.encoding for tensor in model.headers.tensors if tensor.encoding is not None
-        )
+        formats = Counter(tensor.encoding for tensor in model.headers.tensors if tensor.encoding is not None)
         if formats:
             words = ", ".join(f"{count} as {name}" for name, count in sorted(formats.items()))
             alike.setdefault(words, []).append(role)

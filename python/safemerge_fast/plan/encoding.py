@@ -94,7 +94,10 @@ def encoded_config(config: Mapping[str, Any], rows: Sequence[Row], host: str) ->
             # Without a list loaders leave out the head; with one, only what it names.
             listed = []
             lost |= {_module(row) for row in rows if _is_plain_matrix(row)}
-        quantization[key] = [*listed, *(name for name in _entries(sorted(lost), method) if name not in listed)]
+        quantization[key] = [
+            *listed,
+            *(name for name in _entries(sorted(lost), method) if name not in listed),
+        ]
     return written
 
 
