@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,9 @@ class Quartet:
 
     Attributes:
         roles: By their names.
-        riders: Stored tensors of the fine-tuned model that only speak of others.
     """
 
     roles: Mapping[str, Role]
-    riders: Collection[str] = field(default=())
 
     @property
     def paths(self) -> dict[str, Path]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense import load, weight_files
 from invoke import assert_one_sentence, merge_words, run
-from quantised_formats import FORMS, Form
+from quantised_formats import FORMS
 from quantised_models import Quartet, assert_requantised, bfloat16, llama_quartet, same_bytes
 
 import safemerge_fast
@@ -323,6 +323,3 @@ def test_hostile_quantised_tensors_are_refused_in_one_line(tmp_path: Path, case:
     assert result.exit_code == 3, (result.exit_code, result.stderr)
     assert_one_sentence(result, *parts)
     assert not (tmp_path / "out").exists()
-
-
-assert Form  # names of the fixtures' types

@@ -12,7 +12,6 @@ from conftest import write_checkpoint
 from dense import load
 from quantised_experts import (
     FAMILIES,
-    assert_loaded,
     decoded,
     dense_model,
     write_experts_quartet,
@@ -138,4 +137,3 @@ def test_an_adapter_of_experts_is_merged_with_a_quantised_safe_model(tmp_path: P
         wanted = (0.75 * updated[name] + 0.25 * safe[name]).double()
         torch.testing.assert_close(found[name].double(), wanted, rtol=2**-8 * 1.01, atol=1e-5)
     assert all(tensor.dtype in (BF16, torch.float32) for tensor in load(tmp_path / "out").values())
-    assert assert_loaded

@@ -43,6 +43,8 @@ _OTHERS = (
     "processor_config.json",
     "LICENSE*",
 )
+# What ModelOpt says of formats beside config.json; true as long as nothing is dequantised.
+_FORMATS = ("hf_quant_config.json",)
 _NEVER = frozenset({".bin", ".gguf", ".pt", ".pth", ".safetensors"})
 
 # Files whose auto_map can name Python modules.
@@ -60,7 +62,9 @@ _RELATIVE_IMPORT = re.compile(
 )
 
 
-def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[Path, str]]:
+def companion_files(
+    model: Model, tokenizer: Model | None = None, *, keeps_formats: bool = False
+) -> list[tuple[Path, str]]:
     """Lists the files to copy beside the merged weights; config.json is not among them.
 
     Args:
@@ -68,6 +72,7 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
             directory it lies in is looked at if that holds a config.json.
         tokenizer: An adapter of it, or another model. If a tokenizer lies there, it is taken in place of the
             checkpoint's.
+        keeps_formats: Whether all quantised tensors stay so.
 
     Returns:
         (where a file lies, its name in the output), sorted by name.
@@ -79,7 +84,8 @@ def companion_files(model: Model, tokenizer: Model | None = None) -> list[tuple[
     directory = _directory(model)
     if not model.path.is_dir() and not (directory / CONFIGURATION).is_file():
         return []
-    sources = [(directory, _OTHERS), (_tokenizer_directory(tokenizer) or directory, _TOKENIZER)]
+    others = (*_OTHERS, *_FORMATS) if keeps_formats else _OTHERS
+    sources = [(directory, others), (_tokenizer_directory(tokenizer) or directory, _TOKENIZER)]
     found: dict[str, Path] = {}
     for source, patterns in sources:
         for pattern in patterns:

@@ -115,13 +115,18 @@ class Job(ABC, Generic[_Settings]):
         """The model whose tokenizer wins, if it has one."""
         return self.host
 
+    @property
+    def keeps_formats(self) -> bool:
+        """Whether quantised tensors stay so."""
+        return False
+
     def identity(self) -> str:
         """A digest of all that decides the output."""
         return job_identity(self.settings.recipe, self.settings.deciding(), self.models)
 
     def companions(self) -> list[tuple[Path, str]]:
         """Files to copy, and their names in the output."""
-        return companion_files(self.host, self.tokenizer)
+        return companion_files(self.host, self.tokenizer, keeps_formats=self.keeps_formats)
 
     def measure(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> Measurement:
         """Reads what the decisions depend on; most recipes decide nothing.

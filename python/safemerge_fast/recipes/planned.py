@@ -48,6 +48,11 @@ class PlannedJob(Job[_Settings], Generic[_Settings]):
         """Whether the recipe changes a tensor, and why."""
         raise NotImplementedError
 
+    @property
+    def keeps_formats(self) -> bool:
+        """Whether quantised tensors stay so."""
+        return self.encode is Encode.KEEP
+
     def contents(self, measurement: Measurement | None) -> Contents:
         """The checkpoint that the plan makes."""
         plan, config = plan_checkpoint(

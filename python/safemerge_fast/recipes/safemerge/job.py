@@ -21,6 +21,7 @@ from ...pairing.module import Module, modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
 from ...plan.checkpoint import plan_checkpoint
+from ...plan.encoding import Encode
 from ...plan.layout import SINGLE_FILE, Shard
 from ...plan.methods import known_methods
 from ...plan.pieces import compose_row
@@ -140,6 +141,11 @@ class SafemergeJob(Job[SafemergeSettings]):
         """A digest of settings, inputs and, where they are given, scores."""
         extra = None if self.scores is None else self.scores.to_json()
         return job_identity(self.settings.recipe, self.settings.deciding(), self.models, extra)
+
+    @property
+    def keeps_formats(self) -> bool:
+        """Whether quantised tensors stay so."""
+        return self.shape.encode is Encode.KEEP
 
     def companions(self) -> list[Any]:
         """Files to copy; beside an adapter lie its own."""
