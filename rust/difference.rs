@@ -36,7 +36,10 @@ impl Matrix {
     /// # Errors
     /// [`Error::NoTensor`]; [`Error::Option`] if it is not 2-D or its dtype is not a [`Float`].
     pub fn stored(checkpoint: &Arc<Checkpoint>, name: &str) -> Result<Self> {
-        let tensor = FloatInput::find(checkpoint, &"".into(), name, None)?;
+        let tensor = FloatInput::find(checkpoint, &"".into(), name, None).map_err(|error| {
+            let stored = Input::find(checkpoint, &"".into(), name);
+            stored.map_or(error, |input| not_a_matrix(&input, &input.shape))
+        })?;
         Self::of(name, vec![(1.0, Operand::plain(tensor))])
     }
 

@@ -158,7 +158,8 @@ impl<'a> Resolver<'a> {
             }
             return Ok(Operation::Copy(input));
         }
-        self.computed(recipe, Target::Plain(self.output_float(dtype)?), shape)
+        // An input that cannot be computed with is named before the output is.
+        self.computed(recipe, || Ok(Target::Plain(self.output_float(dtype)?)), shape)
     }
 
     /// As [`Resolver::operation`], stored as `target` says.
@@ -168,11 +169,12 @@ impl<'a> Resolver<'a> {
     pub(super) fn computed(
         &self,
         recipe: &Recipe,
-        target: Target,
+        target: impl FnOnce() -> Result<Target>,
         shape: &[usize],
     ) -> Result<Operation> {
         let elements = self.elements(shape)?;
         let computation = self.computation(recipe, shape)?;
+        let target = target()?;
         let pieces = vec![Piece { region: Region::whole(elements), kept: false, computation }];
         Ok(Operation::Compute(Assembly { pieces, elements, target }))
     }

@@ -240,7 +240,7 @@ pub(super) fn operation_of(
         }
     };
     if pieces.is_empty() {
-        return resolver.computed(recipe, target, &shape);
+        return resolver.computed(recipe, || Ok(target), &shape);
     }
     let pieces = pieces.iter().map(|piece| (&piece.view, &recipes[piece.operation as usize]));
     resolver.assembled(pieces, target, &shape)

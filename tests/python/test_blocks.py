@@ -165,7 +165,7 @@ def test_a_block_refuses_what_does_not_fit(tmp_path: Path) -> None:
 
 def test_a_matrix_is_2d_and_of_floats(tmp_path: Path) -> None:
     headers = model(tmp_path, "a", gauss(1, torch.float32, (4, 6))).headers
-    with pytest.raises(PlanError, match=r"`before`.*which can only be copied"):
+    with pytest.raises(PlanError, match=r"`before`.*not a matrix of floats"):
         EngineMatrix.stored(headers, "before")
     with pytest.raises(CheckpointError, match="no tensor `x`"):
         EngineMatrix.stored(headers, "x")

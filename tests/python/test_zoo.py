@@ -43,6 +43,10 @@ def test_what_is_analysed_is_what_linear_modules_of_layers_own(name: str) -> Non
     wrong = []
     for tensor in tensors:
         row = rows[tensor.name]
+        if row.slices is not None:
+            # Experts of all of a layer, which no linear module owns: test_expert_layouts looks at them.
+            assert row.analysed, row
+            continue
         matrix = tensor.kind in ("matrix", "conv1d")
         if matrix and IN_LAYER.search(tensor.name) and not row.analysed:
             wrong.append(f"{row.name} is left out: {row.reason}")

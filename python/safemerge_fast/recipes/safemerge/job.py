@@ -84,14 +84,14 @@ class SafemergeJob(Job[SafemergeSettings]):
         )
         self.unused = self.pairing.unused
         self.coverage = coverage_of(self.pairing.rows)
+        self.scores: Scores | None = None
+        if settings.scores is not None:
+            self.scores = read_scores(settings.scores, self.models, settings.delta_reference)
         self.warnings = refuse_or_warn(
             wrong_before_measuring(self.models, self.pairing, force=settings.force), force=settings.force
         )
         self.rule = settings.rule()
         self.rule.check_units(self.pairing.rows)
-        self.scores: Scores | None = None
-        if settings.scores is not None:
-            self.scores = read_scores(settings.scores, self.models, settings.delta_reference)
         self.blend = safemerge(
             settings.alpha,
             safe_role="safe" if "safe" in self.models else "aligned",
