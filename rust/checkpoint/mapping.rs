@@ -8,6 +8,8 @@ use std::path::Path;
 
 /// Faults map up to 64 KiB around the touched page; giving back whole such spans leaves nothing behind.
 const FAULT_AROUND: usize = 64 << 10;
+/// The largest piece of the page cache that a fault was seen to map as a whole.
+const FOLIO: usize = 1 << 20;
 
 /// A whole file, mapped read-only.
 #[derive(Debug)]
@@ -60,7 +62,8 @@ impl MappedFile {
     /// Gives resident pages of the range back to the page cache. A later access maps them again, at the cost of a
     /// fault but, while they stay cached, without a read.
     pub fn release(&self, range: Range<usize>) {
-        let start = range.start / FAULT_AROUND * FAULT_AROUND;
+        // The fault at its beginning has mapped what lies before it in the same folio again, though it was given back.
+        let start = range.start / FOLIO * FOLIO;
         let end = range.end.next_multiple_of(FAULT_AROUND).min(self.bytes.len());
         if start < end {
             // SAFETY: the mapping is read-only and backed by a file, so dropping pages loses nothing: whoever still

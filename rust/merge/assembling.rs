@@ -92,11 +92,22 @@ impl Assembler {
                     let stored = &mut self.stored;
                     let part = unit.start.max(wanted.start)..unit.end.min(wanted.end);
                     let inside = part.start - unit.start..part.end - unit.start;
+                    let Target::Plain(dtype) = &work.assembly.target else {
+                        if piece.region.is_run() && part == unit {
+                            let start = piece.region.place(part.start) - elements.start;
+                            let out = &mut values[start..start + unit.len()];
+                            self.blender.blend_into(job, unit, out)?;
+                            continue;
+                        }
+                        self.blender.blend(job, unit, |kernels, blended| {
+                            let wanted = &blended[inside];
+                            piece.region.scatter(part.start, wanted, elements.start, values);
+                            kernels.amax(blended).is_finite()
+                        })?;
+                        continue;
+                    };
                     self.blender.blend(job, unit, |kernels, blended| {
                         piece.region.scatter(part.start, &blended[inside], elements.start, values);
-                        let Target::Plain(dtype) = &work.assembly.target else {
-                            return kernels.amax(blended).is_finite();
-                        };
                         stored.resize(blended.len() * dtype.size(), 0);
                         kernels.store(*dtype, blended, stored)
                     })?;

@@ -114,6 +114,31 @@ impl Blender {
         self.explain_nonfinite(job, elements)
     }
 
+    /// Computes whole elements of the piece into `out`, which is as long; the numbers must be finite.
+    ///
+    /// # Errors
+    /// Those of [`Blender::blend`].
+    pub(super) fn blend_into(
+        &mut self,
+        job: &Job<'_>,
+        elements: Range<usize>,
+        out: &mut [f32],
+    ) -> Result<()> {
+        self.load(job, &elements)?;
+        let method = &job.computation().method;
+        with_slice(&self.operands, job.computation(), &elements, |slice| {
+            method.blend(&self.kernels, job.facts, slice, out)
+        })
+        .map_err(|problem| job.error(problem))?;
+        let finite = self.kernels.amax(out).is_finite();
+        if finite && (!method.leaves_out() || self.operands_finite(job, elements.len())) {
+            return Ok(());
+        }
+        self.blended.resize(self.blended.len().max(out.len()), 0.0);
+        self.blended[..out.len()].copy_from_slice(out);
+        self.explain_nonfinite(job, elements)
+    }
+
     /// Loads elements of all operands.
     fn load(&mut self, job: &Job<'_>, elements: &Range<usize>) -> Result<()> {
         let count = elements.len();

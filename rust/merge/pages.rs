@@ -10,10 +10,10 @@ use std::sync::Arc;
 const ENOUGH: usize = 1 << 20;
 /// Bytes between two ranges that are given back as one.
 const NEAR: usize = 64 << 10;
-/// Files that are looked after at a time.
-const FILES: usize = 16;
+/// Ranges that are looked after at a time.
+const RANGES: usize = 16;
 
-/// Ranges that have been read, one for each file.
+/// Ranges that have been read.
 #[derive(Debug, Default)]
 pub(super) struct Pages(Vec<(Arc<InputFile>, Range<usize>)>);
 
@@ -26,22 +26,22 @@ impl Pages {
         }
         let Ok(file) = input.file() else { return };
         let new = input.place(bytes);
-        let Some(place) = self.0.iter().position(|(known, _)| Arc::ptr_eq(known, file)) else {
-            if self.0.len() >= FILES {
+        let near = |known: &Range<usize>| {
+            new.start <= known.end.saturating_add(NEAR)
+                && known.start <= new.end.saturating_add(NEAR)
+        };
+        // Codes and scales of a tensor are read in turn, and mostly lie in one file.
+        let place = self.0.iter().position(|(of, known)| Arc::ptr_eq(of, file) && near(known));
+        let Some(place) = place else {
+            if self.0.len() >= RANGES {
                 self.give_back();
             }
             self.0.push((Arc::clone(file), new));
             return;
         };
         let known = &mut self.0[place].1;
-        if new.start <= known.end.saturating_add(NEAR)
-            && known.start <= new.end.saturating_add(NEAR)
-        {
-            *known = known.start.min(new.start)..known.end.max(new.end);
-        } else {
-            file.release(std::mem::replace(known, new));
-        }
-        if self.0[place].1.len() >= ENOUGH {
+        *known = known.start.min(new.start)..known.end.max(new.end);
+        if known.len() >= ENOUGH {
             let (file, range) = self.0.swap_remove(place);
             file.release(range);
         }

@@ -81,8 +81,21 @@ impl Requantiser {
                         continue;
                     }
                     let cut = (&rows, part);
-                    self.write_codes(assembler, work, target, &known, &band, cut, &mut read)?;
-                    copy_wanted(&bytes, &self.codes[..bytes.len()], part, out);
+                    if part.start <= bytes.start && bytes.end <= part.end {
+                        let out = &mut out[bytes.start - part.start..bytes.end - part.start];
+                        self.write_codes(
+                            assembler, work, target, &known, &band, cut, out, &mut read,
+                        )?;
+                    } else {
+                        let mut codes = std::mem::take(&mut self.codes);
+                        codes.resize(bytes.len(), 0);
+                        let all = &mut codes;
+                        self.write_codes(
+                            assembler, work, target, &known, &band, cut, all, &mut read,
+                        )?;
+                        copy_wanted(&bytes, &codes, part, out);
+                        self.codes = codes;
+                    }
                     read(&(rows.start * columns..rows.end * columns));
                 }
                 EncodedPart::Scales => {
@@ -101,7 +114,7 @@ impl Requantiser {
         Ok(())
     }
 
-    /// Writes the codes of those rows of a band that some bytes of the tensor are of to the beginning of the buffer of codes.
+    /// Writes the codes of those rows of a band that some bytes of the tensor are of to `out`, which holds just these rows.
     #[expect(clippy::too_many_arguments, reason = "what, where, and who is told")]
     fn write_codes(
         &mut self,
@@ -111,6 +124,7 @@ impl Requantiser {
         known: &TensorScales,
         band: &EncodedRows,
         (rows, bytes): (&Range<usize>, &Range<usize>),
+        out: &mut [u8],
         read: &mut impl FnMut(&Range<usize>),
     ) -> Result<()> {
         let quantised = &target.like.band;
@@ -119,7 +133,6 @@ impl Requantiser {
         self.factors.resize(quantised.scales(), 0.0);
         let global = target.like.global(band.matrix)?;
         quantised.factors(&self.kernels, &self.scales, global, &mut self.factors);
-        self.codes.resize(rows.len() * quantised.row_bytes(), 0);
         let mut values = std::mem::take(&mut self.values);
         let step = (COMPARED / columns.max(1)).max(1);
         for start in rows.clone().step_by(step) {
@@ -138,41 +151,39 @@ impl Requantiser {
                 return Err(unstorable(work));
             }
             // A row that two tiles cut counts for the one that it begins in.
-            let counted =
-                if part.start * quantised.row_bytes() < bytes.start { columns } else { 0 };
-            let wanted = self.begin_change(target, &elements, values, counted)?;
+            let counted: Vec<usize> = part
+                .clone()
+                .filter(|&row| target.compares(row) && row * quantised.row_bytes() >= bytes.start)
+                .collect();
+            let row_of =
+                |row: usize| (row - part.start) * columns..(row - part.start + 1) * columns;
+            self.before.resize(counted.len() * columns, 0.0);
+            self.after.resize(columns, 0.0);
+            let mut change = Change::default();
+            let places = self.before.chunks_exact_mut(columns.max(1));
+            for (&row, before) in counted.iter().zip(places) {
+                let place = Place::new(0, Part::Matrix);
+                let elements = row * columns..(row + 1) * columns;
+                self.reader.load_codes(place, &target.codes, &target.like, elements, before)?;
+                self.after.copy_from_slice(&values[row_of(row)]);
+                change.wanted += distance(&self.kernels, &mut self.after, before);
+            }
             let width = quantised.row_bytes();
-            let codes = &mut self.codes[(part.start - rows.start) * width..][..part.len() * width];
+            let codes = &mut out[(part.start - rows.start) * width..][..part.len() * width];
             quantised.write(&self.kernels, values, &self.factors, codes);
-            self.after.resize(elements.len(), 0.0);
-            quantised.decode(&self.kernels, codes, &self.factors, &mut self.after);
-            self.kernels.multiply_add(&mut self.after, &self.before, -1.0);
-            let after = &self.after[counted..];
-            let stored = self.kernels.dot(after, after);
-            let total = self.changes.entry(target.name.1.clone()).or_default();
-            total.add(Change { wanted, stored });
+            for (&row, before) in counted.iter().zip(self.before.chunks_exact(columns.max(1))) {
+                let codes = &codes[(row - part.start) * width..][..width];
+                quantised.decode(&self.kernels, codes, &self.factors, &mut self.after);
+                change.stored += distance(&self.kernels, &mut self.after, before);
+            }
+            match self.changes.get_mut(&target.name.1) {
+                Some(total) => total.add(change),
+                None if counted.is_empty() => {}
+                None => drop(self.changes.insert(target.name.1.clone(), change)),
+            }
         }
         self.values = values;
         Ok(())
-    }
-
-    /// Reads what some elements were before, and says how far those from `counted` on are to change.
-    fn begin_change(
-        &mut self,
-        target: &EncodedTarget,
-        elements: &Range<usize>,
-        values: &[f32],
-        counted: usize,
-    ) -> Result<f64> {
-        self.before.resize(elements.len(), 0.0);
-        let place = Place::new(0, Part::Matrix);
-        let before = &mut self.before;
-        self.reader.load_codes(place, &target.codes, &target.like, elements.clone(), before)?;
-        self.after.resize(elements.len(), 0.0);
-        self.after.copy_from_slice(values);
-        self.kernels.multiply_add(&mut self.after, &self.before, -1.0);
-        let after = &self.after[counted..];
-        Ok(self.kernels.dot(after, after))
     }
 
     /// Finds the scales of a band. True if its numbers had to be computed and are all held now.
@@ -219,6 +230,12 @@ impl Requantiser {
         known.put(band.band, &self.scales);
         Ok(held)
     }
+}
+
+/// ‖left - right‖²; `left` is their difference then.
+fn distance(kernels: &Kernels, left: &mut [f32], right: &[f32]) -> f64 {
+    kernels.multiply_add(left, right, -1.0);
+    kernels.dot(left, left)
 }
 
 /// The error that numbers are not finite, where that was allowed: most formats cannot say it, and in the others all numbers

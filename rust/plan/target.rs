@@ -6,6 +6,11 @@ use super::schema::EncodedPart;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Rows from which on a tensor has so many that some stand for all.
+const MANY_ROWS: usize = 512;
+/// Every how many of them.
+const COMPARED_ROWS: usize = 8;
+
 /// What an output tensor is stored as: a part of a quantised one, which is encoded as an input is.
 #[derive(Debug)]
 pub struct EncodedTarget {
@@ -74,6 +79,13 @@ impl EncodedTarget {
         let bands = self.bands_of(bytes);
         let columns = self.like.encoding.columns();
         self.band(bands.start).rows.start * columns..self.band(bands.end - 1).rows.end * columns
+    }
+
+    /// Whether it is looked at how far this row changes: every eighth one of a tensor that has many.
+    #[must_use]
+    pub fn compares(&self, row: usize) -> bool {
+        let rows = self.like.encoding.matrices() * self.like.encoding.rows();
+        rows < MANY_ROWS || row.is_multiple_of(COMPARED_ROWS)
     }
 
     /// Number of bands of all matrices.
