@@ -33,6 +33,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "vocab_size": 61,
+    "unpadded_vocab_size": 61,
     "n_routed_experts": 4,
     "num_experts": 4,
     "num_local_experts": 4,
