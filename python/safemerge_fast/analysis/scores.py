@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DELTA_REFERENCES",
+    "ESTIMATORS",
     "VERSION",
     "Score",
     "Scores",
@@ -32,11 +33,14 @@ __all__ = [
     "write_score",
 ]
 
-VERSION = 1
-"""Version of the JSON that Scores.to_json writes."""
+VERSION = 2
+"""Version of the JSON that Scores.to_json writes; 1, which had no intervals, is read as well."""
 
 DELTA_REFERENCES = ("aligned", "base")
 """The models that Δ can be taken against."""
+
+ESTIMATORS = ("auto", "sketch", "exact")
+"""How ρ can be measured."""
 
 # How much of a model its sample looks at: the first row of at most this many tensors, at most this many bytes
 # each.
@@ -52,7 +56,7 @@ class Score:
     norms.
 
     Attributes:
-        rho: ρ = cos(V Vᵀ Δ, Δ), from 0 to 1; None where it is undefined.
+        rho: ρ = cos(V Vᵀ Δ, Δ), from 0 to 1, or its estimate; None where it is undefined.
         rho_null: The ρ expected of a random update, from V alone: ‖V‖² / (√d_out ‖V Vᵀ‖); None where
             undefined.
         v_norm: ‖V‖.
@@ -66,6 +70,11 @@ class Score:
             taken longer than ρ.
         nonfinite: Whether there is no ρ because a model holds NaN or infinity.
         cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖), from -1 to 1; None where it is undefined, and in scores of early versions.
+        rho_low: Lower end of the interval that holds ρ, but for the analysis' failure probability; ρ where it is exact.
+        rho_high: Upper end of it.
+        columns: Random columns that ρ was estimated from; 0 where it is exact.
+        null_sd: Standard deviation of log ρ over random rotations of Δ, good to about 40 %; None where undefined, and in
+            scores of early versions.
     """
 
     rho: float | None
@@ -78,6 +87,28 @@ class Score:
     rho_null_estimated: bool = False
     nonfinite: bool = False
     cos_v_delta: float | None = None
+    rho_low: float | None = None
+    rho_high: float | None = None
+    columns: int = 0
+    null_sd: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rho_low is None:
+            object.__setattr__(self, "rho_low", self.rho)
+        if self.rho_high is None:
+            object.__setattr__(self, "rho_high", self.rho)
+
+    @property
+    def ratio(self) -> float | None:
+        """ρ/ρ_null: 1 is what chance gives, whatever the module's shape; None where either is undefined."""
+        return None if self.rho is None or not self.rho_null else self.rho / self.rho_null
+
+    @property
+    def z(self) -> float | None:
+        """(log ρ - log ρ_null) / null_sd: how far ρ is from chance, in standard deviations of chance."""
+        if not self.ratio or not self.null_sd:
+            return None
+        return math.log(self.ratio) / self.null_sd
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +134,9 @@ class Scores:
         sources: For each role what describe_source says of it.
         device: Where the scores were computed, as torch names it.
         seconds: How long that took.
+        estimator: How ρ was measured: "exact", "sketch", or "auto", which is either.
+        failure: Probability that any interval of the run misses; None where all scores are exact.
+        seed: Of the random columns; None likewise.
         version: Version of the format, VERSION.
     """
 
@@ -111,6 +145,9 @@ class Scores:
     sources: Mapping[str, Mapping[str, Any]]
     device: str
     seconds: float
+    estimator: str = "exact"
+    failure: float | None = None
+    seed: int | None = None
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -120,6 +157,9 @@ class Scores:
             "delta_reference": self.delta_reference,
             "device": self.device,
             "seconds": self.seconds,
+            "estimator": self.estimator,
+            "failure": self.failure,
+            "seed": self.seed,
             "sources": {role: dict(source) for role, source in self.sources.items()},
             "modules": {name: write_score(score) for name, score in self.modules.items()},
         }
@@ -138,14 +178,26 @@ class Scores:
         except AnalysisError as error:
             raise AnalysisError(f"{error}; write them again with analyze") from error
         _expect_keys(
-            document, "scores", {"version", "delta_reference", "device", "seconds", "sources", "modules"}
+            document,
+            "scores",
+            {"version", "delta_reference", "device", "seconds", "sources", "modules"},
+            frozenset({"estimator", "failure", "seed"}),
         )
-        if document["version"] != VERSION:
-            raise _malformed("version", str(VERSION), document["version"])
+        version = document["version"]
+        if isinstance(version, bool) or version not in (1, VERSION):
+            raise _malformed("version", f"1 or {VERSION}", version)
         if document["delta_reference"] not in DELTA_REFERENCES:
             raise _malformed("delta_reference", "aligned or base", document["delta_reference"])
         if not isinstance(document["device"], str):
             raise _malformed("device", "a string", document["device"])
+        estimator = document.get("estimator", "exact")
+        if estimator not in ESTIMATORS:
+            raise _malformed("estimator", ", ".join(ESTIMATORS), estimator)
+        failure, seed = document.get("failure"), document.get("seed")
+        if failure is not None and not 0.0 < _read_number("failure", failure) < 1.0:
+            raise _malformed("failure", "between 0 and 1", failure)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+            raise _malformed("seed", "a whole number", seed)
         for part in ("sources", "modules"):
             if not isinstance(document[part], dict):
                 raise _malformed(part, "an object", document[part])
@@ -155,6 +207,9 @@ class Scores:
             sources={role: _read_source(role, value) for role, value in document["sources"].items()},
             device=document["device"],
             seconds=_read_number("seconds", document["seconds"]),
+            estimator=estimator,
+            failure=failure,
+            seed=seed,
         )
 
     def to_csv(self) -> str:
@@ -290,9 +345,9 @@ def _read_number(what: str, value: object) -> float:
     return float(value)
 
 
-# What scores of early versions do not have: flags, and a cosine.
+# What scores of early versions do not have: flags, a cosine, intervals.
 _FLAGS = frozenset({"rho_null_estimated", "nonfinite"})
-_OPTIONAL_FIELDS = _FLAGS | {"cos_v_delta"}
+_OPTIONAL_FIELDS = _FLAGS | {"cos_v_delta", "rho_low", "rho_high", "columns", "null_sd"}
 
 
 def write_score(score: Score) -> dict[str, Any]:
@@ -326,12 +381,23 @@ def read_score(name: str, value: Any) -> Score:
             f"in the scores, {name} should have either rho or undefined; write them again with analyze"
         )
 
+    low, high, null_sd = (
+        None if value.get(field) is None else _read_number(f"{field} of {name}", value[field])
+        for field in ("rho_low", "rho_high", "null_sd")
+    )
+    columns = value.get("columns", 0)
+    if isinstance(columns, bool) or not isinstance(columns, int) or columns < 0:
+        raise _malformed(f"columns of {name}", "a whole number", columns)
+    rho = numbers["rho"]
+    if rho is not None and not (rho if low is None else low) <= rho <= (rho if high is None else high):
+        raise _malformed(f"the interval of {name}", "around rho", (low, high))
+
     def known(field: str) -> float:
         number = numbers[field]
         return math.nan if number is None else number
 
     return Score(
-        rho=numbers["rho"],
+        rho=rho,
         rho_null=numbers["rho_null"],
         v_norm=known("v_norm"),
         delta_norm=known("delta_norm"),
@@ -341,6 +407,10 @@ def read_score(name: str, value: Any) -> Score:
         rho_null_estimated=flags["rho_null_estimated"],
         nonfinite=flags["nonfinite"],
         cos_v_delta=_read_cosine(f"cos_v_delta of {name}", value.get("cos_v_delta")),
+        rho_low=low,
+        rho_high=high,
+        columns=columns,
+        null_sd=null_sd,
     )
 
 
