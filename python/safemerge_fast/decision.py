@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from .analysis.scores import Score
+from .analysis.score import Score
 from .checkpoint.model import FLOATS
 from .errors import AnalysisError, SettingError
 from .pairing.module import Module, modules_of, modules_of_rows

@@ -22,7 +22,8 @@ from safemerge_fast.analysis.rounding import (
     rounding_warning,
     v_rounding,
 )
-from safemerge_fast.analysis.scores import Score, Scores, describe_source
+from safemerge_fast.analysis.score import Score
+from safemerge_fast.analysis.scores import Scores, describe_source
 from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.errors import AnalysisError
 

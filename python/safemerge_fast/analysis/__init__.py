@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import AnalysisError
 from ..pairing.module import Module, modules_of_rows
-from .scores import DELTA_REFERENCES, Score
+from .score import Score
+from .scores import DELTA_REFERENCES
 
 if TYPE_CHECKING:
     import torch

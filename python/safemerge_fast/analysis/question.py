@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
 from ..pairing.module import Module
-from .scores import Score
+from .score import Score
 
 __all__ = ["Question"]
 

@@ -17,7 +17,7 @@ from .terminal import Terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..analysis.scores import Score
+    from ..analysis.score import Score
     from ..pairing.row import Row
 
 

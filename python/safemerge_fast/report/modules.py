@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from ..analysis.scores import Score
+from ..analysis.score import Score
 from ..decision import Decision
 from ..pairing.module import modules_of
 from ..pairing.row import Row

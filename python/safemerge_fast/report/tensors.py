@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, overload
 
 import msgspec
 
-from ..analysis.scores import Score
+from ..analysis.score import Score
 from ..decision import Decision
 from ..pairing.row import Row
 from ..plan.operation import Operation

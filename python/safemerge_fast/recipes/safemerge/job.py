@@ -8,7 +8,8 @@ from typing import Any
 
 from ... import _engine
 from ...analysis.rounding import rounding_warning
-from ...analysis.scores import Score, Scores, read_scores
+from ...analysis.score import Score
+from ...analysis.scores import Scores, read_scores
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.identical import same_weights
 from ...checkpoint.model import Model

@@ -7,7 +7,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 from ...analysis import analyze_rows
 from ...analysis.roles import RoleFindings, judge_roles
-from ...analysis.scores import Score, Scores, describe_source
+from ...analysis.score import Score
+from ...analysis.scores import Scores, describe_source
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
 from ...errors import AnalysisError
