@@ -1,6 +1,7 @@
 """What a sketch keeps of a batch of modules: Gram matrices of products with random columns, and exact norms.
 
-With V and Δ of one module, both (d_out, d_in), K = V Vᵀ, and independent standard normal columns Ω (d_in, k) and G (d_in, p):
+With V and Δ of one module, both (d_out, d_in), K = V Vᵀ, and independent standard normal columns Ω (d_in, k) and
+G (d_in, p):
 
     Y = ΔΩ    X = KY    P = VG    KP = K·P    R = Δᵀ(KP)
 
@@ -24,8 +25,8 @@ Floats = NDArray[np.float64]
 class Moments:
     """The sketches of a batch of N modules, all with as many columns.
 
-    Of each module V and Δ may have been multiplied by any powers, if every number of the module is of the same ones: nothing
-    that is estimated depends on the scale of V, of Δ or of W. A module whose numbers are not finite gets no interval.
+    V and Δ of a module may have been multiplied by any factors, if all its numbers are of the same products: what is
+    estimated does not depend on the scale of V, of Δ or of W. A module whose numbers are not finite gets no interval.
 
     Attributes:
         columns: k, how many columns Ω has.
@@ -72,31 +73,29 @@ class Moments:
         return slice(2 * self.columns + self.tests, 2 * (self.columns + self.tests))
 
     def unit(self) -> Moments:
-        """The moments of V / ‖V‖ and Δ / ‖Δ‖, so that no power of an entry over- or underflows.
+        """The moments of V / ‖V‖ and Δ / ‖Δ‖, whose powers neither over- nor underflow.
 
-        Where either norm is 0 or anything is not finite, the module's gram and image are NaN: what follows has then to look
-        at one thing only.
+        Where a norm is 0 or any number is not finite, all are 0, as of a module without V and Δ.
         """
         with np.errstate(all="ignore"):
-            v = np.sqrt(self.v_squares)
-            delta = np.sqrt(self.delta_squares)
-            # The norms of the factors by which Y, P, X and KP are larger than those of V and Δ of norm 1.
-            sizes = np.stack([delta, v, v * v * delta, v * v * v], axis=1)
-            known = np.isfinite(sizes).all(axis=1) & (sizes > 0.0).all(axis=1)
-            shrink = np.where(known[:, None], 1.0 / sizes, np.nan)
-            widths = [self.columns, self.tests, self.columns, self.tests]
-            each = np.repeat(shrink, widths, axis=1)
+            v, delta = np.sqrt(self.v_squares), np.sqrt(self.delta_squares)
+            sizes = np.stack([delta, v, v * v * delta, v * v * v], axis=1)  # of Y, P, X and KP
+            shrink = 1.0 / sizes
+            each = np.repeat(shrink, [self.columns, self.tests, self.columns, self.tests], axis=1)
             gram = self.gram * each[:, :, None] * each[:, None, :]
-            image = self.image * (shrink[:, 3] * shrink[:, 0])[:, None, None] ** 2
-            known &= np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(image).all(axis=(1, 2))
-            gram[~known] = np.nan
-            image[~known] = np.nan
-            return replace(
-                self,
-                gram=gram,
-                image=image,
-                v_squares=np.where(known, 1.0, np.nan),
-                delta_squares=np.where(known, 1.0, np.nan),
-                inner=np.where(known, self.inner * shrink[:, 0] * shrink[:, 1], np.nan),
-                weight_squares=np.where(known, self.weight_squares * shrink[:, 1] ** 2, np.nan),
-            )
+            image = self.image * np.square(shrink[:, 0] * shrink[:, 3])[:, None, None]
+            inner = self.inner * shrink[:, 0] * shrink[:, 1]
+            weight_squares = self.weight_squares * np.square(shrink[:, 1])
+        known = np.isfinite(sizes).all(axis=1) & (sizes > 0.0).all(axis=1)
+        known &= np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(image).all(axis=(1, 2))
+        if not known.all():
+            gram[~known] = image[~known] = 0.0
+        return replace(
+            self,
+            gram=gram,
+            image=image,
+            v_squares=np.where(known, 1.0, 0.0),
+            delta_squares=np.where(known, 1.0, 0.0),
+            inner=np.where(known, inner, 0.0),
+            weight_squares=np.where(known, weight_squares, 0.0),
+        )
