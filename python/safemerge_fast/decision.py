@@ -55,6 +55,17 @@ class Rule:
         """Whether a module's own score decides, so that a shard can be decided alone."""
         return self.select == "threshold" and self.granularity == "module"
 
+    def open_modules(self, modules: Sequence[Module], scores: Mapping[str, Score]) -> set[str]:
+        """Names of modules whose intervals do not settle what becomes of them; see analysis/question.py."""
+        return {
+            module.name
+            for module in modules
+            if (score := scores[module.name]).rho is not None
+            and score.rho_low is not None
+            and score.rho_high is not None
+            and score.rho_low < self.threshold <= score.rho_high
+        }
+
     def check_units(self, rows: Sequence[Row]) -> None:
         """Refuses to take more modules (or layers) than there are.
 
