@@ -55,18 +55,20 @@ pub fn measure(
         )));
     }
     let passes = Passes { module, kernels, factors, stopped };
-    let (look, sums) = passes.run(columns, tests)?;
+    let (mut look, sums) = passes.run(columns, tests)?;
     let grams = [
-        gram(&kernels, d_out, width, &look.y, 1.0),
-        gram(&kernels, d_in, width, &look.z, look.scale),
-        gram(&kernels, d_out, width, &look.x, look.scale),
+        gram(&kernels, d_out, width, &mut look.y, 1.0),
+        gram(&kernels, d_in, width, &mut look.z, look.scale),
+        gram(&kernels, d_out, width, &mut look.x, look.scale),
     ];
-    let image = gram(&kernels, d_in, tests, &look.r, look.scale);
+    let image = gram(&kernels, d_in, tests, &mut look.r, look.scale);
     Ok(Moments { columns, tests, grams, image, sums })
 }
 
-/// MᵀM of a matrix M, (rows, width), of which `values` is `scale` times.
-fn gram(kernels: &Kernels, rows: usize, width: usize, values: &[f32], scale: f64) -> Vec<f64> {
+/// MᵀM of a matrix M, (rows, width), of which `values` is `scale` times; they are scaled once more, so that no square of
+/// them leaves float32's range.
+fn gram(kernels: &Kernels, rows: usize, width: usize, values: &mut [f32], scale: f64) -> Vec<f64> {
+    let scale = scale * passes::to_unit(values);
     let mut total = vec![0.0_f64; width * width];
     let mut product = vec![0.0_f32; width * width];
     for start in (0..rows).step_by(GRAM_ROWS) {
