@@ -19,13 +19,22 @@ def columns_of(d_in: int, columns: int, tests: int, seed: int) -> tuple[Floats, 
     return rng.standard_normal((d_in, columns)), rng.standard_normal((d_in, tests))
 
 
-def moments_of(v: Floats, delta: Floats, omega: Floats, g: Floats, weight: Floats | None = None) -> Moments:
-    """The moments of one module, straight from their definition."""
-    v, delta = np.asarray(v, np.float64), np.asarray(delta, np.float64)
-    y, p = delta @ omega, v @ g
-    x, kp = v @ (v.T @ y), v @ (v.T @ p)
-    f = np.concatenate([y, p, x, kp], axis=1)
-    r = delta.T @ kp
+def moments_of(
+    v: Floats,
+    delta: Floats,
+    omega: Floats,
+    g: Floats,
+    weight: Floats | None = None,
+    *,
+    dtype: type = np.float64,
+) -> Moments:
+    """The moments of one module, straight from their definition: products in a dtype, the rest in float64."""
+    v, delta = (np.asarray(matrix, np.float64) for matrix in (v, delta))
+    narrow_v, narrow_delta, omega, g = (matrix.astype(dtype) for matrix in (v, delta, omega, g))
+    y, p = narrow_delta @ omega, narrow_v @ g
+    x, kp = narrow_v @ (narrow_v.T @ y), narrow_v @ (narrow_v.T @ p)
+    r = (narrow_delta.T @ kp).astype(np.float64)
+    f = np.concatenate([y, p, x, kp], axis=1).astype(np.float64)
 
     def squares(matrix: Floats) -> Floats:
         return np.array([np.sum(matrix * matrix)])

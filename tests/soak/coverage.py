@@ -4,10 +4,10 @@
     python tests/soak/coverage.py modules            whole modules: V, Δ, test columns, controls, logarithms
     python tests/soak/coverage.py spectra --look 0   one look only
 
-A miss at 1e-10 is never seen by chance, so columns are drawn from a mixture of normal laws that provoke misses (the top
-directions too small, everything a little too large, …), and each draw counts by how likely the true law is to make it. Printed
-is the frequency of misses to one side in units of the nominal one: 1 or less is honest. "seen" is how many draws missed: where
-that is 0, no proposal has reached a miss, which does not say that there is none.
+A miss at 1e-10 is never seen by chance, so columns are drawn from a mixture of normal laws that provoke misses (the
+top directions too small, everything a little too large, …), and each counts by how likely the true law makes it.
+Printed is the frequency of misses to one side in units of the nominal one: 1 or less is honest. "seen" is how many draws
+missed: where that is 0, no proposal has reached a miss, which does not say that there is none.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Mixture:
 
 
 def tilted(eigenvalues: Floats, shift: float) -> Floats:
-    """The variances 1/(1 - 2θλ) that move Σ λ·variance by so much: what Cramér's theorem says a large deviation looks like."""
+    """The variances 1/(1 - 2θλ) that move Σ λ·variance by so much: how large deviations come about, after Cramér."""
     moved = math.copysign(1.0, shift) * eigenvalues
     low, high = 0.0, 0.999 / (2.0 * moved.max()) if moved.max() > 0.0 else 1e4 / np.abs(moved).max()
     for _ in range(60):
@@ -236,9 +236,8 @@ def run(what: str, look: int, draws: int, seed: int, only: str) -> None:
         cells = []
         for place in range(len(FAILURES)):
             side = int(np.argmax(found.rate[:, place]))
-            cells.append(
-                f"{found.rate[side, place]:.2g} ± {found.error[side, place]:.1g} ({found.seen[side, place]:.0f} seen)"
-            )
+            rate, error, seen = (one[side, place] for one in (found.rate, found.error, found.seen))
+            cells.append(f"{rate:.2g} ± {error:.1g} ({seen:.0f} seen)")
         worst = np.maximum(worst, found.rate)
         print(
             f"{name:28s}",
