@@ -19,13 +19,22 @@ def columns_of(d_in: int, columns: int, tests: int, seed: int) -> tuple[Floats, 
     return rng.standard_normal((d_in, columns)), rng.standard_normal((d_in, tests))
 
 
-def moments_of(v: Floats, delta: Floats, omega: Floats, g: Floats, weight: Floats | None = None) -> Moments:
-    """The moments of one module, straight from their definition."""
-    v, delta = np.asarray(v, np.float64), np.asarray(delta, np.float64)
-    y, p = delta @ omega, v @ g
-    x, kp = v @ (v.T @ y), v @ (v.T @ p)
-    f = np.concatenate([y, p, x, kp], axis=1)
-    r = delta.T @ kp
+def moments_of(
+    v: Floats,
+    delta: Floats,
+    omega: Floats,
+    g: Floats,
+    weight: Floats | None = None,
+    *,
+    dtype: type = np.float64,
+) -> Moments:
+    """The moments of one module, straight from their definition: products in a dtype, the rest in float64."""
+    v, delta = (np.asarray(matrix, np.float64) for matrix in (v, delta))
+    narrow_v, narrow_delta, omega, g = (matrix.astype(dtype) for matrix in (v, delta, omega, g))
+    y, p = narrow_delta @ omega, narrow_v @ g
+    x, kp = narrow_v @ (narrow_v.T @ y), narrow_v @ (narrow_v.T @ p)
+    r = (narrow_delta.T @ kp).astype(np.float64)
+    f = np.concatenate([y, p, x, kp], axis=1).astype(np.float64)
 
     def squares(matrix: Floats) -> Floats:
         return np.array([np.sum(matrix * matrix)])
@@ -78,3 +87,99 @@ def dense(v: Floats, delta: Floats) -> Dense:
         rho=float(np.sum(moved * delta) / (np.linalg.norm(moved) * np.linalg.norm(delta))),
         rho_null=float(np.trace(k) / (np.sqrt(v.shape[0]) * np.linalg.norm(k))),
     )
+
+
+KINDS = (
+    "gauss",
+    "realistic",
+    "1/sqrt(i)",
+    "1/i, gauss",
+    "1/i",
+    "1/i²",
+    "spiky",
+    "lora 1",
+    "lora 8",
+    "lora 64",
+    "lora 16 in V",
+    "orthogonal",
+    "in span",
+    "heavy",
+    "cauchy",
+    "sparse",
+    "correlated",
+    "two spikes",
+    "V of rank 8",
+)
+"""What pair makes."""
+
+
+def pair(kind: str, d_out: int, d_in: int, seed: int = 0) -> Pair:
+    """V and Δ of a kind: spectra and tails that models may have, and some that are hard on purpose."""
+    rng = np.random.default_rng([seed, d_out, d_in, KINDS.index(kind)])
+
+    def gauss(*shape: int) -> Floats:
+        return rng.standard_normal(shape)
+
+    def noise(share: float) -> Floats:
+        return share * _unit(gauss(d_out, d_in))
+
+    def power(exponent: float) -> Floats:
+        rank = min(d_out, d_in)
+        left, right = np.linalg.qr(gauss(d_out, rank))[0], np.linalg.qr(gauss(d_in, rank))[0]
+        return _unit((left * np.arange(1.0, rank + 1.0) ** -exponent) @ right.T)
+
+    def low(rank: int) -> Floats:
+        return _unit(gauss(d_out, rank) @ gauss(rank, d_in))
+
+    def spiked() -> Floats:
+        matrix = gauss(d_out, d_in)
+        matrix[rng.integers(d_out, size=3)] *= 30.0
+        matrix[:, rng.integers(d_in, size=3)] *= 30.0
+        return matrix
+
+    match kind:
+        case "gauss":
+            return gauss(d_out, d_in), gauss(d_out, d_in)
+        case "realistic":
+            return power(0.8) + noise(0.7), power(0.6) + noise(0.7)
+        case "1/sqrt(i)":
+            return power(0.5), power(0.5)
+        case "1/i, gauss":
+            return power(1.0), gauss(d_out, d_in)
+        case "1/i":
+            return power(1.0), power(1.0)
+        case "1/i²":
+            return power(2.0), power(2.0)
+        case "spiky":
+            return spiked(), spiked()
+        case "lora 1" | "lora 8" | "lora 64":
+            return power(0.8) + noise(0.7), low(int(kind.split()[1])) + noise(0.3)
+        case "lora 16 in V":
+            return low(16) + noise(0.01), gauss(d_out, d_in)
+        case "orthogonal":
+            basis = np.linalg.qr(gauss(d_out, d_out))[0]
+            half = d_out // 2
+            v = basis[:, :half] @ gauss(half, d_in)
+            return v, basis[:, half:] @ gauss(d_out - half, d_in) + 0.05 * gauss(d_out, d_in)
+        case "in span":
+            v = power(1.0)
+            return v, v @ gauss(d_in, d_in)
+        case "heavy":
+            return rng.standard_t(2, (d_out, d_in)), rng.standard_t(2, (d_out, d_in))
+        case "cauchy":
+            return gauss(d_out, d_in), rng.standard_cauchy((d_out, d_in))
+        case "sparse":
+            return gauss(d_out, d_in), gauss(d_out, d_in) * (rng.random((d_out, d_in)) < 0.003)
+        case "correlated":
+            v = power(0.8)
+            return v, v + noise(1.0)
+        case "two spikes":
+            v = _unit(gauss(d_out, d_in)) + 2.0 * low(2)
+            return v, _unit(gauss(d_out, d_in)) + 0.2 * v
+        case "V of rank 8":
+            return low(8), power(0.8)
+    raise ValueError(kind)
+
+
+def _unit(matrix: Floats) -> Floats:
+    return matrix / np.linalg.norm(matrix)

@@ -1,10 +1,10 @@
 """Estimates ρ from the moments of a sketch, and says how far off that may be at a stated probability of failure.
 
-ρ = a / √(b c) with a = tr ΔᵀKΔ, b = tr ΔᵀK²Δ and c = ‖Δ‖², exact. For standard normal columns the diagonals of
-T_A = YᵀX and T_B = XᵀX have the means a and b, and the off-diagonal entries have the mean 0. Three quadratic forms in the
-same columns have traces that are known exactly, so that what their diagonals miss them by is known, too: YᵀY, and the
-two of Nyström's approximation K_N = E Eᵀ of K, ‖Eᵀy‖² and ‖E Eᵀy‖². Least squares on the off-diagonal entries says
-how much of that T_A and T_B share, and what is left of the entries is their scatter.
+ρ = a / √(b c) with a = tr ΔᵀKΔ, b = tr ΔᵀK²Δ and c = ‖Δ‖², exact. For standard normal columns the diagonals of YᵀX and
+XᵀX have the means a and b, and the off-diagonal entries have the mean 0. Of three quadratic forms in the same columns
+the traces are known exactly, so that what their diagonals miss them by is known, too: ‖y‖², and the two of Nyström's
+approximation K_N = E Eᵀ of K, ‖Eᵀy‖² and ‖E Eᵀy‖². Least squares on the off-diagonal entries says how much of that the
+two share, and what is left of the entries is their scatter.
 
 The half width is calibrated, not proved: docs/estimator.md says on what.
 """
@@ -61,7 +61,8 @@ class Form:
 
     def dot(self, other: Form) -> Floats:
         """The inner products of the off-diagonal entries."""
-        return np.einsum("nij,nij->n", self.entries, other.entries)
+        products: Floats = np.einsum("nij,nij->n", self.entries, other.entries)
+        return products
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,9 @@ def scatter(form: Form, fitted: int = 0) -> Scatter:
     """Estimates ‖M‖ and M's largest |eigenvalue| from the off-diagonal entries of its form.
 
     Products of the entries along closed walks over different columns have the means tr M² and tr M⁴, whose roots bound
-    the largest eigenvalue. tr M⁴ is given a standard deviation of its noise where M is flat. If M has one eigenvalue, λ,
-    the entries are λ wᵢwⱼ, and for a w of a given length and any direction, the mean of a product of m different wᵢ² is
-    smaller than the m-th power of their mean, by Π k/(k + 2i), i < m. The roots are made up for that.
+    the largest eigenvalue. tr M⁴ is given one standard deviation of its noise where M is flat. If M has one eigenvalue
+    λ, the entries are λ wᵢwⱼ, and for a w of a given length and any direction, the mean of a product of m different wᵢ²
+    is smaller than the m-th power of their mean, by Π k/(k + 2i), i < m. The roots are made up for that.
 
     Args:
         form: ΩᵀMΩ.
@@ -238,8 +239,8 @@ def _nystrom(unit: Moments) -> list[Form]:
 def _without(targets: Sequence[Form], controls: Sequence[Form]) -> list[Form]:
     """Takes out of the targets what least squares on the off-diagonal entries finds of the controls in them.
 
-    The controls are made orthogonal one after the other, each twice: normal equations would square their condition, and two
-    of them are nearly the same where one direction holds most of K.
+    The controls are made orthogonal one after the other, each twice: normal equations would square their condition, and
+    two of them are nearly the same where one direction holds most of K.
     """
     basis: list[Form] = []
     for control in controls:

@@ -82,12 +82,15 @@ class Moments:
             sizes = np.stack([delta, v, v * v * delta, v * v * v], axis=1)  # of Y, P, X and KP
             shrink = 1.0 / sizes
             each = np.repeat(shrink, [self.columns, self.tests, self.columns, self.tests], axis=1)
-            gram = self.gram * each[:, :, None] * each[:, None, :]
+            gram = self.gram * each[:, :, None]
+            gram *= each[:, None, :]
             image = self.image * np.square(shrink[:, 0] * shrink[:, 3])[:, None, None]
             inner = self.inner * shrink[:, 0] * shrink[:, 1]
             weight_squares = self.weight_squares * np.square(shrink[:, 1])
         known = np.isfinite(sizes).all(axis=1) & (sizes > 0.0).all(axis=1)
-        known &= np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(image).all(axis=(1, 2))
+        # The sums are finite only if all of them are, and no entry is above 1 by much.
+        with np.errstate(all="ignore"):
+            known &= np.isfinite(gram.sum(axis=(1, 2)) + image.sum(axis=(1, 2)))
         if not known.all():
             gram[~known] = image[~known] = 0.0
         return replace(

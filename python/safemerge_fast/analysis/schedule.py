@@ -7,8 +7,10 @@ __all__ = ["LOOKS", "failure_at", "looks_of"]
 LOOKS = ((32, 16), (96, 64), (288, 128), (864, 256))
 """Columns and tests after each look, in all: three times the columns give intervals of less than half the width."""
 
-# Operations per element of a matrix: 2 for ΔΩ, Vᵀ(…) and V(…) each; for a test column ΔᵀKP as well. The exact ρ takes 3 for each row or
-# column of the smaller Gram matrix. A look may leave the question open, so it is worth half of that.
+# Operations per element of a matrix: a column takes 2 in each of ΔΩ, Vᵀ(…) and V(…), a test column 2 more in ΔᵀKP. The
+# exact ρ takes 3 for each row or column of the smaller Gram matrix. A look may leave the question open, so that it is
+# worth half of that. Of small matrices the algebra of the look takes as long as the exact ρ, so that this holds for the
+# first look as well.
 _COLUMN, _TEST, _EXACT = 6.0, 8.0, 3.0
 _WORTH = 0.5
 
