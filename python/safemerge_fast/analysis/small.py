@@ -158,6 +158,8 @@ def _wide(opened: OpenedModule) -> _Sums:
         sums.add(block)
         sums.gram += block.v @ block.v.T
         sums.delta_gram += block.delta @ block.delta.T
+    if not math.isfinite(sums.v + sums.delta):
+        return sums
     for block in _blocks(opened, across=not opened.module.transposed):
         image = sums.gram @ block.delta
         sums.overlap += float(np.vdot(block.delta, image))
