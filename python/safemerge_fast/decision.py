@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from .analysis.scores import Score
+from .analysis.score import Score
 from .checkpoint.model import FLOATS
 from .errors import AnalysisError, SettingError
 from .pairing.module import Module, modules_of, modules_of_rows
@@ -54,6 +54,17 @@ class Rule:
     def is_local(self) -> bool:
         """Whether a module's own score decides, so that a shard can be decided alone."""
         return self.select == "threshold" and self.granularity == "module"
+
+    def open_modules(self, modules: Sequence[Module], scores: Mapping[str, Score]) -> set[str]:
+        """Names of modules whose intervals do not settle what becomes of them; see analysis/question.py."""
+        return {
+            module.name
+            for module in modules
+            if (score := scores[module.name]).rho is not None
+            and score.rho_low is not None
+            and score.rho_high is not None
+            and score.rho_low < self.threshold <= score.rho_high
+        }
 
     def check_units(self, rows: Sequence[Row]) -> None:
         """Refuses to take more modules (or layers) than there are.

@@ -17,7 +17,7 @@ from safemerge_fast.analysis.blocks import Matrix, Workspace
 from safemerge_fast.analysis.cosine import score_module
 from safemerge_fast.analysis.device import full_float32, resolve_device
 from safemerge_fast.analysis.rounding import v_rounding
-from safemerge_fast.analysis.scores import Score
+from safemerge_fast.analysis.score import Score
 from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.errors import AnalysisError
 from safemerge_fast.pairing.module import whole

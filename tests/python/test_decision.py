@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_fast.analysis.scores import Score
+from safemerge_fast.analysis.score import Score
 from safemerge_fast.decision import Decision, Rule, decide
 from safemerge_fast.errors import AnalysisError
 from safemerge_fast.pairing.rows import Row

@@ -18,7 +18,8 @@ from safemerge_fast._engine import Checkpoint
 from safemerge_fast.analysis import analyze_rows
 from safemerge_fast.analysis.blocks import Workspace
 from safemerge_fast.analysis.low_rank import score_low_rank
-from safemerge_fast.analysis.scores import Score, Scores
+from safemerge_fast.analysis.score import Score
+from safemerge_fast.analysis.scores import Scores
 from safemerge_fast.checkpoint.model import Model
 from safemerge_fast.pairing.module import whole
 from safemerge_fast.pairing.operand import LowRank, Magnitude, Operand, Rows, Term
