@@ -58,7 +58,9 @@ def test_the_scatter_is_that_of_random_rotations(kind: str) -> None:
     skewed = kind in SKEWED
     low, high = (0.6, 1.6) if skewed else (0.75, 1.45)
     assert low < np.median(found.deviation) / np.std(logs) < high
-    assert abs(np.mean(logs) - np.log(np.median(found.rho_null))) < 0.02 + (1.0 if skewed else 0.3) * np.std(logs)
+    assert abs(np.mean(logs) - np.log(np.median(found.rho_null))) < 0.02 + (1.0 if skewed else 0.3) * np.std(
+        logs
+    )
 
 
 def test_z_says_what_is_due_to_chance() -> None:

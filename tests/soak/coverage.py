@@ -6,8 +6,8 @@
 
 A miss at 1e-10 is never seen by chance, so columns are drawn from a mixture of normal laws that provoke misses (the
 top directions too small, everything a little too large, …), and each counts by how likely the true law makes it.
-Printed is the frequency of misses to one side in units of the nominal one: 1 or less is honest. "seen" is how many draws
-missed: where that is 0, no proposal has reached a miss, which does not say that there is none.
+Printed is the frequency of misses to one side in units of the nominal one: 1 or less is honest. "seen" is how many
+draws missed: where that is 0, no proposal has reached a miss, which does not say that there is none.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def of_spectrum(eigenvalues: Floats) -> Source:
 
     def source(w: Floats) -> tuple[Floats, list[Floats]]:
         form = Form.of(w.swapaxes(1, 2) @ (eigenvalues[:, None] * w), eigenvalues.sum())
-        found = scatter(form, 3)
+        found = scatter(form.entries, 3)
         return -form.mean, [found.deviation(failure) for failure in FAILURES]
 
     return source
