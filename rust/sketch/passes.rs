@@ -237,8 +237,18 @@ impl Passes<'_> {
 
 /// The power of two that brings V's product with something to a size of at most 1.
 fn scale_of(sums: &Sums, thin: &[f32]) -> f64 {
-    let squares: f64 = thin.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
-    power_of_two((sums.v * squares).sqrt())
+    power_of_two((sums.v * squares(thin)).sqrt())
+}
+
+/// Multiplies numbers by the power of two that brings their norm to about 1, and returns it.
+pub(super) fn to_unit(values: &mut [f32]) -> f64 {
+    let scale = power_of_two(squares(values).sqrt());
+    multiply(values, scale);
+    scale
+}
+
+fn squares(values: &[f32]) -> f64 {
+    values.iter().map(|&value| f64::from(value) * f64::from(value)).sum()
 }
 
 /// The power of two next to the reciprocal of a positive size, within float32's range; 1 of anything else.

@@ -59,27 +59,31 @@ def analyze_rows(
         if role not in models:
             raise AnalysisError(f"the analysis needs the {role} model; give --{role}")
     analysed = list(modules_of_rows(rows))
-    settled = set(known)
-    if question is not None:
-        settled -= question.open_modules([module for module in analysed if module.name in known], known)
-    wanted = [module for module in analysed if module.name not in settled]
-    if not wanted:
-        return iter(())
     low_rank, dense = [], []
-    for module in wanted:
+    for module in analysed:
         update = _low_rank_update(module, delta_reference)
-        if update:
-            low_rank.append((module, update))
-        else:
+        if not update:
             dense.append(module)
+        elif module.name not in known:
+            low_rank.append((module, update))
+    missing = [module for module in dense if module.name not in known]
+    may_be_open = (
+        precision.estimator != "exact"
+        and question is not None
+        and any(known[module.name].columns for module in dense if module.name in known)
+    )
+    if not (low_rank or missing or may_be_open):
+        return iter(())
     # Now, so that a device that is not there is said before any work.
     resolved = device_name(device)
 
     def scores() -> Iterator[tuple[str, Score]]:
-        if low_rank:
-            yield from _score_low_rank(models, low_rank, resolved)
-        exact = dense
-        if precision.estimator != "exact" and dense:
+        found = dict(known)
+        for name, score in _score_low_rank(models, low_rank, resolved) if low_rank else ():
+            found[name] = score
+            yield name, score
+        exact = missing
+        if precision.estimator != "exact":
             from .sketch import Sketches
 
             sketches = Sketches(
@@ -90,10 +94,8 @@ def analyze_rows(
                 question=question,
                 device=resolved,
             )
-            yield from sketches.run(dense, known)
-            exact = sketches.left
-            if precision.estimator == "sketch":
-                exact = sketches.unknown
+            yield from sketches.run(dense, analysed, found)
+            exact = sketches.left if precision.estimator == "auto" else sketches.unknown
         if exact:
             yield from _score_exactly(models, exact, delta_reference, resolved)
 

@@ -15,12 +15,12 @@ class Precision:
     """What an analysis may assume and must reach.
 
     Attributes:
-        estimator: "auto": from random columns, and exactly where these do not settle the question; "sketch": from random
-            columns alone, but for modules of which these say nothing; "exact": all modules exactly.
+        estimator: "auto": from random columns, and exactly where these do not settle the question; "sketch": from
+            random columns alone, but for modules of which these say nothing; "exact": all modules exactly.
         failure: Probability that any interval of the run misses its ρ, over the seed.
         seed: Of the random columns.
-        resolution: Relative half width of an interval from which on a module is decided by the estimate, if its interval
-            does not settle the question; None: never.
+        resolution: Relative half width of an interval from which on a module is decided by the estimate, if its
+            interval does not settle the question; None: never.
 
     Raises:
         AnalysisError: A value is not one of those above.

@@ -94,49 +94,58 @@ class Sketches:
         self._device = device
         self._columns = _engine.Columns(precision.seed)
         self._scores: dict[str, Score] = {}
+        self._looked: dict[str, int] = {}  # looks that were taken, or are under way
 
     @property
     def unknown(self) -> list[Module]:
         """Those of them of which nothing is known."""
         return [module for module in self.left if module.name not in self._scores]
 
-    def run(self, modules: Sequence[Module], known: Mapping[str, Score]) -> Iterator[tuple[str, Score]]:
-        """Measures modules.
+    def run(
+        self, modules: Sequence[Module], everything: Sequence[Module], known: Mapping[str, Score]
+    ) -> Iterator[tuple[str, Score]]:
+        """Measures modules, as far as the question needs them.
 
         Args:
-            modules: The modules, in the order in which they are begun.
-            known: What an earlier run found out about some of the modules that the question is asked of.
+            modules: Those that may be measured, in the order in which they are begun.
+            everything: All that the question is asked of.
+            known: Scores that there are already.
 
         Yields:
             (name, score) as they are measured, in no particular order; one name again with a better score.
         """
         self._scores = dict(known)
-        tasks = [self._first(module, known.get(module.name)) for module in modules]
-        if self._question is None or self._question.is_local:
-            yield from self._measure(tasks, follow=True)
+        local = self._question is None or self._question.is_local
+        if local:
+            yield from self._measure(self._next(modules, self._open(modules)), follow=True)
             return
+        missing = {module.name for module in modules if module.name not in known}
+        tasks = self._next(modules, missing) if missing else self._next(modules, self._open(everything))
         while tasks:
             yield from self._measure(tasks, follow=False)
-            tasks = self._following(tasks)
+            left = {module.name for module in self.left}
+            tasks = self._next(modules, self._open(everything) - left)
 
-    def _first(self, module: Module, known: Score | None) -> _Task:
-        """The look to begin with: what is known from as many columns is not measured again."""
-        columns = 0 if known is None else known.columns
-        if looks_of(*module.shape) == 0:
-            return _Task(module, None)
-        return _Task(module, sum(count <= columns for count, _ in LOOKS))
-
-    def _following(self, tasks: Sequence[_Task]) -> list[_Task]:
+    def _next(self, modules: Sequence[Module], still_open: Set[str]) -> list[_Task]:
         """The next looks at those modules that are still open; those for which there is none are left."""
-        still_open = self._open([task.module for task in tasks])
         following = []
-        for task in tasks:
-            if task.module.name not in still_open:
+        for module in modules:
+            if module.name not in still_open:
                 continue
-            if task.look is not None and task.look + 1 < looks_of(*task.module.shape):
-                following.append(_Task(task.module, task.look + 1))
+            looks = looks_of(*module.shape)
+            look = self._looked.get(module.name)
+            if look is None:
+                known = self._scores.get(module.name)
+                # What is known from as many columns is not measured again.
+                look = sum(count <= known.columns for count, _ in LOOKS) if known is not None else 0
+            if looks == 0 and module.name not in self._looked:
+                following.append(_Task(module, None))
+            elif look < looks:
+                following.append(_Task(module, look))
             else:
-                self.left.append(task.module)
+                self.left.append(module)
+                continue
+            self._looked[module.name] = look + 1
         return following
 
     def _open(self, modules: Sequence[Module]) -> Set[str]:
@@ -174,7 +183,8 @@ class Sketches:
                 self._scores.update(scores)
                 yield from scores.items()
                 if follow:
-                    waiting.extendleft(self._following([task for task, _ in settled]))
+                    measured = [task.module for task, _ in settled]
+                    waiting.extendleft(self._next(measured, self._open(measured)))
         except KeyboardInterrupt:
             wait = False
             raise
@@ -274,12 +284,16 @@ def _together(results: Sequence[_Sketched]) -> Moments:
     columns, tests = first.columns, first.tests
     width = columns + tests
     grams = np.frombuffer(b"".join(result.moments.grams for result in results)).reshape(-1, 3, width, width)
+    cross = np.frombuffer(b"".join(result.moments.cross for result in results)).reshape(-1, tests, columns)
     image = np.frombuffer(b"".join(result.moments.image for result in results)).reshape(-1, tests, tests)
     # [Y | P] and [X | KP] beside each other: the products of K's powers are the blocks of one Gram matrix.
     gram = np.empty((len(results), 2 * width, 2 * width))
     gram[:, :width, :width] = grams[:, 0]
     gram[:, :width, width:] = gram[:, width:, :width] = grams[:, 1]
     gram[:, width:, width:] = grams[:, 2]
+    # KPᵀY of the very KP that the image is made of.
+    gram[:, width + columns :, :columns] = cross
+    gram[:, :columns, width + columns :] = cross.swapaxes(1, 2)
     sums = np.array(
         [
             (m.v_squares, m.delta_squares, m.inner, m.weight_squares)

@@ -128,8 +128,8 @@ class _Block:
 def chance_spread(traces: tuple[float, float, float, float], d_out: int, fourth: float) -> float | None:
     """The standard deviation of log ρ where Δ is rotated at random.
 
-    Under Δ → UΔ with U uniform over all rotations, log ρ has about the variance 2‖G₀‖²‖D₀‖² / ((m-1)(m+2)), with m = d_out,
-    G = K/a - K²/(2b) for a = tr K/m and b = tr K²/m, D = ΔΔᵀ/‖Δ‖², and ₀ for a matrix less its trace part.
+    Under Δ → UΔ with U uniform over all rotations, log ρ has about the variance 2‖G₀‖²‖D₀‖² / ((m-1)(m+2)), with
+    m = d_out, G = K/a - K²/(2b) for a = tr K/m and b = tr K²/m, D = ΔΔᵀ/‖Δ‖², and ₀ for a matrix less its trace part.
 
     Args:
         traces: tr K, tr K², tr K³ and tr K⁴ of K = V Vᵀ.
@@ -158,6 +158,8 @@ def _wide(opened: OpenedModule) -> _Sums:
         sums.add(block)
         sums.gram += block.v @ block.v.T
         sums.delta_gram += block.delta @ block.delta.T
+    if not math.isfinite(sums.v + sums.delta):
+        return sums
     for block in _blocks(opened, across=not opened.module.transposed):
         image = sums.gram @ block.delta
         sums.overlap += float(np.vdot(block.delta, image))
