@@ -21,9 +21,8 @@ from .moments import Floats, Moments
 
 __all__ = ["Chance", "chance_of", "chance_spread"]
 
-_STEEPEST = (
-    4.0  # factor from one power of a rest's eigenvalues to the next, over the one before: more is noise
-)
+# The most by which the step from one power of a rest's eigenvalues to the next may grow: more is noise.
+_STEEPEST = 4.0
 _RIDGE = 1e-5  # of a Gram matrix's norm: the noise of float32 products of unit columns
 
 
