@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -233,3 +236,15 @@ def test_nothing_gives_nothing() -> None:
         )
     }
     assert estimate_rho(replace(moments, **arrays)).half_width(1e-6).shape == (0,)
+
+
+@pytest.mark.parametrize("what", ["spectra", "modules"])
+def test_the_simulation_of_the_coverage_runs(what: str) -> None:
+    """Too short to say anything: a fraction of what `docs/estimator.md` tells of."""
+    script = Path(__file__).parents[1] / "soak" / "coverage.py"
+    words = [what, "--look", "0", "--draws", "1", "--only", "^(1|1/i)$"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True)
+    title, case, worst = done.stdout.splitlines()
+    assert "32 + 16 columns" in title
+    assert case.split()[0] == ("1" if what == "spectra" else "1/i")
+    assert worst.startswith("worst:")
