@@ -289,7 +289,8 @@ def test_analyze_writes_scores_table_and_plot(quartet, tmp_path: Path) -> None:
         table = {line["name"]: float(line["rho"]) for line in csv.DictReader(lines)}
     assert table == {name: score["rho"] for name, score in modules.items()}
     below = sum(score["rho"] < 0.5 for score in modules.values())
-    assert result.stdout.splitlines()[-2].split() == ["all", str(len(modules)), str(below)]
+    (footer,) = [line.split() for line in result.stdout.splitlines() if line.startswith(" all ")]
+    assert footer == ["all", str(len(modules)), str(below)]
     assert files[2].read_text().count('class="below"') == below
 
 

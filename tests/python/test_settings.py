@@ -110,7 +110,9 @@ SAFEMERGE = {
     **RUN,
     "threshold": Known(0.35, 0.5, (-0.01, 1.01, *NUMBERS)),
     "select": Known(
-        "threshold", "fraction:0.5", ("best", "lowest:-1", "lowest:x", "fraction:2", "null:-1", "z:nan", 3, None)
+        "threshold",
+        "fraction:0.5",
+        ("best", "lowest:-1", "lowest:x", "fraction:2", "null:-1", "z:nan", 3, None),
     ),
     "per_type": Known(False, True, FLAG_BAD),
     "modules": Known(None, "modules.txt", (3, True)),

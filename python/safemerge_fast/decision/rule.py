@@ -93,6 +93,18 @@ class Rule:
         """What the selection makes of modules that all have a score; a list of modules is not looked at."""
         return judge(self.selection, self.units(modules), scores, per_type=self.per_type)
 
+    def merged(self, modules: Sequence[Module], scores: Mapping[str, Score]) -> set[str]:
+        """Names of the modules that the rule merges; all must have a score, unless it lists modules."""
+        if self.modules is not None:
+            return {module.name for module in modules if module.name in self.modules}
+        undefined = self.on_undefined == "merge"
+        return {
+            module.name
+            for verdict in self.verdicts(modules, scores)
+            if (undefined if verdict.bounds is None else verdict.merge)
+            for module in verdict.unit.members
+        }
+
     def open_modules(self, modules: Sequence[Module], scores: Mapping[str, Score]) -> set[str]:
         """Names of modules whose intervals do not settle what becomes of them; see analysis/question.py.
 

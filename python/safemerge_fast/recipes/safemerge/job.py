@@ -16,6 +16,7 @@ from ...checkpoint.adapter import Adapter
 from ...checkpoint.identical import same_weights
 from ...checkpoint.model import Model
 from ...decision import Decision, decide, decision_of, uncertified
+from ...decision.outlook import outcome, shrinks_all
 from ...errors import AdapterError, AnalysisError, PlanError
 from ...execution.companions import companion_files
 from ...execution.inputs import describe_inputs, job_identity
@@ -329,9 +330,11 @@ class SafemergeJob(Job[SafemergeSettings]):
         )
 
     def _rule_warnings(self, scores: Mapping[str, Score]) -> list[ModuleWarning]:
-        """What intervals do not settle."""
-        said = uncertified(self.pairing.rows, scores, self.rule)
-        return [] if said is None else [ModuleWarning(None, said)]
+        """What intervals do not settle, and a rule that does no more than shrink all of the update."""
+        said = [uncertified(self.pairing.rows, scores, self.rule)]
+        if "safe" not in self.models:
+            said.append(shrinks_all(outcome(self.modules, scores, self.rule)))
+        return [ModuleWarning(None, sentence) for sentence in said if sentence is not None]
 
     def _role_notes(self) -> list[str]:
         if "safe" in self.models and not same_weights(

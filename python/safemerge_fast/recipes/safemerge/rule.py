@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from ...decision import Rule
 from ...decision.selection import FORMS
@@ -20,7 +20,6 @@ __all__ = [
     "Modules",
     "OnUndefined",
     "PerType",
-    "Ruled",
     "Select",
     "Threshold",
     "checked_rule",
@@ -73,49 +72,14 @@ Modules = Annotated[
 ]
 
 
-class Ruled(Protocol):
-    """Settings that say which modules are merged."""
-
-    @property
-    def threshold(self) -> float:
-        """τ."""
-
-    @property
-    def select(self) -> str:
-        """How modules are selected."""
-
-    @property
-    def per_type(self) -> bool:
-        """Whether they are ranked within their types."""
-
-    @property
-    def granularity(self) -> Literal["module", "layer"]:
-        """What is decided for together."""
-
-    @property
-    def on_undefined(self) -> Literal["merge", "keep"]:
-        """What becomes of modules without ρ."""
-
-
-def checked_rule(settings: Ruled, *, others: Literal["keep", "merge"] = "keep") -> Rule:
-    """The rule that settings make.
-
-    Args:
-        settings: The settings.
-        others: What becomes of tensors that are not analysed.
+def checked_rule(**values: Any) -> Rule:
+    """The rule that settings make, by name.
 
     Raises:
         SettingError: Some do not go together.
     """
     try:
-        return Rule(
-            threshold=settings.threshold,
-            select=settings.select,
-            granularity=settings.granularity,
-            on_undefined=settings.on_undefined,
-            others=others,
-            per_type=settings.per_type,
-        )
+        return Rule(**values)
     except SafemergeError as error:
         raise SettingError(str(error)) from error
 

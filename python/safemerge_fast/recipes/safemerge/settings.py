@@ -226,7 +226,14 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
 
     def rule(self) -> Rule:
         """The rule of the decision, but for a list of modules."""
-        return checked_rule(self, others=self.others)
+        return checked_rule(
+            threshold=self.threshold,
+            select=self.select,
+            per_type=self.per_type,
+            granularity=self.granularity,
+            on_undefined=self.on_undefined,
+            others=self.others,
+        )
 
     def roles(self) -> dict[str, str]:
         """What was given for each role, in the order of checkpoint.ROLES; "safe" may be missing."""
