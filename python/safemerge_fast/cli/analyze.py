@@ -64,6 +64,7 @@ def command(
     """
     from ..analysis.rounding import rounding_warning
     from ..analysis.table import names_parquet, require_parquet
+    from ..decision import uncertified
     from ..decision.outlook import cautions, outlook
     from ..pairing.coverage import coverage_of
     from ..pairing.module import modules_of_rows
@@ -97,7 +98,7 @@ def command(
         wrong_before_measuring(models, pairing, force=settings.force), force=settings.force
     )
     with terminal.progress() as progress:
-        scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress))
+        scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress), rule)
     if output is not None:
         scores.save(output)
     if csv_file is not None:
@@ -120,6 +121,7 @@ def command(
     rounding = (rounding_warning(name, score) for name, score in scores.modules.items())
     said = [
         *(warning.message for warning in warnings),
+        *(text for text in (uncertified(pairing.rows, scores.modules, rule),) if text is not None),
         *cautions(modules, scores.modules, rule),
         *(text for text in rounding if text is not None),
     ]
