@@ -105,9 +105,12 @@ def _form(adapter: Mapping[str, Any]) -> str:
         )
     else:
         made = "Updates are added up exactly, by concatenation of their factors."
+    modules, parameters = adapter["modules"], len(adapter.get("parameters", ()))
+    matrices = f"{modules} matrices" if modules or not parameters else ""
+    experts = f"each expert of {parameters} stacked parameters" if parameters else ""
     return (
         f"\n\nThis is a LoRA adapter of the aligned model: it adds B·A, of rank {adapter['rank']} (padded with zeros) "
-        f"and with scale 1, to {adapter['modules']} matrices. {made}"
+        f"and with scale 1, to {' and to '.join(filter(None, (matrices, experts)))}. {made}"
     )
 
 
