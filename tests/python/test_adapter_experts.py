@@ -23,7 +23,16 @@ from small_models import (
     qwen3_moe,
 )
 
-from safemerge_fast import AdapterError, Report, VerificationError, fold, merge, preview, verify
+from safemerge_fast import (
+    AdapterError,
+    MergeConfiguration,
+    Report,
+    VerificationError,
+    fold,
+    merge,
+    preview,
+    verify,
+)
 
 peft = pytest.importorskip("peft")
 
@@ -231,7 +240,8 @@ def test_experts_are_truncated_one_by_one(tmp_path: Path) -> None:
     scene = Scene(tmp_path, qwen3_moe)
     scene.adapt("finetuned", r=2, target_parameters=["experts.down_proj"])
     scene.adapt("safe", r=3, target_parameters=["experts.down_proj"])
-    outlook = preview(**scene.roles, output=tmp_path / "out", adapter_rank=3)
+    roles = {role: str(path) for role, path in scene.roles.items()}
+    outlook = preview(MergeConfiguration(**roles, output=str(tmp_path / "out"), adapter_rank=3))
     report = scene.merge(select="lowest:3", adapter_rank=3)
     # All but the header.
     assert 0 < report.bytes_written - outlook.bytes_written < 2000

@@ -123,17 +123,22 @@ def _write(file: Path, text: str) -> None:
 
 
 def _table(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float) -> Table:
-    """A line per module type."""
+    """A line per module type, and one for the experts of each layer."""
     from rich import box
     from rich.table import Table
 
     from ..pairing.module import modules_of_rows
+    from ..report.expert_lines import expert_label, is_of_expert
 
     groups: dict[str, list[Score]] = {}
+    experts: dict[str, list[Score]] = {}
     for module in modules_of_rows(rows):
         if module.name in scores:
             groups.setdefault(module.module_type, []).append(scores[module.name])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+            if is_of_expert(module.module_type) and module.layer is not None:
+                experts.setdefault(expert_label(module.layer), []).append(scores[module.name])
+    # Seven columns and names of experts fit 80 characters.
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_footer=True)
     below = sum(score.rho is not None and score.rho < threshold for score in scores.values())
     table.add_column("module type", footer="all", no_wrap=True)
     for title, footer in (
@@ -145,12 +150,14 @@ def _table(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float) -
         ("median ρ_null", ""),
     ):
         table.add_column(title, footer=footer, justify="right", no_wrap=True)
-    for module_type, group in groups.items():
+    for name, group in (*groups.items(), *experts.items()):
         known = [score.rho for score in group if score.rho is not None]
+        under = sum(rho < threshold for rho in known)
         table.add_row(
-            printable(module_type),
-            str(len(group)),
-            str(sum(rho < threshold for rho in known)),
+            printable(name),
+            # Experts by layer in brackets, since the types' lines have counted them already.
+            f"({len(group)})" if name in experts else str(len(group)),
+            f"({under})" if name in experts else str(under),
             _number(statistics.median(known) if known else None),
             _number(min(known, default=None)),
             _number(max(known, default=None)),

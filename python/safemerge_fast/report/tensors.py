@@ -15,12 +15,21 @@ from ..pairing.row import Row
 from ..plan.operation import Operation
 from ..plan.pieces import Pieces
 from ..printable import printable
+from .expert_lines import expert_label, is_of_expert
 from .modules import NOT_MEASURED, ModuleRecords, ModuleReport, measured
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ModuleCount", "TensorReport", "TensorReports", "count_modules", "module_table", "tensor_report"]
+__all__ = [
+    "ModuleCount",
+    "TensorReport",
+    "TensorReports",
+    "count_experts",
+    "count_modules",
+    "module_table",
+    "tensor_report",
+]
 
 
 class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -215,6 +224,21 @@ def count_modules(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
     return tuple(group.count(module_type) for module_type, group in groups.items())
 
 
+def count_experts(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
+    """Counts the experts' matrices that were analysed, per layer, in the order of first appearance.
+
+    A model may have a hundred thousand of them, so that counts per module type say little of any one layer.
+    """
+    groups: dict[str, _Group] = {}
+    for tensor in tensors:
+        if not tensor.analysed or tensor.layer is None:
+            continue
+        for module in tensor.module_reports():
+            if is_of_expert(module.module_type):
+                _group(groups, tensor.layer).add(module, analysed=True)
+    return tuple(group.count(expert_label(layer)) for layer, group in groups.items())
+
+
 class _Group:
     """What is counted of one module type."""
 
@@ -252,8 +276,13 @@ def _group(groups: dict[str, _Group], module_type: str) -> _Group:
     return groups[module_type]
 
 
-def module_table(counts: Iterable[ModuleCount]) -> Table:
-    """Makes a rich table: a line per module type that was analysed or merged, one for the rest, the sum."""
+def module_table(counts: Iterable[ModuleCount], experts: Iterable[ModuleCount] = ()) -> Table:
+    """Makes a rich table: a line per module type that was analysed or merged, one for the rest, the sum.
+
+    Args:
+        counts: Counts per module type.
+        experts: Those of count_experts, which are among the others; their lines follow on the types'.
+    """
     from rich import box
     from rich.table import Table
 
@@ -272,17 +301,25 @@ def module_table(counts: Iterable[ModuleCount]) -> Table:
     ):
         table.add_column(title, footer=footer, justify="right", no_wrap=True)
     for count in shown:
-        table.add_row(
-            printable(count.module_type),
-            str(count.analysed),
-            str(count.merged),
-            str(count.kept),
-            _three_digits(count.median_rho),
-            _three_digits(count.median_rho_null),
-        )
+        table.add_row(*_cells(count))
     if rest:
         table.add_row("not analysed", "0", "0", str(rest), "", "", style="dim")
+    for count in experts:
+        # In brackets, since the types' lines have counted them already.
+        name, *numbers = _cells(count)
+        table.add_row(name, *(f"({number})" for number in numbers[:3]), *numbers[3:])
     return table
+
+
+def _cells(count: ModuleCount) -> tuple[str, ...]:
+    return (
+        printable(count.module_type),
+        str(count.analysed),
+        str(count.merged),
+        str(count.kept),
+        _three_digits(count.median_rho),
+        _three_digits(count.median_rho_null),
+    )
 
 
 def _median(values: Sequence[float]) -> float | None:

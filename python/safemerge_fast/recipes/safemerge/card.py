@@ -83,7 +83,7 @@ def model_card(report: Report, settings: SafemergeSettings, models: Mapping[str,
         method=settings.method,
         form="" if report.adapter is None else _form(report.adapter),
         roles=roles_table(models),
-        counts=count_table(report.counts),
+        counts=count_table(report.counts, report.experts),
         plan="; what each is made of, in `safemerge_plan.json`" if report.adapter is None else "",
         settings=settings_blocks(report, models),
     )
