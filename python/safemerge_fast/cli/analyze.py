@@ -138,7 +138,9 @@ def _table(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float) -
             if is_of_expert(module.module_type) and module.layer is not None:
                 experts.setdefault(expert_label(module.layer), []).append(scores[module.name])
     # Seven columns and names of experts fit 80 characters.
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_footer=True)
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, show_footer=True
+    )
     below = sum(score.rho is not None and score.rho < threshold for score in scores.values())
     table.add_column("module type", footer="all", no_wrap=True)
     for title, footer in (
