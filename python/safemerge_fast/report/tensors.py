@@ -56,8 +56,10 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
         cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖); None where not analysed or undefined.
         encoding: How it is stored, in words, if it is quantised.
-        survival: Of a tensor that was quantised again, the share of its change that is stored,
-            ‖Q(W') - W‖ / ‖W' - W‖; None where nothing was, or nothing was to change.
+        survival: Of a tensor that was quantised again, how large a change is stored, against the one that was
+            asked for, ‖Q(W') - W‖ / ‖W' - W‖; None where nothing was, or nothing was to change.
+        retained: How much of the change is stored: the part of that which lies along it,
+            ⟨Q(W') - W, W' - W⟩ / ‖W' - W‖²; None likewise.
         modules: The same of each expert, of a tensor that holds many and was analysed; else None.
     """
 
@@ -81,6 +83,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     cos_v_delta: float | None = None
     encoding: str | None = None
     survival: float | None = None
+    retained: float | None = None
     modules: ModuleRecords | None = None
 
     def module_reports(self) -> Iterator[ModuleReport]:
@@ -178,6 +181,7 @@ def tensor_report(
     decision: Decision,
     score: Score | None,
     survival: float | None = None,
+    retained: float | None = None,
     modules: ModuleRecords | None = None,
 ) -> TensorReport:
     """Joins what the stages found out about one tensor.
@@ -190,7 +194,8 @@ def tensor_report(
         description: operation.describe(), which many tensors share.
         decision: What was decided, and why.
         score: Its score, or None.
-        survival: What is stored of its change, if it was quantised again.
+        survival: How large a change is stored, if it was quantised again.
+        retained: How much of its change is, likewise.
         modules: The experts that it holds, or None.
     """
     return TensorReport(
@@ -208,6 +213,7 @@ def tensor_report(
         *(NOT_MEASURED if score is None else measured(score)),
         row.encoded.format if row.encoded is not None and row.encoded.kept else None,
         survival,
+        retained,
         modules,
     )
 
