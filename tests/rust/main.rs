@@ -17,5 +17,6 @@ mod methods;
 mod plan;
 mod quantised;
 mod requantising;
+mod sketch;
 mod views;
 mod writer;
