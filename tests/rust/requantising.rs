@@ -7,7 +7,7 @@ use safemerge_fast::difference::Matrix;
 use safemerge_fast::merge::Progress;
 use safemerge_fast::merge::stream::{Options, ShardFacts, execute};
 use safemerge_fast::merge::verify::{self, verify};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;

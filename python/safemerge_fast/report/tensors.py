@@ -16,7 +16,7 @@ from ..plan.operation import Operation
 from ..plan.pieces import Pieces
 from ..printable import printable
 from .expert_lines import expert_label, is_of_expert
-from .modules import NOT_MEASURED, ModuleRecords, ModuleReport, measured
+from .modules import NOT_MEASURED, ModuleRecords, ModuleReport, measured, measurements
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,22 +102,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     def _as_module(self) -> ModuleReport:
         return ModuleReport(
-            self.name,
-            self.module_type,
-            self.layer,
-            self.merged,
-            self.reason,
-            self.rho,
-            self.rho_null,
-            self.v_norm,
-            self.delta_norm,
-            self.weight_norm,
-            self.v_rounding,
-            self.cos_v_delta,
-            self.rho_low,
-            self.rho_high,
-            self.columns,
-            self.null_sd,
+            self.name, self.module_type, self.layer, self.merged, self.reason, *measurements(self)
         )
 
 
@@ -223,10 +208,10 @@ def tensor_report(
         operation.is_copy,
         row.analysed,
         *(NOT_MEASURED if score is None else measured(score)),
-        row.encoded.format if row.encoded is not None and row.encoded.kept else None,
-        survival,
-        retained,
-        modules,
+        encoding=row.encoded.format if row.encoded is not None and row.encoded.kept else None,
+        survival=survival,
+        retained=retained,
+        modules=modules,
     )
 
 
@@ -251,7 +236,11 @@ def count_experts(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
     for tensor in tensors:
         if not tensor.analysed or tensor.layer is None:
             continue
-        for module in tensor.module_reports():
+        if tensor.modules is None:
+            if is_of_expert(tensor.module_type):
+                _group(groups, tensor.layer).add(tensor, analysed=True)
+            continue
+        for module in tensor.modules.reports(tensor.layer):
             if is_of_expert(module.module_type):
                 _group(groups, tensor.layer).add(module, analysed=True)
     return tuple(group.count(expert_label(layer)) for layer, group in groups.items())
