@@ -99,7 +99,10 @@ def counterparts(
             )
     tied = ties_head(other.config)
     made: dict[str, Made] = {}
-    alone = [name for name in lost if name not in renamed]
+    # A head that is tied may be stored nevertheless, under a name that only loading knows; shapes show whether that is
+    # worth asking for, and names alone do not.
+    shapeless = tied and isinstance(names, Sequence)
+    alone = [name for name in lost if name not in renamed and not (shapeless and is_head(name))]
     matched = {*renamed.values()}
     left = [name for name in left if name not in matched]
     if alone and _may_be_renamed(names, alone, left, other):
