@@ -148,7 +148,7 @@ def test_tables_have_a_line_for_the_experts_of_each_layer(tmp_path: Path, stacke
         assert line[2:6] == [f"({len(rhos)})", f"({below})", f"({len(rhos) - below})", median]
         assert f"| {name} | {len(rhos)} | {below} | {len(rhos) - below} | {median} |" in card
         (line,) = [line.split() for line in measured.output.splitlines() if name in line]
-        assert line[2:5] == [f"({len(rhos)})", f"({below})", median]
+        assert line[2:6] == [f"({len(rhos)})", f"({below})", f"{min(rhos):.3f}", median]
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "slerp"])

@@ -154,7 +154,7 @@ class AdapterContents:
         for row in self.pairing.rows:
             if row.name not in spoken_of and not row.analysed:
                 continue
-            operation = compose_row(self.layout.blend, row, self.decisions)
+            operation = compose_row(self.layout.composer, row, self.decisions)
             reports.append(
                 tensor_report(
                     row,

@@ -20,7 +20,7 @@ from ....pairing.expert_updates import Place, StackedUpdate, Stored
 from ....pairing.module import Module
 from ....pairing.operand import LowRank, Term
 from ....pairing.row import Row
-from ....plan.blend import Blend
+from ....plan.blend import Composer
 from ....plan.pieces import decided_modules
 
 __all__ = ["ExpertUpdates", "Share", "StackedWeight", "require_parameters"]
@@ -125,14 +125,14 @@ class ExpertUpdates:
         """Whether some adapter changes a row as a bare parameter, or as a part of one."""
         return row.names.get("aligned") in self._tensors
 
-    def add(self, row: Row, decisions: Mapping[str, Decision], blend: Blend) -> None:
+    def add(self, row: Row, decisions: Mapping[str, Decision], composer: Composer) -> None:
         """Takes what is to be added to the matrices of a row.
 
         Raises:
             AdapterError: It is no sum of such updates.
         """
         for module, decision in decided_modules(row, decisions):
-            for product in self._products(row, module, blend.terms(module, merge=decision.merge)):
+            for product in self._products(row, module, composer.terms(module, merge=decision.merge)):
                 known = self._by_factor[product.source, product.a]
                 place = known.update.place(product.a_view, product.b_view)
                 self._shares.setdefault(known.update.stored, []).append(Share(product, place))

@@ -15,7 +15,7 @@ from ....decision import Decision
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Operand, Term
 from ....pairing.row import Row
-from ....plan.blend import Blend
+from ....plan.blend import Composer
 from .experts import ExpertUpdates, StackedWeight
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
@@ -73,7 +73,7 @@ class AdapterLayout:
     """A merged adapter.
 
     Attributes:
-        blend: What merged tensors are made of, and where the others come from.
+        composer: What merged tensors are made of, and where the others come from.
         weights: The weights with a product, in the order of the rows.
         stacked: The parameters with a product for each expert.
         tensors: The tensors that are stored whole, likewise.
@@ -82,7 +82,7 @@ class AdapterLayout:
         parameters: All bare parameters that some of the adapters adapts.
     """
 
-    blend: Blend
+    composer: Composer
     weights: tuple[LowRankWeight, ...]
     stacked: tuple[StackedWeight, ...]
     tensors: tuple[FullTensor, ...]
@@ -123,7 +123,7 @@ def require_linear(rows: Iterable[Row]) -> None:
 def lay_out_adapter(
     rows: Sequence[Row],
     decisions: Mapping[str, Decision],
-    blend: Blend,
+    composer: Composer,
     adapters: Mapping[str, Adapter],
     aligned: Model,
 ) -> AdapterLayout:
@@ -132,7 +132,7 @@ def lay_out_adapter(
     Args:
         rows: All rows of the pairing, which are the aligned model's tensors.
         decisions: The decision for every module, and for every row that has none.
-        blend: What merged tensors are made of, and where the others come from.
+        composer: What merged tensors are made of, and where the others come from.
         adapters: The adapters by role, the one whose names win first.
         aligned: The model that they adapt.
 
@@ -157,14 +157,14 @@ def lay_out_adapter(
     parameters = _bare_weights(adapters)
     for row in rows:
         if row in experts:
-            experts.add(row, decisions, blend)
+            experts.add(row, decisions, composer)
             continue
         if row.slices is not None:
             # No adapter changes its experts.
             continue
         if (module := _module(row, adapters, module_of_key)) is not None:
             modules.setdefault(_parent(row), module)
-        terms = blend.terms(row, merge=decisions[row.name].merge)
+        terms = composer.terms(row, merge=decisions[row.name].merge)
         operand = terms[0].operand
         if len(terms) > 1 or terms[0].weight != 1.0 or operand.source != "aligned":
             whole.append((row, terms))
@@ -177,7 +177,7 @@ def lay_out_adapter(
             merged, is_parameter = decisions[row.name].merge, module in parameters
             weights.append(LowRankWeight(row, module, first.a, first.b, products, merged, is_parameter))
     names = {*experts.parameters, *(f"{module}.weight" for module in parameters)}
-    layout = _with_whole_modules(rows, blend, weights, experts, whole, modules, names)
+    layout = _with_whole_modules(rows, composer, weights, experts, whole, modules, names)
     if not layout.weights and not layout.stacked:
         raise AdapterError(
             "no low-rank update is left to put into an adapter; pass --output-format checkpoint"
@@ -187,7 +187,7 @@ def lay_out_adapter(
 
 def _with_whole_modules(
     rows: Sequence[Row],
-    blend: Blend,
+    composer: Composer,
     weights: Sequence[LowRankWeight],
     experts: ExpertUpdates,
     whole: Sequence[tuple[Row, tuple[Term, ...]]],
@@ -219,7 +219,7 @@ def _with_whole_modules(
         parameter = row.name.rpartition(".")[2]
         tensors.append(FullTensor(row, module, f"{_PREFIX}{module}{wrapper}.{parameter}", terms))
     return AdapterLayout(
-        blend=blend,
+        composer=composer,
         weights=tuple(weights),
         stacked=experts.weights(),
         tensors=tuple(tensors),
