@@ -25,7 +25,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     """Refuses an extension that no plot has."""
     from ..report.plot import FORMATS
 
-    if value is not None and value.suffix.lstrip(".").lower() not in FORMATS:
+    if value is not None and value.suffix.lstrip(".").lower() not in (*FORMATS, "html"):
         raise click.BadParameter(
             f"the name should end in .png, .svg or .html, not {value.suffix or 'nothing'!r}"
         )
@@ -38,6 +38,13 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
 @click.option(
     "-o", "--output", type=output_file, metavar="FILE", help="Write the scores as JSON, for merge --scores."
 )
+@click.option(
+    "--html",
+    "html_file",
+    type=output_file,
+    metavar="FILE",
+    help="Write the report as one HTML file: figures, a slider for the rule, all modules; needs no network.",
+)
 @click.option("--csv", "csv_file", type=output_file, metavar="FILE", help="Write the scores as a table.")
 @click.option(
     "--plot",
@@ -45,7 +52,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     type=output_file,
     callback=_plot_file,
     metavar="FILE",
-    help="Draw ρ per layer and module type as .png, .svg or .html (needs matplotlib).",
+    help="Draw ρ per layer and module type as .png or .svg (needs matplotlib); .html is what --html writes.",
 )
 @terminal_options
 def command(
@@ -53,6 +60,7 @@ def command(
     terminal: Terminal,
     output: Path | None,
     csv_file: Path | None,
+    html_file: Path | None,
     plot_file: Path | None,
     threshold: float,
     **values: Any,
@@ -64,16 +72,20 @@ def command(
     line and counts modules below it in the table.
     """
     from ..analysis.rounding import rounding_warning
+    from ..decision import Rule
     from ..pairing.coverage import coverage_of
     from ..pairing.rows import pair
     from ..recipes.role_check import refuse_or_warn
     from ..recipes.roles import access_of, open_roles
     from ..recipes.safemerge.scoring import judge_scores, score_models, wrong_before_measuring
+    from ..report.html.analysis import AnalysisPage
+    from ..report.html.page import write_pieces
     from ..report.plot import check_plot, write_plot
 
+    html_file, plot_file = _page_and_plot(html_file, plot_file)
     if plot_file is not None:
         check_plot(plot_file)
-    for file in (output, csv_file):
+    for file in (output, csv_file, html_file):
         if file is not None:
             _check_directory(file)
     settings = AnalysisSettings(**values)
@@ -91,6 +103,9 @@ def command(
     # After the writing: what was measured in an hour is not lost, and merge --scores judges it again.
     found = judge_scores(models, scores.modules, settings.delta_reference)
     warnings += refuse_or_warn(found.wrong, force=settings.force)
+    if html_file is not None:
+        page = AnalysisPage(models, pairing, scores, settings, Rule(threshold=threshold), warnings, output)
+        write_pieces(html_file, page.pieces())
     if plot_file is not None:
         write_plot(plot_file, pairing.rows, scores.modules, threshold=threshold)
     terminal.result(scores.to_json, _table(pairing.rows, scores.modules, threshold))
@@ -100,9 +115,18 @@ def command(
     terminal.say_some("warning", said, rest="-v prints them all")
     terminal.say(coverage_of(pairing.rows).sentence())
     terminal.say(f"{len(scores.modules)} modules analysed on {scores.device} in {scores.seconds:.1f} s")
-    for file in (output, csv_file, plot_file):
+    for file in (output, csv_file, html_file, plot_file):
         if file is not None:
             terminal.say(f"wrote {file}")
+
+
+def _page_and_plot(html_file: Path | None, plot_file: Path | None) -> tuple[Path | None, Path | None]:
+    """The report and the plot to write; a plot that ends in .html is the report."""
+    if plot_file is None or plot_file.suffix.lower() != ".html":
+        return html_file, plot_file
+    if html_file is not None:
+        raise click.UsageError("--plot with a name in .html is the same as --html; give one of them")
+    return plot_file, None
 
 
 def _check_directory(file: Path) -> None:
