@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,15 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 _SECONDS = 120.0
+
+# The protocol's descriptors are 3 and 4; first both are moved away, lest one of them is overwritten.
+_LAUNCH = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def executable() -> str | None:
@@ -181,10 +191,8 @@ def started(directory: Path, arguments: Sequence[str] = ()) -> Iterator[Browser]
         "--no-sandbox",
         "about:blank",
     ]
-    # The protocol's descriptors are 3 and 4.
-    shell = ["sh", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', *command]
     process = subprocess.Popen(
-        shell,
+        [sys.executable, "-c", _LAUNCH, str(to_browser), str(from_browser), *command],
         pass_fds=(to_browser, from_browser),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

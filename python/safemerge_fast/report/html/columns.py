@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..modules import ModuleReport
+from ..order import natural, ordered_types
 
 __all__ = ["ModuleColumns", "front_coded"]
 
@@ -50,16 +50,6 @@ class ModuleColumns:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
-    def types(self) -> list[str]:
-        """Their types, in the order of first appearance."""
-        return self._types.words
-
-    @property
-    def measured(self) -> int:
-        """How many have ρ."""
-        return sum(number == number for number in self._numbers["rho"])
-
     def share_of_update(self) -> float | None:
         """The share of Σ‖Δ‖² that lies in merged modules; None if nothing is known of Δ."""
         squares = [0.0 if math.isnan(norm) else norm * norm for norm in self._numbers["delta_norm"]]
@@ -71,12 +61,11 @@ class ModuleColumns:
     def pieces(self) -> Iterator[str]:
         """The object's JSON, in ASCII, column by column."""
         shared, rest = front_coded(self.names)
-        order = sorted(range(len(self._layers.words)), key=lambda index: _natural(self._layers.words[index]))
-        place = {index: number for number, index in enumerate(order)}
+        layers = sorted(self._layers.words, key=natural)
+        types = ordered_types(self._types.words)
         yield f'{{"count":{len(self)},"shared":{_integers(shared)},"rest":{json.dumps(rest)}'
-        yield f',"types":{json.dumps(self._types.words)},"type":{_integers(self._types.indices)}'
-        yield f',"layers":{json.dumps([self._layers.words[index] for index in order])}'
-        yield f',"layer":{_integers(place.get(index, -1) for index in self._layers.indices)}'
+        yield f',"types":{json.dumps(types)},"type":{_integers(self._types.places(types))}'
+        yield f',"layers":{json.dumps(layers)},"layer":{_integers(self._layers.places(layers))}'
         yield f',"merged":{_integers(self.merged)},"columns":{_integers(self._columns)}'
         yield f',"reason":{json.dumps(self._reasons)}'
         for field in _EXACT:
@@ -114,6 +103,12 @@ class _Words:
             self.words.append(word)
         self.indices.append(place)
 
+    def places(self, ordered: Sequence[str]) -> Iterator[int]:
+        """The entries as places among the same words in another order."""
+        place = {word: number for number, word in enumerate(ordered)}
+        moved = [place[word] for word in self.words]
+        return (-1 if index < 0 else moved[index] for index in self.indices)
+
 
 def front_coded(names: Iterable[str]) -> tuple[array[int], list[str]]:
     """Names as the number of characters that each shares with the one before, and the rest of it.
@@ -139,14 +134,6 @@ def _z(module: ModuleReport) -> float | None:
     if not module.rho or not module.rho_null or not module.null_sd:
         return None
     return math.log(module.rho / module.rho_null) / module.null_sd
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """A key that sorts numbers in names by their value."""
-    return [
-        (0, int(part), "") if part.isdecimal() and len(part) < 19 else (1, 0, part)
-        for part in re.split(r"([0-9]+)", name)
-    ]
 
 
 def _integers(numbers: Iterable[int]) -> str:

@@ -84,7 +84,7 @@ def roles(sources: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def rule_record(rule: Rule) -> dict[str, Any]:
     """The rule that the page begins with."""
     return {
-        "select": rule.select,
+        "select": rule.select if getattr(rule, "modules", None) is None else "list",
         "threshold": rule.threshold,
         "granularity": rule.granularity,
         "onUndefined": rule.on_undefined,
@@ -117,5 +117,6 @@ def _offered() -> Iterator[str]:
         except SafemergeError:
             continue
         yield kind
-    if hasattr(Rule(), "per_type"):
-        yield "per_type"
+    for name in ("per_type", "modules"):
+        if hasattr(Rule(), name):
+            yield name

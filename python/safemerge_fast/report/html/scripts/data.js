@@ -33,11 +33,12 @@ const layerOf = MODULES.layer;
 const reported = Uint8Array.from(MODULES.merged);
 const rho = numbers("rho");
 const rhoNull = numbers("rho_null");
-const z = numbers("z");
 const ratio = quotient(rho, rhoNull);
 const low = numbers("rho_low");
 const high = numbers("rho_high");
 const nullSd = numbers("null_sd");
+// log 0, which JSON cannot say.
+const z = numbers("z").map((value, i) => (rho[i] === 0 && rhoNull[i] > 0 && nullSd[i] > 0 ? -Infinity : value));
 const vNorm = numbers("v_norm");
 const deltaNorm = numbers("delta_norm");
 const weightNorm = numbers("weight_norm");

@@ -26,8 +26,9 @@ function lead() {
 
 function provenance() {
   if (DATA.roles?.length) {
-    simpleTable($("roles"), [{ text: "role" }, { text: "model" }, { text: "files", number: true }, { text: "size", number: true }, { text: "sample of the data" }],
-      DATA.roles.map((role) => [role.role, role.model, whole(role.files), bytes(role.bytes), role.sample ?? "–"]));
+    const sampled = DATA.roles.some((role) => role.sample);
+    const headers = [{ text: "role" }, { text: "model" }, { text: "files", number: true }, { text: "size", number: true }, ...(sampled ? [{ text: "digest of a sample" }] : [])];
+    simpleTable($("roles"), headers, DATA.roles.map((role) => [role.role, shown(role.model), whole(role.files), bytes(role.bytes), role.sample ?? "–"].slice(0, headers.length)));
   }
   const pairs = (id, rows) => $(id).replaceChildren(...rows.flatMap(([name, value]) => [tag("dt", {}, shown(name)), tag("dd", {}, shown(value, 1000))]));
   pairs("facts", DATA.facts);
@@ -52,18 +53,19 @@ function provenance() {
 }
 
 function offerRules() {
-  const offered = DATA.offered.filter((kind) => RULES[kind]);
+  const offered = [...(RULES[start.kind].given ? [start.kind] : []), ...DATA.offered.filter((kind) => RULES[kind])];
+  $("save").hidden = !DATA.offered.includes("modules");
   for (const kind of offered) $("kind").append(tag("option", { value: kind }, RULES[kind].label));
   $("per-type-label").hidden = !DATA.offered.includes("per_type");
   $("kind").addEventListener("input", () => {
     const kind = $("kind").value;
-    const same = kind === start.kind;
-    const rule = { ...state.rule, kind, byLayer: same && start.byLayer, perType: RULES[kind].rank ? state.rule.perType : false };
+    const rule = { ...state.rule, kind, perType: RULES[kind].rank ? state.rule.perType : false };
     const merged = tally(state.merged).modules;
     const share = N ? merged / N : 0;
     // Begins where about as much is merged as now.
     rule.value = { threshold: DATA.rule.threshold, null: 1, z: 0, lowest: merged, fraction: Number(share.toFixed(2)) }[kind];
-    if (same && start.kind === kind) rule.value = start.value;
+    if (kind === start.kind) rule.value = start.value;
+    if (kind === "lowest") rule.value = Math.min(rule.value, domainOf(rule).most);
     setRule(rule, true);
   });
   const take = (text, source) => {
@@ -76,11 +78,13 @@ function offerRules() {
     if ($("value").validity.valid) take($("value").value, "value");
   });
   $("value").addEventListener("change", () => setRule(state.rule, false));
-  $("per-type").addEventListener("input", () => {
-    const rule = { ...state.rule, perType: $("per-type").checked };
-    const most = domainOf(rule).most;
-    setRule({ ...rule, value: Math.min(rule.value, most) }, true);
-  });
+  const regroup = (change) => {
+    const rule = { ...state.rule, ...change };
+    if (rule.kind === "lowest") rule.value = Math.min(rule.value, domainOf(rule).most);
+    setRule(rule, true);
+  };
+  $("per-type").addEventListener("input", () => regroup({ perType: $("per-type").checked }));
+  $("by-layer").addEventListener("input", () => regroup({ byLayer: $("by-layer").checked, perType: false }));
   $("undefined").addEventListener("input", () => setRule({ ...state.rule, keepUndefined: $("undefined").value === "keep" }, true));
   $("reset").addEventListener("click", () => setRule({ ...start }, true));
   $("rule").addEventListener("submit", (event) => event.preventDefault());
@@ -107,6 +111,8 @@ function setRule(rule, isNew, source) {
   $("value-label").textContent = RULES[rule.kind].value;
   $("per-type").checked = rule.perType;
   $("per-type").disabled = !RULES[rule.kind].rank || rule.byLayer;
+  $("by-layer").checked = rule.byLayer;
+  for (const control of [slider, valueBox, $("undefined"), $("by-layer")]) control.disabled = Boolean(RULES[rule.kind].given);
   $("undefined").value = rule.keepUndefined ? "keep" : "merge";
   state.isNew = state.isNew || isNew;
   if (state.pending) return;
@@ -118,13 +124,9 @@ function setRule(rule, isNew, source) {
   });
 }
 
-function isReported() {
-  return state.rule.foreign || Object.keys(start).every((key) => key === "perType" && !RULES[start.kind].rank ? true : state.rule[key] === start[key]);
-}
-
 function apply(fresh) {
   const { rule } = state;
-  state.merged = isReported() && rule.foreign ? reported : decide(rule);
+  state.merged = decide(rule);
   const counts = tally(state.merged);
   const tile = (value, text) => tag("div", { class: "tile" }, tag("b", {}, value), tag("span", {}, text));
   $("counts").replaceChildren(
@@ -180,8 +182,7 @@ function saveList() {
   const link = tag("a", { href: URL.createObjectURL(new Blob([text], { type: "text/plain" })), download: file });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  const how = DATA.offered.includes("modules") ? ", for merge --modules" : "";
-  $("said").textContent = `${plural(state.merged.reduce((sum, value) => sum + value, 0), "name")} in ${file}${how}.`;
+  $("said").textContent = `${plural(state.merged.reduce((sum, value) => sum + value, 0), "name")} in ${file}, for merge --modules.`;
 }
 
 function theme() {

@@ -6,24 +6,25 @@ const RULES = {
   z: { label: "z below K", value: "K", column: z, command: (v) => ["--select", `z:${v}`] },
   lowest: { label: "the N of lowest ρ", value: "N", column: rho, rank: true, command: (v) => ["--select", `lowest:${v}`] },
   fraction: { label: "the share F of lowest ρ", value: "F", column: rho, rank: true, command: (v) => ["--select", `fraction:${v}`] },
+  // What was merged by a list: no value chooses, the report's decisions stand.
+  list: { label: "the list that was given", value: "", column: rho, given: true, command: () => ["--modules", "modules.txt"] },
 };
 
 function startRule() {
   const told = DATA.rule;
   const [kind, amount] = told.select.split(":");
   return {
-    kind: RULES[kind] ? kind : "threshold",
-    value: kind === "threshold" || !RULES[kind] ? told.threshold : Number(amount),
+    kind,
+    value: amount === undefined ? told.threshold : Number(amount),
     perType: told.perType,
     byLayer: told.granularity === "layer",
     keepUndefined: told.onUndefined === "keep",
-    // A rule that this page does not know: only the report's own decisions can be shown.
-    foreign: !RULES[kind],
   };
 }
 
 // The sum without rounding between (Shewchuk), as Python's math.fsum: means must not differ in their last bit.
 function exactSum(values) {
+  if (!values.every(Number.isFinite)) return values.reduce((sum, x) => sum + x, 0);
   const partials = [];
   for (let x of values) {
     let kept = 0;
@@ -110,6 +111,7 @@ function unitsOf(kind, byLayer) {
 }
 
 function decide(rule) {
+  if (RULES[rule.kind].given) return reported;
   const units = unitsOf(rule.kind, rule.byLayer);
   const merged = new Uint8Array(units.values.length);
   if (!rule.keepUndefined) for (let u = 0; u < merged.length; u++) if (units.values[u] !== units.values[u]) merged[u] = 1;
@@ -182,6 +184,6 @@ function commandWords(rule) {
   const words = RULES[rule.kind].command(String(rule.value));
   if (RULES[rule.kind].rank && rule.perType && !rule.byLayer) words.push("--per-type");
   if (rule.byLayer) words.push("--granularity", "layer");
-  if (rule.keepUndefined) words.push("--on-undefined", "keep");
+  if (rule.keepUndefined && !RULES[rule.kind].given) words.push("--on-undefined", "keep");
   return words.join(" ");
 }

@@ -118,7 +118,11 @@ function arrange() {
 }
 
 function sortedBy(codes, membersOf) {
-  if (table.sort === "layer") return codes;
+  if (table.sort === "layer") {
+    // As at first: layer by layer, what is in none last, and the files' order within.
+    const place = (code) => (layerOf[membersOf(code)[0]] < 0 ? Infinity : layerOf[membersOf(code)[0]]);
+    return [...codes].sort((a, b) => (place(a) === place(b) ? 0 : place(a) - place(b)));
+  }
   if (table.sort === "name") return [...codes].sort((a, b) => table.direction * compareText(names[membersOf(a)[0]], names[membersOf(b)[0]]));
   const column = COLUMNS.find((found) => found.key === table.sort).column ?? table.merged;
   const keyed = codes.map((code) => [code, median(known(membersOf(code), column))]);
@@ -132,7 +136,7 @@ function showRows() {
   const box = $("table-box");
   const total = table.rows.length;
   const first = table.all ? 0 : Math.max(0, Math.min(Math.floor(box.scrollTop / ROW_HEIGHT) - 8, total - 1));
-  const last = table.all ? total : Math.min(total, first + Math.ceil((box.clientHeight || 540) / ROW_HEIGHT) + 18);
+  const last = table.all ? total : Math.min(total, first + Math.ceil(Math.min(box.clientHeight || 540, 1600) / ROW_HEIGHT) + 18);
   const focused = body.contains(document.activeElement) ? document.activeElement.dataset.row : null;
   const rows = [];
   const space = (height) => {
