@@ -67,7 +67,11 @@ class Page:
     def size(self, width: int, height: int, *, mobile: bool = False) -> None:
         """Sets the size of the window."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
         )
 
     def run(self, code: str) -> Any:

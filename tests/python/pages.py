@@ -105,7 +105,9 @@ def write_page(path: Path, modules: Iterable[ModuleReport], rule: Rule | None = 
         "offered": ALL_RULES,
         **more,
     }
-    write_pieces(path, compose(document, title=document["title"], summary="A page.", modules=columns.pieces()))
+    write_pieces(
+        path, compose(document, title=document["title"], summary="A page.", modules=columns.pieces())
+    )
     return path
 
 

@@ -28,9 +28,7 @@ def parsed(path: Path) -> Parsed:
 
 
 def words(quartet: dict[str, Path], *more: str | Path) -> list[str | Path]:
-    roles = [
-        word for role in ("base", "aligned", "finetuned") for word in (f"--{role}", quartet[role])
-    ]
+    roles = [word for role in ("base", "aligned", "finetuned") for word in (f"--{role}", quartet[role])]
     return ["analyze", *roles, *more]
 
 
@@ -91,7 +89,15 @@ class TestAnalysis:
 
     def test_finds_out_before_the_work_that_it_cannot_write(self, tmp_path: Path) -> None:
         result = run(
-            "analyze", "--base", "b", "--aligned", "a", "--finetuned", "f", "--html", tmp_path / "no" / "p.html"
+            "analyze",
+            "--base",
+            "b",
+            "--aligned",
+            "a",
+            "--finetuned",
+            "f",
+            "--html",
+            tmp_path / "no" / "p.html",
         )
         assert result.exit_code == 5
 
@@ -223,7 +229,9 @@ class TestColumns:
 
 def test_a_sweep_is_told_as_it_is(tmp_path: Path) -> None:
     candidates = [
-        Candidate("τ 0.35", {"refusals": 0.9, "loss": math.nan}, {"alpha": 0.8}, pareto=True, command="merge"),
+        Candidate(
+            "τ 0.35", {"refusals": 0.9, "loss": math.nan}, {"alpha": 0.8}, pareto=True, command="merge"
+        ),
         Candidate(HOSTILE[0], {"refusals": 0.5, "loss": 2.0}, control=True),
         Candidate("broken", {}, problem="the judge ended with status 1"),
     ]
@@ -235,7 +243,11 @@ def test_a_sweep_is_told_as_it_is(tmp_path: Path) -> None:
         {"name": "refusals", "maximise": True},
         {"name": "loss", "maximise": False},
     ]
-    assert [candidate["values"] for candidate in sweep["candidates"]] == [[0.9, None], [0.5, 2.0], [None, None]]
+    assert [candidate["values"] for candidate in sweep["candidates"]] == [
+        [0.9, None],
+        [0.5, 2.0],
+        [None, None],
+    ]
     assert sweep["candidates"][0]["settings"] == {"alpha": "0.8"}
     assert sweep["candidates"][1]["name"] == HOSTILE[0]
     assert page.data["modules"] is None

@@ -422,7 +422,7 @@ def test_commands_have_an_option_for_each_setting_with_its_default(owner: str) -
     # What there is besides is no setting.
     besides = {"as_json", "quiet", "verbose", "no_progress", "dry_run", "config", "help"}
     if owner == "analyze":
-        besides |= {"threshold", "output", "csv_file", "plot_file"}
+        besides |= {"threshold", "output", "csv_file", "html_file", "plot_file"}
     assert set(options) <= {*COMMANDS[owner], *besides}
 
 

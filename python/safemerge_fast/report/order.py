@@ -41,4 +41,6 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 def ordered_types(types: Iterable[str]) -> list[str]:
     """Module types as they follow each other in a block, experts last."""
-    return sorted(types, key=lambda name: (name.startswith(_EXPERTS), _RANKS.get(name.removeprefix(_EXPERTS), 99)))
+    return sorted(
+        types, key=lambda name: (name.startswith(_EXPERTS), _RANKS.get(name.removeprefix(_EXPERTS), 99))
+    )

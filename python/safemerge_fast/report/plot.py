@@ -131,7 +131,10 @@ def _layers(types: Mapping[str, Mapping[str | None, Sequence[Score]]]) -> dict[s
 
 
 def _draw_panel(
-    axes: Axes, groups: Mapping[str | None, Sequence[Score]], layers: Mapping[str | None, int], threshold: float
+    axes: Axes,
+    groups: Mapping[str | None, Sequence[Score]],
+    layers: Mapping[str | None, int],
+    threshold: float,
 ) -> None:
     """One point per layer with its interval; of several modules in a layer the median, and all as a line."""
     chance = sorted(
@@ -139,8 +142,17 @@ def _draw_panel(
         for layer, group in groups.items()
         if (known := [score.rho_null for score in group if score.rho_null is not None])
     )
-    axes.plot([place for place, _ in chance], [null for _, null in chance], color=_CHANCE, linewidth=1.1, zorder=1)
-    axes.plot([place for place, _ in chance], [null for _, null in chance], "_", color=_CHANCE, markersize=7, zorder=1)
+    axes.plot(
+        [place for place, _ in chance], [null for _, null in chance], color=_CHANCE, linewidth=1.1, zorder=1
+    )
+    axes.plot(
+        [place for place, _ in chance],
+        [null for _, null in chance],
+        "_",
+        color=_CHANCE,
+        markersize=7,
+        zorder=1,
+    )
     axes.axhline(threshold, color=_INK, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
     for layer, group in groups.items():
         place = layers[layer]
@@ -203,7 +215,15 @@ def _legend(figure: Figure, threshold: float, *, columns: int) -> None:
 
     figure.legend(
         handles=[
-            Line2D([], [], marker="o", color=_MERGED, linewidth=1.2, markersize=4, label="ρ < τ, interval or range"),
+            Line2D(
+                [],
+                [],
+                marker="o",
+                color=_MERGED,
+                linewidth=1.2,
+                markersize=4,
+                label="ρ < τ, interval or range",
+            ),
             Line2D([], [], marker="s", color=_KEPT, linewidth=1.2, markersize=4, label="ρ ≥ τ, likewise"),
             Line2D([], [], marker="_", color=_CHANCE, linewidth=1.1, label="ρ_null, a random update"),
             Line2D([], [], color=_INK, linestyle=(0, (4, 3)), linewidth=0.8, label=f"τ = {threshold:g}"),

@@ -1,1 +1,1 @@
-"""The report as one HTML file that loads nothing else: what was measured, what was decided, and what another rule would do."""
+"""The report as one HTML file: what was measured and decided, and what another rule would do."""

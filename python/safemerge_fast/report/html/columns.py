@@ -56,7 +56,9 @@ class ModuleColumns:
         total = math.fsum(squares)
         if not total or not math.isfinite(total):
             return None
-        return math.fsum(square for square, merged in zip(squares, self.merged, strict=True) if merged) / total
+        return (
+            math.fsum(square for square, merged in zip(squares, self.merged, strict=True) if merged) / total
+        )
 
     def pieces(self) -> Iterator[str]:
         """The object's JSON, in ASCII, column by column."""

@@ -52,7 +52,11 @@ def head(
         "program": f"safemerge-fast {__version__}",
         "facts": [[name, printable(str(value), _MOST)] for name, value in facts.items() if value is not None],
         "settings": [
-            [field.name, printable(str(public(values[field.name])), _MOST), values[field.name] == field.default]
+            [
+                field.name,
+                printable(str(public(values[field.name])), _MOST),
+                values[field.name] == field.default,
+            ]
             for field in ([] if settings is None else fields_of(type(settings)))
             if values.get(field.name) is not None
         ],

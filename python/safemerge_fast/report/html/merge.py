@@ -51,7 +51,9 @@ def report_page(report: Report, models: Mapping[str, Model], rule: Rule) -> Iter
     }
     document = {
         **head("merge", title, facts, settings, public),
-        "roles": roles({role: {**source, "model": public(source["spec"])} for role, source in report.inputs.items()}),
+        "roles": roles(
+            {role: {**source, "model": public(source["spec"])} for role, source in report.inputs.items()}
+        ),
         "reference": getattr(settings, "delta_reference", "aligned"),
         "rule": rule_record(rule),
         "command": _other_command(settings, public, last_part(report.output)),
@@ -65,7 +67,9 @@ def report_page(report: Report, models: Mapping[str, Model], rule: Rule) -> Iter
 
 def _other_command(settings: Settings, public: Public, output: str) -> list[str]:
     """The command without a rule, and its end: the same merge by another rule, beside this output."""
-    defaults = {field.name: field.default for field in fields_of(type(settings)) if field.name in _OF_THE_RULE}
+    defaults = {
+        field.name: field.default for field in fields_of(type(settings)) if field.name in _OF_THE_RULE
+    }
     plain = msgspec.structs.replace(settings, **defaults, output=f"{output}-2")
     words = shlex.split(public.command(plain.command()))
     place = words.index("--output")
