@@ -58,7 +58,8 @@ def head(
                 values[field.name] == field.default,
             ]
             for field in ([] if settings is None else fields_of(type(settings)))
-            if values.get(field.name) is not None
+            # What belongs to one run, such as --resume, says nothing of the output.
+            if field.setting.in_files and values.get(field.name) is not None
         ],
         "offered": list(_offered()),
         "roles": [],
