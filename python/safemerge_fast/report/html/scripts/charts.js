@@ -1,9 +1,9 @@
 // What figures share: round numbers, axes, strips of points or histograms beside chance.
 
-function niceStep(span, count) {
+function niceStep(span, count, factors = [1, 2, 2.5, 5]) {
   const rough = span / Math.max(count, 1);
   const power = 10 ** Math.floor(Math.log10(rough));
-  return power * ([1, 2, 2.5, 5].find((factor) => factor * power >= rough * 0.999) ?? 10);
+  return power * (factors.find((factor) => factor * power >= rough * 0.999) ?? 10);
 }
 
 function ticks(least, most, count = 6) {

@@ -57,8 +57,11 @@ function colourScale(measure) {
   }
   const log = measure.scale === "log";
   const position = log ? Math.log2 : (value) => value;
-  const reach = Math.max(...found.map((value) => Math.abs(position(value))).filter(Number.isFinite), 1e-9);
-  const step = log ? Math.max(niceStep(reach, 5), 0.05) : niceStep(reach, 5);
+  // A few cells far out take the last colours, lest all others look alike.
+  const distances = found.map((value) => Math.abs(position(value))).filter(Number.isFinite).sort((a, b) => a - b);
+  const reach = Math.max(distances[Math.floor(distances.length * 0.98)] ?? 0, 1e-9);
+  const finer = niceStep(reach, 5, [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8]);
+  const step = log ? Math.max(finer, 0.05) : finer;
   return {
     edges: Array.from({ length: 11 }, (_, k) => (log ? 2 ** ((k - 5) * step) : (k - 5) * step)),
     classOf: (value) => `d${clip(Math.floor(position(value) / step + 5))}`,

@@ -177,11 +177,18 @@ function makeRow(code, place) {
   }
   const name = shown(names[code], 400);
   COLUMNS.forEach((column) => {
-    if (column.text) row.append(tag("td", { class: inner ? "text inner" : "text" }, tag("button", { type: "button", class: "pick", "data-row": code, title: name }, shown(names[code], 160))));
+    if (column.text) row.append(tag("td", { class: inner ? "text inner" : "text" }, tag("button", { type: "button", class: "pick", "data-row": code, title: name }, inner ? tailOf(code) : shown(names[code], 160))));
     else if (column.key === "decision") row.append(tag("td", { class: table.merged[code] ? "merge" : "keep" }, column.cell(code)));
     else row.append(tag("td", {}, column.cell(code)));
   });
   return row;
+}
+
+// The experts of a layer differ at the ends of their names.
+function tailOf(code) {
+  const layer = layerOf[code] >= 0 ? layers[layerOf[code]] : "";
+  const name = names[code];
+  return shown(layer && name.startsWith(layer) && name.length > layer.length ? `…${name.slice(layer.length)}` : name, 160);
 }
 
 function fold(group) {
