@@ -331,23 +331,15 @@ def test_a_replaced_tensor_and_a_sum_of_terms(tmp_path: Path) -> None:
     assert_dense(score, setting.base, setting.aligned, finetuned - setting.aligned)
 
 
-def test_both_forms_in_one_analysis_come_in_order(tmp_path: Path) -> None:
+def test_both_forms_in_one_analysis(tmp_path: Path) -> None:
     setting = Setting(tmp_path, (96, 80), more={"other": 0.02 * gauss(96, 80, seed=60).float()})
     thin, dense = setting.row(), setting.row(Operand("finetuned", "other"))
     rows = [with_fields(thin if number % 3 else dense, name=f"{number}") for number in range(20)]
-    told: list[str] = []
     threads = torch.get_num_threads()
-    found = list(analyze_rows(setting.models, rows, device="cpu", on_module=told.append))
+    found = dict(analyze_rows(setting.models, rows, device="cpu"))
     assert torch.get_num_threads() == threads
-    assert [name for name, _ in found] == told == [one.name for one in rows]
-    assert {
-        score.rho_null_estimated for (_, score), number in zip(found, range(20), strict=True) if number % 3
-    } == {True}
-    assert {
-        score.rho_null_estimated
-        for (_, score), number in zip(found, range(20), strict=True)
-        if not number % 3
-    } == {False}
+    assert sorted(found) == sorted(one.name for one in rows)
+    assert all(score.rho_null_estimated == bool(int(name) % 3) for name, score in found.items())
 
 
 def test_an_analysis_that_is_given_up_leaves_no_thread(tmp_path: Path) -> None:
@@ -383,3 +375,19 @@ def test_agrees_with_the_dense_path_on_a_folded_weight(tmp_path: Path) -> None:
     thin = setting.score()
     assert thin.rho == pytest.approx(dense.rho, abs=1e-6)
     assert np.isclose(thin.delta_norm, dense.delta_norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+def test_the_spread_of_chance_is_that_of_rotations(tmp_path: Path, shape: tuple[int, int]) -> None:
+    setting = Setting(tmp_path, shape)
+    score = setting.score()
+    v = (setting.aligned - setting.base).numpy()
+    k = v @ v.T
+    rng = np.random.default_rng(0)
+    logs = []
+    for _ in range(2000):
+        q, r = np.linalg.qr(rng.standard_normal((shape[0], shape[0])))
+        turned = (q * np.sign(np.diag(r))) @ setting.delta.numpy()
+        moved = k @ turned
+        logs.append(math.log(np.vdot(moved, turned) / (np.linalg.norm(moved) * np.linalg.norm(turned))))
+    assert score.null_sd == pytest.approx(np.std(logs), rel=0.4)

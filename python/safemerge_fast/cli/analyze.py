@@ -96,7 +96,9 @@ def command(
         wrong_before_measuring(models, pairing, force=settings.force), force=settings.force
     )
     with terminal.progress() as progress:
-        scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress))
+        scores = score_models(
+            models, pairing.rows, AnalysisSettings(**values, progress=progress), Rule(threshold=threshold)
+        )
     for file, write in ((output, scores.to_json), (csv_file, scores.to_csv)):
         if file is not None:
             _write(file, write())

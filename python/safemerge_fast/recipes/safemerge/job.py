@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ... import _engine
+from ...analysis import analyze_rows
+from ...analysis.accelerator import device_name
 from ...analysis.rounding import rounding_warning
 from ...analysis.score import Score
 from ...analysis.scores import Scores, read_scores
@@ -38,8 +40,8 @@ from .adapter.layout import lay_out_adapter, require_linear
 from .blend import method_parameters, safemerge
 from .card import model_card
 from .evidence import ScoreLog
-from .scoring import device_name, judge_scores, require_finite, score_rows, wrong_before_measuring
-from .settings import SafemergeSettings
+from .scoring import judge_scores, require_finite, wrong_before_measuring
+from .settings import SafemergeSettings, precision_of
 
 __all__ = ["SafemergeJob"]
 
@@ -164,10 +166,12 @@ class SafemergeJob(Job[SafemergeSettings]):
         return Measurement(scores, device, time.perf_counter() - started, self._warnings(scores))
 
     def known_measurement(self) -> Measurement | None:
-        """The scores that were given."""
+        """The scores that were given, if they settle all decisions."""
         if self.scores is None:
             return None
         scores = self._reused_scores()
+        if self._wants_more(scores):
+            return None
         return Measurement(scores, self.scores.device, 0.0, self._warnings(scores))
 
     @property
@@ -268,23 +272,36 @@ class SafemergeJob(Job[SafemergeSettings]):
                 require_finite(name, score)
         return reused
 
+    def _wants_more(self, scores: Mapping[str, Score]) -> bool:
+        """Whether given scores do not do: an interval leaves a decision open, or ρ itself was asked for."""
+        if self.settings.estimator == "exact":
+            return any(score.columns for score in scores.values())
+        return self.settings.estimator == "auto" and bool(self.rule.open_modules(self.modules, scores))
+
     def _measured(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> dict[str, Score]:
-        log = ScoreLog(directory, self.models, delta_reference=self.settings.delta_reference)
+        precision = precision_of(self.settings)
+        log = ScoreLog(
+            directory, self.models, delta_reference=self.settings.delta_reference, precision=precision
+        )
         names = [module.name for module in self.modules]
-        scores = {name: log.known[name] for name in names if name in log.known}
+        # What was given, and what an earlier run measured beyond it.
+        scores = {} if self.scores is None else self._reused_scores()
+        scores |= {name: log.known[name] for name in names if name in log.known}
         if not self.settings.allow_nonfinite:
             for name, score in scores.items():
                 require_finite(name, score)
-        # Loading torch takes a while before the first score is there.
         tell(ProgressEvent("analysis", len(scores), len(names), ""))
-        for name, score in score_rows(
+        for name, score in analyze_rows(
             self.models,
             self.analysed,
-            known=scores.keys(),
+            known=scores,
             delta_reference=self.settings.delta_reference,
             device=self.settings.device,
-            allow_nonfinite=self.settings.allow_nonfinite,
+            precision=precision,
+            question=self.rule,
         ):
+            if not self.settings.allow_nonfinite:
+                require_finite(name, score)
             log.append(name, score)
             scores[name] = score
             tell(ProgressEvent("analysis", len(scores), len(names), name))
