@@ -105,15 +105,16 @@ def command(
     # After the writing: what was measured in an hour is not lost, and merge --scores judges it again.
     found = judge_scores(models, scores.modules, settings.delta_reference)
     warnings += refuse_or_warn(found.wrong, force=settings.force)
-    if html_file is not None:
-        page = AnalysisPage(models, pairing, scores, settings, Rule(threshold=threshold), warnings, output)
-        write_pieces(html_file, page.pieces())
     if plot_file is not None:
         write_plot(plot_file, pairing.rows, scores.modules, threshold=threshold)
     terminal.result(scores.to_json, _table(pairing.rows, scores.modules, threshold))
     terminal.say_some("note", pairing.notes, rest="-v prints them all")
     rounding = (rounding_warning(name, score) for name, score in scores.modules.items())
     said = [*(warning.message for warning in warnings), *(text for text in rounding if text is not None)]
+    if html_file is not None:
+        rule = Rule(threshold=threshold)
+        page = AnalysisPage(models, pairing, scores, settings, rule, SafemergeSettings, said, output)
+        write_pieces(html_file, page.pieces())
     terminal.say_some("warning", said, rest="-v prints them all")
     terminal.say(coverage_of(pairing.rows).sentence())
     terminal.say(f"{len(scores.modules)} modules analysed on {scores.device} in {scores.seconds:.1f} s")

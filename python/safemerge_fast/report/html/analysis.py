@@ -7,26 +7,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...analysis.rounding import rounding_warning
 from ...analysis.scores import Scores
 from ...checkpoint.model import Model
 from ...decision import Rule, decide
 from ...pairing.coverage import coverage_of
 from ...pairing.module import modules_of_rows
 from ...pairing.rows import Pairing
-from ...settings import Settings
+from ...settings import Settings, fields_of
 from ..environment import versions
 from ..modules import ModuleReport, measured
 from ..public_names import last_part
-from ..report import ModuleWarning
 from .columns import ModuleColumns
-from .head import head, roles, rule_record, sentences, summary, version_fact
+from .head import head, measurement_facts, roles, rule_record, sentences, summary, version_fact
 from .page import compose
 
 __all__ = ["AnalysisPage"]
 
 # What the command to copy needs so that it measures what the analysis did.
-_REPEATED = ("delta_reference", "include", "exclude", "expert_lora_layout")
+_REPEATED = (
+    "delta_reference",
+    "include",
+    "exclude",
+    "expert_lora_layout",
+    "estimator",
+    "failure",
+    "seed",
+    "resolution",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,8 @@ class AnalysisPage:
         scores: What was measured.
         settings: What was asked for.
         rule: The rule that the page begins with.
-        warnings: What to mistrust, besides rounding.
+        merge: The record of a merge's settings.
+        warnings: What to mistrust, in sentences.
         scores_file: Where the scores were written, if they were.
     """
 
@@ -48,7 +56,8 @@ class AnalysisPage:
     scores: Scores
     settings: Settings
     rule: Rule
-    warnings: Sequence[ModuleWarning] = ()
+    merge: type[Settings]
+    warnings: Sequence[str] = ()
     scores_file: Path | None = None
 
     def pieces(self) -> Iterator[bytes]:
@@ -58,24 +67,20 @@ class AnalysisPage:
         title = f"Safety-subspace analysis of {last_part(self.models['finetuned'].spec)}"
         facts = {
             "Device": scores.device,
-            "Estimator": scores.estimator,
-            "Probability that any interval misses": None if scores.failure is None else f"{scores.failure:g}",
-            "Seed": scores.seed,
+            **measurement_facts(columns, scores.estimator, scores.failure, scores.seed),
             "Seconds": f"{scores.seconds:.1f}",
             "Coverage": coverage_of(self.pairing.rows).sentence(),
             **version_fact(versions()),
         }
-        rounding = (rounding_warning(name, score) for name, score in scores.modules.items())
-        said = [*(warning.message for warning in self.warnings), *(text for text in rounding if text)]
         document = {
-            **head("analysis", title, facts, self.settings),
+            **head("analysis", title, facts, self.settings, merge=self.merge),
             "roles": roles(
                 {role: {**source, "model": self.models[role].spec} for role, source in scores.sources.items()}
             ),
             "reference": scores.delta_reference,
             "rule": rule_record(self.rule),
             "command": [self._command(), "-o repaired"],
-            "warnings": sentences(said),
+            "warnings": sentences(self.warnings),
             "notes": sentences(self.pairing.notes),
         }
         return compose(document, title=title, summary=summary(columns), modules=columns.pieces())
@@ -99,11 +104,10 @@ class AnalysisPage:
         for role in ("base", "aligned", "finetuned"):
             words += [f"--{role}", self.models[role].spec]
         words += ["--safe", "SAFE_MODEL"]
-        values = self.settings.to_dict()
-        defaults = {"delta_reference": "aligned", "expert_lora_layout": "peft"}
-        for name in _REPEATED:
-            if values.get(name) not in (None, defaults.get(name)):
-                words += [f"--{name.replace('_', '-')}", str(values[name])]
+        for field in fields_of(type(self.settings)):
+            value = getattr(self.settings, field.name)
+            if field.name in _REPEATED and value != field.default:
+                words += [f"--{field.name.replace('_', '-')}", str(value)]
         if self.scores_file is not None:
             words += ["--scores", str(self.scores_file)]
         return shlex.join(words)

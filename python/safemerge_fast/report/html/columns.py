@@ -50,6 +50,17 @@ class ModuleColumns:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def measured(self) -> int:
+        """How many have ρ."""
+        return sum(not math.isnan(rho) for rho in self._numbers["rho"])
+
+    @property
+    def estimated(self) -> int:
+        """How many have a ρ that is an estimate."""
+        ends = zip(self._numbers["rho_low"], self._numbers["rho_high"], strict=True)
+        return sum(low < high for low, high in ends)
+
     def share_of_update(self) -> float | None:
         """The share of Σ‖Δ‖² that lies in merged modules; None if nothing is known of Δ."""
         squares = [0.0 if math.isnan(norm) else norm * norm for norm in self._numbers["delta_norm"]]

@@ -12,7 +12,7 @@ from ...printable import printable
 from ...settings import Settings, fields_of
 from .columns import ModuleColumns
 
-__all__ = ["head", "roles", "rule_record", "sentences", "summary", "version_fact"]
+__all__ = ["head", "measurement_facts", "roles", "rule_record", "sentences", "summary", "version_fact"]
 
 _VERSION = 1
 
@@ -34,6 +34,7 @@ def head(
     facts: Mapping[str, Any],
     settings: Settings | None,
     public: Callable[[Any], Any] = lambda value: value,
+    merge: type[Settings] | None = None,
 ) -> dict[str, Any]:
     """The page's data but what belongs to its kind.
 
@@ -43,6 +44,7 @@ def head(
         facts: Names and values; those that are None are left out.
         settings: What was asked for, if it is a record.
         public: Makes a value of a setting fit to be published.
+        merge: The record of the settings of the merge that the page gives commands for.
     """
     values = {} if settings is None else settings.to_dict()
     return {
@@ -61,7 +63,7 @@ def head(
             # What belongs to one run, such as --resume, says nothing of the output.
             if field.setting.in_files and values.get(field.name) is not None
         ],
-        "offered": list(_offered()),
+        "offered": [] if merge is None else [*_offered(merge)],
         "roles": [],
         "warnings": [],
         "notes": [],
@@ -97,6 +99,18 @@ def rule_record(rule: Rule) -> dict[str, Any]:
     }
 
 
+def measurement_facts(
+    columns: ModuleColumns, estimator: str | None, failure: float | None, seed: int | None
+) -> dict[str, Any]:
+    """How ρ was measured, as facts; probability and seed say nothing where all of them are exact."""
+    estimated = columns.estimated
+    how = f"{columns.measured - estimated:,} exact, {estimated:,} estimated from random columns"
+    facts: dict[str, Any] = {"Estimator": estimator, "Values of ρ": how}
+    if estimated and failure is not None:
+        facts |= {"Probability that any interval misses": f"{failure:g}", "Seed": seed}
+    return facts
+
+
 def sentences(texts: Iterable[str]) -> list[str]:
     """Warnings and notes as a page shows them."""
     return [printable(text, _MOST) for text in texts]
@@ -114,14 +128,13 @@ def version_fact(found: Mapping[str, str]) -> dict[str, str]:
     return {"Versions": ", ".join(f"{name} {version}" for name, version in found.items())}
 
 
-def _offered() -> Iterator[str]:
-    """The kinds of rules that this program's merge knows, of those that the page can draw."""
+def _offered(merge: type[Settings]) -> Iterator[str]:
+    """The kinds of rules that a merge knows, of those that the page can draw, and what else it takes."""
     for kind, example in _KINDS.items():
         try:
             Rule(select=example)
         except SafemergeError:
             continue
         yield kind
-    for name in ("per_type", "modules"):
-        if hasattr(Rule(), name):
-            yield name
+    known = {field.name for field in fields_of(merge)}
+    yield from (name for name in ("per_type", "modules") if name in known)

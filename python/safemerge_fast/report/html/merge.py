@@ -15,7 +15,7 @@ from ..public_names import Public, last_part
 from ..report import ModuleWarning, Report
 from ..tensors import TensorReport
 from .columns import ModuleColumns
-from .head import head, roles, rule_record, sentences, summary, version_fact
+from .head import head, measurement_facts, roles, rule_record, sentences, summary, version_fact
 from .page import compose
 
 __all__ = ["report_page"]
@@ -40,8 +40,12 @@ def report_page(report: Report, models: Mapping[str, Model], rule: Rule) -> Iter
     title = f"Merge of {last_part(report.output)}"
     facts = {
         "Device": report.device,
-        "Estimator": getattr(settings, "estimator", None),
-        "Probability that any interval misses": getattr(settings, "failure", None),
+        **measurement_facts(
+            columns,
+            getattr(settings, "estimator", None),
+            getattr(settings, "failure", None),
+            getattr(settings, "seed", None) or 0,
+        ),
         "Seconds": ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items()),
         "Bytes": f"{report.bytes_read:,} read, {report.bytes_written:,} written",
         "Tensors": f"{len(report.tensors):,}, {report.merged:,} of them merged",
@@ -50,7 +54,7 @@ def report_page(report: Report, models: Mapping[str, Model], rule: Rule) -> Iter
         **version_fact(report.versions),
     }
     document = {
-        **head("merge", title, facts, settings, public),
+        **head("merge", title, facts, settings, public, type(settings)),
         "roles": roles(
             {role: {**source, "model": public(source["spec"])} for role, source in report.inputs.items()}
         ),

@@ -124,6 +124,15 @@ function setRule(rule, isNew, source) {
   });
 }
 
+// How many modules have an interval that the boundary lies in.
+function reachesAcross(rule) {
+  const axis = Object.values(AXES).find((found) => found.kind === rule.kind);
+  if (!axis || rule.byLayer) return 0;
+  let count = 0;
+  for (let i = 0; i < N; i++) count += axis.low(i) < rule.value && rule.value <= axis.high(i) ? 1 : 0;
+  return count;
+}
+
 function apply(fresh) {
   const { rule } = state;
   state.merged = decide(rule);
@@ -140,8 +149,10 @@ function apply(fresh) {
     added += state.merged[i] && !reported[i] ? 1 : 0;
     removed += !state.merged[i] && reported[i] ? 1 : 0;
   }
+  const open = reachesAcross(rule);
   const subject = DATA.kind === "merge" ? "what was merged" : "the rule that the report began with";
   $("difference").textContent = added || removed ? `Beside ${subject}: ${whole(added)} more, ${whole(removed)} fewer.` : `The same modules as ${subject}.`;
+  if (open) $("difference").append(` Of ${plural(open, "module")} the interval reaches across ${RULES[rule.kind].value}; a merge measures ${open === 1 ? "it" : "them"} further.`);
   $("command").textContent = shown(`${DATA.command[0]} ${commandWords(rule)} ${DATA.command[1]}`, 8000);
   if (fresh) drawCurve(rule);
   markCurve(rule);
@@ -171,10 +182,11 @@ async function copyCommand() {
   $("said").textContent = done ? "Copied." : "Selected; copy it with the keyboard.";
 }
 
-// One name a line; a list in JSON where a name holds a line break.
+// One name a line; a list in JSON where a line would not be read as the name that it is.
+const NO_LINE = /[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|^\s|\s$|^#|^$|\p{Cs}/u;
 function listOfModules() {
   const found = names.filter((_, i) => state.merged[i]);
-  return found.some((name) => /[\n\r]/.test(name)) ? { file: "modules.json", text: JSON.stringify(found, null, 1) } : { file: "modules.txt", text: found.map((name) => `${name}\n`).join("") };
+  return found.some((name) => NO_LINE.test(name)) ? { file: "modules.json", text: JSON.stringify(found, null, 1) } : { file: "modules.txt", text: found.map((name) => `${name}\n`).join("") };
 }
 
 function saveList() {
