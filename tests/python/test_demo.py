@@ -61,7 +61,8 @@ def test_the_scores_are_those_the_quartet_was_made_for(demo) -> None:
         delta = finetuned[name].double() - aligned[name].double()
         moved = v @ v.T @ delta
         rho = float((moved * delta).sum() / moved.norm() / delta.norm())
-        assert tensor["rho"] == pytest.approx(rho, abs=1e-5)
+        assert tensor["rho_low"] - 1e-5 <= rho <= tensor["rho_high"] + 1e-5
+        assert tensor["rho"] == pytest.approx(rho, rel=0.02)
         assert abs(rho - 0.35) > 0.03, f"{name}: a decision that hangs on rounding is a poor example"
 
 

@@ -84,6 +84,8 @@ def test_a_signal_while_a_module_is_imported(
     quartet: dict[str, Path], module: str, number: signal.Signals
 ) -> None:
     words = [word for role in ("base", "aligned", "finetuned") for word in (f"--{role}", quartet[role])]
+    # The exact analysis alone needs torch.
+    words += ["--estimator", "exact"]
     process = start(AT_IMPORT.format(module=module, number=int(number)), "analyze", *words)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr, stdout) == (130, "error: interrupted\n", "")
