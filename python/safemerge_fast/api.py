@@ -5,11 +5,14 @@ from __future__ import annotations
 from .recipes.base import entry
 from .recipes.check import CheckSettings, check_adapter
 from .recipes.fold import FoldSettings
+from .recipes.lox import LoxSettings
 from .recipes.preview import preview
 from .recipes.resta import RestaSettings
 from .recipes.run import carry_out, run
 from .recipes.safemerge.scoring import analyze_settings
 from .recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
+from .recipes.safety_vector import SafetyVectorSettings
+from .recipes.shrink import ShrinkSettings
 from .recipes.verify import VerifySettings, verify_output
 from .recipes.wise_ft import WiseFtSettings
 from .report.report import Report
@@ -23,10 +26,13 @@ __all__ = [
     "analyze",
     "check",
     "fold",
+    "lox",
     "merge",
     "preview",
     "resta",
     "run",
+    "safety_vector",
+    "shrink",
     "verify",
     "wise_ft",
 ]
@@ -61,6 +67,29 @@ resta = entry(
 
 wise_ft = entry(
     WiseFtSettings, carry_out, "wise_ft", "Averages a fine-tuned model with the aligned one." + _RETURNS
+)
+
+shrink = entry(
+    ShrinkSettings,
+    carry_out,
+    "shrink",
+    "Makes the update of a fine-tuned model's matrices smaller: the control that needs no safe model."
+    + _RETURNS,
+)
+
+lox = entry(
+    LoxSettings,
+    carry_out,
+    "lox",
+    "Extrapolates the largest directions of what alignment changed (LoX); needs torch." + _RETURNS,
+)
+
+safety_vector = entry(
+    SafetyVectorSettings,
+    carry_out,
+    "safety_vector",
+    "Takes the largest directions of the fine-tuning update back towards the aligned model; needs torch."
+    + _RETURNS,
 )
 
 analyze = entry(

@@ -127,6 +127,20 @@ SAFEMERGE = {
     **ANALYSED,
     **FORCE,
 }
+SELECTED = {name: ANALYSED[name] for name in ("include", "exclude")}
+
+
+def factors(*, kappa: float, rank: int) -> dict[str, Known]:
+    """Settings of recipes that decompose matrices."""
+    return {
+        "kappa": Known(kappa, -0.25, (-10.1, 10.1, *NUMBERS)),
+        "rank": Known(rank, 3, (0, -1, None, *WHOLE)),
+        "iterations": Known(100, 7, (0, 1001, None, *WHOLE)),
+        **SELECTED,
+        "device": ANALYSED["device"],
+    }
+
+
 RECIPES: dict[str, dict[str, Known]] = {
     "safemerge": SAFEMERGE,
     "fold": {"model": MODEL, "adapter": MODEL, **RUN, **SHAPE, "untie": WHOLE_MODEL["untie"]},
@@ -147,6 +161,34 @@ RECIPES: dict[str, dict[str, Known]] = {
         "finetuned": MODEL,
         **RUN,
         "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
+        **SHAPE,
+        **WHOLE_MODEL,
+        **FORCE,
+    },
+    "shrink": {
+        "aligned": MODEL,
+        "finetuned": MODEL,
+        **RUN,
+        "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
+        **SELECTED,
+        **SHAPE,
+        **WHOLE_MODEL,
+        **FORCE,
+    },
+    "lox": {
+        "base": MODEL,
+        "aligned": MODEL,
+        **RUN,
+        **factors(kappa=1.0, rank=6),
+        **SHAPE,
+        "untie": WHOLE_MODEL["untie"],
+        **FORCE,
+    },
+    "safety-vector": {
+        "aligned": MODEL,
+        "finetuned": MODEL,
+        **RUN,
+        **factors(kappa=0.5, rank=16),
         **SHAPE,
         **WHOLE_MODEL,
         **FORCE,
@@ -179,6 +221,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Known]]] = {
     "fold": (safemerge_fast.fold, RECIPES["fold"]),
     "resta": (safemerge_fast.resta, RECIPES["resta"]),
     "wise_ft": (safemerge_fast.wise_ft, RECIPES["wise-ft"]),
+    "shrink": (safemerge_fast.shrink, RECIPES["shrink"]),
+    "lox": (safemerge_fast.lox, RECIPES["lox"]),
+    "safety_vector": (safemerge_fast.safety_vector, RECIPES["safety-vector"]),
     "analyze": (safemerge_fast.analyze, ANALYSIS),
     "check": (safemerge_fast.check, CHECK),
     "verify": (safemerge_fast.verify, VERIFY),
@@ -251,7 +296,7 @@ def test_models_may_be_given_by_position_and_the_rest_by_name(owner: str) -> Non
     parameters = inspect.signature(function).parameters.values()
     keyword_only = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     models = [name for name, known in table.items() if known is MODEL or name == "safe"]
-    if owner in ("merge", "fold", "resta", "wise_ft"):
+    if owner not in ("analyze", "check", "verify"):
         assert keyword_only == {*table, "progress"} - set(models)
     assert [parameter.name for parameter in parameters][: len(models)] == models
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from ..decision import Decision
 from ..pairing.module import Module, slices_of
 from ..pairing.row import Row
 from ..pairing.view import View
-from .blend import Blend
 from .methods import known_methods
 from .operation import Operation
 
-__all__ = ["Piece", "Pieces", "compose_row"]
+__all__ = ["Composer", "Piece", "Pieces", "compose_row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,19 @@ class Pieces:
         return f"by expert: {'; '.join(kinds)}"
 
 
+class Composer(Protocol):
+    """Says what modules are made of, as Blend does."""
+
+    @property
+    def kept(self) -> str:
+        """The role that modules come from which are not merged."""
+
+    def compose(self, subject: Row | Module, decision: Decision) -> Operation:
+        """What a tensor, or a module as a piece of its tensor, is made of."""
+
+
 def compose_row(
-    blend: Blend, row: Row, decisions: Mapping[str, Decision] | Callable[[Row], Decision]
+    blend: Composer, row: Row, decisions: Mapping[str, Decision] | Callable[[Row], Decision]
 ) -> Operation | Pieces:
     """Says what a row's tensor is made of.
 

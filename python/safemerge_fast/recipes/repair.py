@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
+
+import msgspec
 
 from ..checkpoint.model import FLOATS, Model
 from ..decision import Decision
 from ..errors import PairingError
+from ..pairing.coverage import why_nothing_is_analysed
 from ..pairing.missing import FILLED
 from ..pairing.row import Row
 from ..pairing.rows import pair
@@ -21,9 +25,22 @@ from .role_check import refuse_or_warn, same_models
 from .roles import access_of, open_roles, shape_of_repair
 from .shape import OutputShape
 
-__all__ = ["RepairJob"]
+__all__ = ["RepairJob", "Selected"]
 
 _Settings = TypeVar("_Settings", bound=RunSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """Which matrices are changed: those that an analysis would look at.
+
+    Attributes:
+        include: Regular expression on names of tensors that are changed too.
+        exclude: Regular expression on names of tensors that are left alone.
+    """
+
+    include: str | None
+    exclude: str | None
 
 
 class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
@@ -31,11 +48,21 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
 
     Attributes:
         changed: What is done to a tensor, in words for the report.
+        chosen: Names of the tensors that may be changed; None where all may.
     """
 
     changed: str = ""
+    chosen: frozenset[str] | None = None
 
-    def open(self, settings: _Settings, roles: Mapping[str, str], shape: OutputShape, *, force: bool) -> None:
+    def open(
+        self,
+        settings: _Settings,
+        roles: Mapping[str, str],
+        shape: OutputShape,
+        *,
+        force: bool,
+        selected: Selected | None = None,
+    ) -> None:
         """Opens the models and pairs their tensors; only headers are read.
 
         Args:
@@ -43,6 +70,7 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
             roles: What was given for each role.
             shape: What the output's tensors and files are like.
             force: Whether two roles may be one model.
+            selected: The matrices that are changed; None changes every tensor.
 
         Raises:
             CheckpointError: A model cannot be found, read or trusted.
@@ -53,12 +81,32 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
         self.settings = settings
         self.models = open_roles(roles, access_of(settings))
         self.warnings = refuse_or_warn(same_models(self.models, force=force), force=force)
-        pairing = pair(self.models, analyse=False, missing=shape.missing, untie=shape.untie)
+        pairing = pair(
+            self.models,
+            include=None if selected is None else selected.include,
+            exclude=None if selected is None else selected.exclude,
+            analyse=selected is not None,
+            missing=shape.missing,
+            untie=shape.untie,
+        )
         self.rows, self.unused, self.notes = pairing.rows, pairing.unused, pairing.notes
+        if selected is not None:
+            self.chosen = frozenset(row.name for row in self.rows if row.analysed)
+            if not self.chosen:
+                raise PairingError(f"nothing to change: {why_nothing_is_analysed(self.rows)}")
+            # Nothing of them is measured.
+            self.rows = tuple(
+                msgspec.structs.replace(row, analysed=False) if row.analysed else row for row in self.rows
+            )
         self.config = pairing.config
         self.dtype, self.max_shard_size, self.encode = shape.dtype, shape.max_shard_size, shape.encode
         if not any(self.decision(row).merge for row in self.rows):
             raise PairingError("no tensor is in all of the models; give models of one architecture")
+
+    @property
+    def merging(self) -> int:
+        """How many tensors are changed."""
+        return sum(self.decision(row).merge for row in self.rows)
 
     def blend(self) -> Blend:
         """What a tensor that is changed is made of."""
@@ -90,4 +138,6 @@ class RepairJob(PlannedJob[_Settings], Generic[_Settings]):
             return Decision(False, f"{row.dtype} cannot be averaged: kept")
         if missing := [role for role in self.models if not row.has(role)]:
             return Decision(False, f"not in {missing[0]} with this shape: kept")
+        if self.chosen is not None and row.name not in self.chosen:
+            return Decision(False, f"{row.reason}: kept")
         return Decision(True, self.changed)

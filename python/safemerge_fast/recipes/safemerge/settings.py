@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Literal
 
 from ...decision import Rule
 from ...errors import SafemergeError, SettingError
-from ...patterns import compile_pattern
 from ...plan.methods import known_methods, summing_method, weighing_methods
 from ...settings import (
     AllowNonfinite,
@@ -21,14 +20,11 @@ from ...settings import (
     Setting,
     Settings,
 )
+from ..analysed import Device, Exclude, Include
 from ..roles import Aligned, Base, Finetuned
 from ..shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 
 __all__ = ["AnalysisSettings", "SafemergeSettings"]
-
-
-def _check_pattern(text: str) -> None:
-    compile_pattern("it", text, SettingError)
 
 
 def _check_select(text: str) -> None:
@@ -41,24 +37,6 @@ def _check_select(text: str) -> None:
 DeltaReference = Annotated[
     Literal["aligned", "base"],
     Setting("The model that the update Δ is taken against; against base it contains V, and ρ rises."),
-]
-Include = Annotated[
-    str | None,
-    Setting(
-        "Analyse these tensors too, if they are 2-D and float.",
-        kind=Kind.PATTERN,
-        metavar="REGEX",
-        check=_check_pattern,
-    ),
-]
-Exclude = Annotated[
-    str | None,
-    Setting(
-        "Leave these tensors out of the analysis.", kind=Kind.PATTERN, metavar="REGEX", check=_check_pattern
-    ),
-]
-Device = Annotated[
-    str, Setting("Where the analysis computes.", metavar="auto|cpu|cuda[:N]|mps", decides=False)
 ]
 
 
