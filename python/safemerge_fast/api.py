@@ -9,6 +9,7 @@ from .recipes.lox import LoxSettings
 from .recipes.preview import preview
 from .recipes.resta import RestaSettings
 from .recipes.run import carry_out, run
+from .recipes.safe_lora.settings import SafeLoraSettings
 from .recipes.safemerge.scoring import analyze_settings
 from .recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
 from .recipes.safety_vector import SafetyVectorSettings
@@ -31,6 +32,7 @@ __all__ = [
     "preview",
     "resta",
     "run",
+    "safe_lora",
     "safety_vector",
     "shrink",
     "verify",
@@ -90,6 +92,13 @@ safety_vector = entry(
     "safety_vector",
     "Takes the largest directions of the fine-tuning update back towards the aligned model; needs torch."
     + _RETURNS,
+)
+
+safe_lora = entry(
+    SafeLoraSettings,
+    carry_out,
+    "safe_lora",
+    "Projects updates that left the safety subspace onto it (Safe LoRA); needs torch." + _RETURNS,
 )
 
 analyze = entry(

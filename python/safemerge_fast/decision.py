@@ -27,6 +27,7 @@ class Rule:
         granularity: "module", or "layer": the mean ρ of a layer's modules decides for all of them.
         on_undefined: "merge" or "keep" modules that have no ρ (V or Δ is zero).
         others: "keep" or "merge" tensors that are not analysed.
+        inclusive: Whether a ρ that equals the threshold is below it, as Safe LoRA has it.
 
     Raises:
         AnalysisError: A value is not one of those above.
@@ -37,6 +38,7 @@ class Rule:
     granularity: str = "module"
     on_undefined: str = "merge"
     others: str = "keep"
+    inclusive: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -175,7 +177,11 @@ def _verdicts(
         verdicts[unit] = Decision(merge, f"{'merged' if merge else 'kept'}: ρ is undefined, {why}")
     count = rule.count(len(rhos))
     if count is None:
-        lowest = {unit for unit, rho in rhos.items() if rho < rule.threshold}
+        lowest = {
+            unit
+            for unit, rho in rhos.items()
+            if rho < rule.threshold or (rule.inclusive and rho == rule.threshold)
+        }
     else:
         lowest = set(sorted(rhos, key=lambda unit: (rhos[unit], unit))[:count])
     for unit, rho in rhos.items():
@@ -183,7 +189,8 @@ def _verdicts(
         subject = "ρ" if len(units[unit]) == 1 else f"mean ρ of {unit}"
         if count is None:
             left, right = _digits(rho, rule.threshold)
-            test = f"{subject} {left} {'<' if merge else '≥'} {right}"
+            below, above = ("≤", ">") if rule.inclusive else ("<", "≥")
+            test = f"{subject} {left} {below if merge else above} {right}"
         else:
             test = (
                 f"{subject} {rho:.3g} {'is' if merge else 'is not'} among the {count} lowest of {len(rhos)}"

@@ -30,7 +30,7 @@ from safemerge_fast import (
     shrink,
     verify,
 )
-from safemerge_fast.analysis import truncated_svd
+from safemerge_fast.analysis import products, truncated_svd
 from safemerge_fast.execution import derived
 from safemerge_fast.recipes.lox import LoxSettings
 from safemerge_fast.recipes.safety_vector import SafetyVectorSettings
@@ -100,7 +100,7 @@ def test_lox_is_its_formula(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: int, held: int
 ) -> None:
     monkeypatch.setattr(truncated_svd, "DENSE", dense)
-    monkeypatch.setattr(truncated_svd, "HELD", held)
+    monkeypatch.setattr(products, "HELD", held)
     monkeypatch.setattr(truncated_svd, "OVERSAMPLING", 6)
     report = lox(models["base"], models["aligned"], output=tmp_path / "out", kappa=0.7, rank=4)
     base, aligned = weights(models, "base"), weights(models, "aligned")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..pairing.operand import LowRank
     from ..pairing.row import Row
 
-__all__ = ["analyze_rows"]
+__all__ = ["analyze_rows", "low_rank_update"]
 
 
 def analyze_rows(
@@ -58,7 +58,7 @@ def analyze_rows(
     from .device import resolve_device
 
     resolved = resolve_device(device)
-    products = {module.name: _low_rank_update(module, delta_reference) for module in analysed}
+    products = {module.name: low_rank_update(module, delta_reference) for module in analysed}
 
     def scores() -> Iterator[tuple[str, Score]]:
         low_rank = _score_low_rank(
@@ -79,7 +79,7 @@ def analyze_rows(
     return scores()
 
 
-def _low_rank_update(module: Module, delta_reference: str) -> tuple[LowRank, ...]:
+def low_rank_update(module: Module, delta_reference: str) -> tuple[LowRank, ...]:
     """The products that Δ is the sum of; none if it is anything else."""
     terms = module.terms
     finetuned = terms["finetuned"]

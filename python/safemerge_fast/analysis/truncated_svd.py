@@ -9,7 +9,7 @@ small, and says how much that is where it has to give up.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import torch
 from ..errors import AnalysisError
 from .blocks import Difference, Matrix, Workspace, open_matrix
 from .device import full_float32, resolve_device
+from .products import HELD, Products
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
@@ -30,9 +31,6 @@ OVERSAMPLING = 16
 
 DENSE = 192
 """Matrices whose smaller side is not longer are decomposed whole, in float64."""
-
-HELD = 64 << 20
-"""Elements of V that are kept in memory; a larger one is read again for each product."""
 
 MOST_BYTES = 4 * HELD + 3 * 4 * (4 << 20)
 """What it takes beside torch, about."""
@@ -101,7 +99,7 @@ def truncate(
     terms = module.terms
     tensors = [open_matrix(models, role, module.name, terms[role]) for role in (minuend, subtrahend)]
     difference = Difference(workspace, *tensors, transposed=module.transposed)
-    products = _Products(difference, module.transposed, workspace)
+    products = Products(difference, transposed=module.transposed, workspace=workspace)
     smaller = min(difference.shape)
     with full_float32(workspace.device):
         if smaller <= max(DENSE, 2 * (rank + OVERSAMPLING)) and products.is_held:
@@ -123,7 +121,7 @@ def _dense(v: torch.Tensor, rank: int, difference: Difference) -> Truncation | N
     return Truncation(b, vt[:rank].float(), s[:rank], difference.squares, 0.0)
 
 
-def _iterated(products: _Products, rank: int, iterations: int, difference: Difference) -> Truncation | None:
+def _iterated(products: Products, rank: int, iterations: int, difference: Difference) -> Truncation | None:
     """By the range finder. Products are float32; what keeps columns orthonormal is float64."""
     d_out, d_in = difference.shape
     width = min(rank + OVERSAMPLING, d_out, d_in)
@@ -183,54 +181,6 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
     # What is not finite is found out by the norm of V.
     basis: torch.Tensor = torch.linalg.qr(torch.nan_to_num(double)).Q
     return basis
-
-
-class _Products:
-    """Products with V and its transpose, by blocks that are read again each time, or kept if V is not large."""
-
-    def __init__(self, difference: Difference, transposed: bool, workspace: Workspace) -> None:
-        self._difference = difference
-        self._transposed = transposed
-        self._workspace = workspace
-        self._read = False
-        self._held: torch.Tensor | None = None
-        self.is_held = math.prod(difference.shape) <= HELD
-
-    def whole(self) -> torch.Tensor:
-        """V, for one that is kept."""
-        if self._held is None:
-            d_out, d_in = self._difference.shape
-            self._held = self._difference.block(slice(0, d_out), slice(0, d_in), "held")
-        return self._held
-
-    def image(self, columns: torch.Tensor) -> torch.Tensor:
-        """V·X."""
-        columns = columns.float().to(self._workspace.device)
-        result = torch.zeros(self._difference.shape[0], columns.shape[1], device=columns.device)
-        for rows, inner, block in self._blocks():
-            result[rows].addmm_(block, columns[inner])
-        return result
-
-    def returned(self, columns: torch.Tensor) -> torch.Tensor:
-        """Vᵀ·Y."""
-        columns = columns.float().to(self._workspace.device)
-        result = torch.zeros(self._difference.shape[1], columns.shape[1], device=columns.device)
-        for rows, inner, block in self._blocks():
-            result[inner].addmm_(block.T, columns[rows])
-        return result
-
-    def _blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Blocks that cover V, with their rows and columns; as it is stored, so that reading is in order."""
-        d_out, d_in = self._difference.shape
-        every_row, every_column = slice(0, d_out), slice(0, d_in)
-        if self.is_held:
-            yield every_row, every_column, self.whole()
-            return
-        extent, across = (d_in, d_out) if self._transposed else (d_out, d_in)
-        for part in self._workspace.blocks(extent, across):
-            rows, columns = (every_row, part) if self._transposed else (part, every_column)
-            yield rows, columns, self._difference.block(rows, columns, "block", norms=not self._read)
-        self._read = True
 
 
 def _why_not_finite(name: str, tensors: list[Matrix], workspace: Workspace) -> str:

@@ -290,8 +290,9 @@ class CheckpointContents:
 
         return TensorReports(plan.count, make)
 
-    def adapter(self) -> None:
+    def adapter(self) -> Mapping[str, Any] | None:
         """It is none."""
+        return None
 
     def notes(self) -> Sequence[str]:
         """The remarks, and whether there is a configuration."""
