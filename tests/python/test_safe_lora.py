@@ -1,4 +1,4 @@
-"""Safe LoRA against its formula in float64: adapters, full fine-tunes, tall and wide, the rule, resumed and verified."""
+"""Safe LoRA against its formula in float64: adapters, full fine-tunes, tall and wide, the rule, resumed, verified."""
 
 from __future__ import annotations
 
