@@ -11,7 +11,8 @@ import argparse
 import random
 from pathlib import Path
 
-from safemerge_fast.analysis.scores import Score, Scores, describe_source
+from safemerge_fast.analysis.score import Score
+from safemerge_fast.analysis.scores import Scores, describe_source
 from safemerge_fast.checkpoint.model import open_model
 from safemerge_fast.pairing.rows import pair
 

@@ -12,7 +12,8 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from ._engine import __version__ as __version__
-    from .analysis.scores import Score, Scores
+    from .analysis.score import Score
+    from .analysis.scores import Scores
     from .api import (
         FoldConfiguration,
         FoldReport,
@@ -96,7 +97,7 @@ _HOMES = {
     "Preview": "recipes.preview",
     "ProgressEvent": "progress",
     "Report": "report.report",
-    "Score": "analysis.scores",
+    "Score": "analysis.score",
     "Scores": "analysis.scores",
     "VerifyReport": "recipes.verify",
 }

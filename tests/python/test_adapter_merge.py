@@ -24,7 +24,8 @@ from safemerge_fast import (
     preview,
     verify,
 )
-from safemerge_fast.analysis.scores import Score, Scores
+from safemerge_fast.analysis.score import Score
+from safemerge_fast.analysis.scores import Scores
 from safemerge_fast.checkpoint.adapter import open_source
 from safemerge_fast.checkpoint.model import open_model
 from safemerge_fast.pairing.rows import pair

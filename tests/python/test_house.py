@@ -50,6 +50,7 @@ RUST_STAGES = (
     "writer",
     "merge",
     "difference",
+    "sketch",
     "bindings",
 )
 MOST_LINES = 450

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from safemerge_fast.analysis.scores import Score, Scores, describe_source
+from safemerge_fast.analysis.score import Score
+from safemerge_fast.analysis.scores import Scores, describe_source
 from safemerge_fast.checkpoint.model import open_model
 
 SHAPE = (16384, 32768)

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from safemerge_fast import AnalysisError, OutputError, Report, SafemergeError, merge
 from safemerge_fast._engine import file_digest
-from safemerge_fast.analysis.scores import Score
+from safemerge_fast.analysis.score import Score
 from safemerge_fast.checkpoint.model import open_model
 from safemerge_fast.documents import write_document
 from safemerge_fast.pairing.rows import pair

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from safemerge_fast import RoleError, analyze, merge, preview, resta, wise_ft
 from safemerge_fast.analysis.roles import judge_roles
-from safemerge_fast.analysis.scores import Score, Scores
+from safemerge_fast.analysis.score import Score
+from safemerge_fast.analysis.scores import Scores
 from safemerge_fast.checkpoint.adapter import open_source
 from safemerge_fast.checkpoint.identical import same_weights
 from safemerge_fast.recipes.safemerge.settings import SafemergeSettings

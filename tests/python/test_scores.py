@@ -22,13 +22,26 @@ from safemerge_fast.analysis.rounding import (
     rounding_warning,
     v_rounding,
 )
-from safemerge_fast.analysis.scores import Score, Scores, describe_source
+from safemerge_fast.analysis.score import Score
+from safemerge_fast.analysis.scores import Scores, describe_source
 from safemerge_fast.checkpoint.model import Model, open_model
 from safemerge_fast.errors import AnalysisError
 
 SCORES = Scores(
     modules={
-        "a.weight": Score(0.25, 0.7071, 1.5, 0.5, 20.0, 0.0289, None, cos_v_delta=-0.125),
+        "a.weight": Score(
+            0.25,
+            0.7071,
+            1.5,
+            0.5,
+            20.0,
+            0.0289,
+            None,
+            cos_v_delta=-0.125,
+            rho_low=0.24,
+            rho_high=0.26,
+            columns=32,
+        ),
         "b.weight": Score(None, None, 0.0, 0.5, 20.0, math.nan, "V is zero"),
         "c.weight": Score(
             None, None, math.inf, 0.5, 20.0, math.nan, "non-finite values in base tensor c.weight"
@@ -54,7 +67,7 @@ def test_json_brings_back_what_it_was_given() -> None:
     assert read.modules["b.weight"].undefined == "V is zero"
     assert math.isnan(read.modules["b.weight"].v_rounding)
     assert math.isnan(read.modules["c.weight"].v_norm)
-    assert (read.delta_reference, read.device, read.seconds, read.version) == ("aligned", "cpu", 1.5, 1)
+    assert (read.delta_reference, read.device, read.seconds, read.version) == ("aligned", "cpu", 1.5, 2)
     assert read.sources == SCORES.sources
 
 
@@ -64,6 +77,20 @@ def test_scores_of_early_versions_have_no_cosine() -> None:
     assert read.modules["a.weight"].rho == 0.25
 
 
+def test_scores_of_version_1_are_exact() -> None:
+    document = json.loads(SCORES.to_json())
+    document["version"] = 1
+    for field in ("estimator", "failure", "seed"):
+        del document[field]
+    for score in document["modules"].values():
+        for field in ("rho_low", "rho_high", "columns", "null_sd"):
+            del score[field]
+    read = Scores.from_json(json.dumps(document))
+    score = read.modules["a.weight"]
+    assert (score.rho_low, score.rho, score.rho_high, score.columns) == (0.25, 0.25, 0.25, 0)
+    assert (read.estimator, read.failure, read.seed) == ("exact", None, None)
+
+
 def test_json_is_strict() -> None:
     """No NaN or Infinity, which other languages refuse to read."""
 
@@ -71,7 +98,7 @@ def test_json_is_strict() -> None:
         raise AssertionError(constant)
 
     document = json.loads(SCORES.to_json(), parse_constant=refuse)
-    assert document["version"] == 1
+    assert document["version"] == 2
     assert document["modules"]["b.weight"]["v_rounding"] is None
 
 
@@ -91,7 +118,7 @@ def change(path: tuple[str, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
-        (("version",), 2, r"version should be 1, not 2"),
+        (("version",), 3, r"version should be 1 or 2, not 3"),
         (("version",), ..., r"has no 'version'"),
         (("modules",), [], r"modules should be an object"),
         (("surprise",), 1, r"unknown 'surprise'"),
@@ -104,6 +131,11 @@ def change(path: tuple[str, ...], value: Any) -> str:
         (("modules", "a.weight", "v_norm"), ..., r"a\.weight has no 'v_norm'"),
         (("modules", "a.weight", "cos_v_delta"), 1.5, r"cos_v_delta of a\.weight should be from -1 to 1"),
         (("modules", "a.weight", "cos_v_delta"), "0", r"cos_v_delta of a\.weight should be a finite number"),
+        (("modules", "a.weight", "rho_low"), 0.3, r"the interval of a\.weight should be around rho"),
+        (("modules", "a.weight", "columns"), 1.5, r"columns of a\.weight should be a whole number"),
+        (("estimator",), "guess", r"estimator should be auto, sketch, exact"),
+        (("failure",), 1, r"failure should be between 0 and 1"),
+        (("seed",), -1, r"seed should be a whole number"),
         (("modules", "a.weight", "extra"), 1, r"a\.weight has an unknown 'extra'"),
         (("modules", "b.weight", "undefined"), 0, r"undefined of b\.weight should be a string or null"),
         (("modules", "b.weight"), 0.3, r"b\.weight should be an object"),

@@ -190,6 +190,7 @@ RECIPES: dict[str, dict[str, Known]] = {
         "finetuned": MODEL,
         **RUN,
         **{name: SAFEMERGE[name] for name in ("select", "scores", "output_format")},
+        "estimator": Known("auto", "exact", ("guess", 1, None)),
         "threshold": Known(0.35, 0.5, (-0.01, 1.01, *NUMBERS)),
         **SELECTED,
         "device": ANALYSED["device"],

@@ -22,7 +22,7 @@ import torch
 from .blocks import Difference, Matrix, Workspace, open_matrix
 from .device import full_float32
 from .rounding import v_rounding
-from .scores import Score, Undefined, signed_cosine
+from .score import Score, Undefined, signed_cosine
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model

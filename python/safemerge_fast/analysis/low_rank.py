@@ -30,7 +30,7 @@ import torch
 from .blocks import Difference, Matrix, Workspace, open_matrix, read_tensor
 from .device import full_float32
 from .rounding import v_rounding
-from .scores import Score, Undefined, signed_cosine
+from .score import Score, Undefined, signed_cosine
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model

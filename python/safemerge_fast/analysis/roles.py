@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .scores import Score
+from .score import Score
 
 __all__ = ["MOST_COSINE", "MOST_OVERLAP", "OTHER_MODEL", "RoleFindings", "judge_roles"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .scores import Score
+from .score import Score
 
 __all__ = ["ROUNDING_WARNING", "relative_rounding", "rounding_warning", "v_rounding"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 from .. import _engine
-from ..analysis.scores import Score
+from ..analysis.score import Score
 from ..checkpoint.model import Model
 from ..decision import Decision
 from ..execution.companions import companion_files, configuration_file

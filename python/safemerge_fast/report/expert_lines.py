@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..analysis.scores import Score
+from ..analysis.score import Score
 from ..pairing.module import Module
 
 __all__ = ["ExpertLine", "lines"]

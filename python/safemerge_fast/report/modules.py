@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-from ..analysis.scores import Score
+from ..analysis.score import Score
 from ..decision import Decision
 from ..pairing.module import modules_of
 from ..pairing.row import Row
@@ -16,10 +16,20 @@ __all__ = ["NOT_MEASURED", "ModuleRecords", "ModuleReport", "measured", "module_
 
 Column = tuple[float | None, ...]
 Measured = tuple[
-    float | None, float | None, float | None, float | None, float | None, float | None, float | None
+    float | None,
+    float | None,
+    float | None,
+    float | None,
+    float | None,
+    float | None,
+    float | None,
+    float | None,
+    float | None,
+    int | None,
+    float | None,
 ]
 
-NOT_MEASURED: Measured = (None, None, None, None, None, None, None)
+NOT_MEASURED: Measured = (None, None, None, None, None, None, None, None, None, None, None)
 """What measured gives, of what was not."""
 
 
@@ -39,6 +49,10 @@ class ModuleReport(msgspec.Struct, frozen=True, gc=False):
         weight_norm: ‖W_aligned‖ (Frobenius).
         v_rounding: Relative error of V that the dtypes' rounding predicts.
         cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖).
+        rho_low: Lower end of the interval that holds ρ; ρ where that is exact.
+        rho_high: Upper end of it.
+        columns: Random columns that ρ was estimated from; 0 where it is exact.
+        null_sd: Standard deviation of log ρ by chance.
     """
 
     name: str
@@ -53,6 +67,10 @@ class ModuleReport(msgspec.Struct, frozen=True, gc=False):
     weight_norm: float | None = None
     v_rounding: float | None = None
     cos_v_delta: float | None = None
+    rho_low: float | None = None
+    rho_high: float | None = None
+    columns: int | None = None
+    null_sd: float | None = None
 
 
 class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -73,6 +91,10 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         weight_norm: Likewise.
         v_rounding: Likewise.
         cos_v_delta: Likewise.
+        rho_low: Likewise.
+        rho_high: Likewise.
+        columns: Likewise.
+        null_sd: Likewise.
     """
 
     prefix: str
@@ -87,6 +109,10 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     weight_norm: Column = ()
     v_rounding: Column = ()
     cos_v_delta: Column = ()
+    rho_low: Column = ()
+    rho_high: Column = ()
+    columns: tuple[int | None, ...] = ()
+    null_sd: Column = ()
 
     def reports(self, layer: str | None) -> Iterator[ModuleReport]:
         """The modules one by one; they belong to the tensor's layer."""
@@ -98,6 +124,10 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
             self.weight_norm,
             self.v_rounding,
             self.cos_v_delta,
+            self.rho_low,
+            self.rho_high,
+            self.columns,
+            self.null_sd,
         )
         for place, (merged, reason) in enumerate(zip(self.merged, self.reason, strict=True)):
             expert, part = divmod(place, len(self.parts))
@@ -107,7 +137,7 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
                 layer,
                 merged,
                 reason,
-                *(column[place] if column else None for column in columns),
+                *(column[place] if column else None for column in columns),  # type: ignore[arg-type]
             )
 
 
@@ -151,6 +181,10 @@ def measured(score: Score) -> Measured:
         _finite(score.weight_norm),
         _finite(score.v_rounding),
         _finite(score.cos_v_delta),
+        _finite(score.rho_low),
+        _finite(score.rho_high),
+        score.columns,
+        _finite(score.null_sd),
     )
 
 

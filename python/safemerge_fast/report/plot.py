@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.scores import Score
+from ..analysis.score import Score
 from ..errors import AnalysisError, OutputError
 from ..pairing.module import modules_of_rows
 from ..pairing.row import Row

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, overload
 
 import msgspec
 
-from ..analysis.scores import Score
+from ..analysis.score import Score
 from ..decision import Decision
 from ..pairing.row import Row
 from ..plan.operation import Operation
@@ -46,6 +46,10 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         weight_norm: ‖W_aligned‖ (Frobenius); None where not analysed.
         v_rounding: Relative error of V that the dtypes' rounding predicts; None if not analysed, or V is 0.
         cos_v_delta: ⟨V, Δ⟩ / (‖V‖ ‖Δ‖); None where not analysed or undefined.
+        rho_low: Lower end of the interval that holds ρ; ρ where that is exact, None where there is none.
+        rho_high: Upper end of it.
+        columns: Random columns that ρ was estimated from; 0 where it is exact, None where not analysed.
+        null_sd: Standard deviation of log ρ by chance; None where not analysed or undefined.
         encoding: How it is stored, in words, if it is quantised.
         survival: Of a tensor that was quantised again, the share of its change that is stored,
             ‖Q(W') - W‖ / ‖W' - W‖; None where nothing was, or nothing was to change.
@@ -70,6 +74,10 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     weight_norm: float | None = None
     v_rounding: float | None = None
     cos_v_delta: float | None = None
+    rho_low: float | None = None
+    rho_high: float | None = None
+    columns: int | None = None
+    null_sd: float | None = None
     encoding: str | None = None
     survival: float | None = None
     modules: ModuleRecords | None = None
@@ -94,6 +102,10 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
             self.weight_norm,
             self.v_rounding,
             self.cos_v_delta,
+            self.rho_low,
+            self.rho_high,
+            self.columns,
+            self.null_sd,
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...analysis.scores import Score
+from ...analysis.score import Score
 from ...checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from ...checkpoint.adapter_config import ADAPTER_CONFIG
 from ...documents import read_bytes

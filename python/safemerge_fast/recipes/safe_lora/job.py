@@ -8,11 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from ... import _engine
-from ...analysis import low_rank_update
-from ...analysis.scores import Score, Scores, read_scores
+from ...analysis import analyze_rows, low_rank_update
+from ...analysis.accelerator import device_name
+from ...analysis.precision import Precision
+from ...analysis.score import Score
+from ...analysis.scores import Scores, read_scores
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
-from ...decision import Decision, decide, decision_of
+from ...decision import Decision, decide, decision_of, uncertified
 from ...errors import AdapterError, AnalysisError, PlanError
 from ...execution.companions import companion_files
 from ...execution.derived import DERIVED, DERIVED_DIRECTORY, DerivedTensors, Outline, Shapes, derived_bytes
@@ -33,7 +36,7 @@ from ..base import CheckpointContents, Contents, Job, Measurement
 from ..role_check import refuse_or_warn
 from ..roles import access_of, open_roles, shape_of_repair
 from ..safemerge.evidence import ScoreLog
-from ..safemerge.scoring import device_name, judge_scores, require_finite, score_rows, wrong_before_measuring
+from ..safemerge.scoring import judge_scores, require_finite, wrong_before_measuring
 from ..shape import OutputShape
 from .adapter import ProjectedAdapter, is_plain, plan_adapter
 from .settings import SafeLoraSettings
@@ -218,6 +221,8 @@ class SafeLoraJob(Job[SafeLoraSettings]):
         rule = {
             "lowest": f"the {amount} of lowest cos(C·Δ, Δ)",
             "fraction": f"the share {amount} of lowest cos(C·Δ, Δ)",
+            "null": f"those whose cos(C·Δ, Δ) is at most {amount} times what chance gives",
+            "z": f"those whose cos(C·Δ, Δ) is at most {amount} standard deviations of chance from what chance gives",
         }.get(kind, f"those with cos(C·Δ, Δ) ≤ {self.settings.threshold:g}")
         sentence = (
             f"{{finetuned}}, whose update Δ of {{aligned}} is projected onto the safety subspace ({done} with "
@@ -315,13 +320,16 @@ class SafeLoraJob(Job[SafeLoraSettings]):
             if not self.settings.allow_nonfinite:
                 require_finite(name, score)
         tell(ProgressEvent("analysis", len(scores), len(names), ""))
-        for name, score in score_rows(
+        for name, score in analyze_rows(
             self.models,
             [row for row in self.pairing.rows if row.analysed],
-            known=scores.keys(),
+            known=scores,
             device=self.settings.device,
-            allow_nonfinite=self.settings.allow_nonfinite,
+            precision=Precision(self.settings.estimator),
+            question=self.rule,
         ):
+            if not self.settings.allow_nonfinite:
+                require_finite(name, score)
             log.append(name, score)
             scores[name] = score
             tell(ProgressEvent("analysis", len(scores), len(names), name))
@@ -329,7 +337,9 @@ class SafeLoraJob(Job[SafeLoraSettings]):
 
     def _warnings(self, scores: Mapping[str, Score]) -> tuple[ModuleWarning, ...]:
         found = judge_scores(self.models, scores, "aligned")
+        open_decisions = uncertified(self.pairing.rows, scores, self.rule)
         return (
+            *(() if open_decisions is None else (ModuleWarning(None, open_decisions),)),
             *refuse_or_warn(found.wrong, force=self.settings.force),
             *(ModuleWarning(None, sentence) for sentence in found.unknown),
         )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from ...decision import Rule
+from ...decision.selection import FORMS
 from ...errors import SafemergeError, SettingError
 from ...settings import Dtype, Force, Kind, MaxShardSize, RunSettings, Setting
 from ..analysed import Device, Exclude, Include
 from ..roles import Aligned, Base, Finetuned
+from ..safemerge.settings import Estimator
 from ..shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 
 __all__ = ["SafeLoraSettings"]
@@ -46,7 +48,7 @@ class SafeLoraSettings(_Roles, frozen=True, kw_only=True):
         str,
         Setting(
             "Project by the threshold, or the N (or the share F) of lowest ρ.",
-            metavar="threshold|lowest:N|fraction:F",
+            metavar=FORMS,
             check=_check_select,
         ),
     ] = "threshold"
@@ -55,6 +57,7 @@ class SafeLoraSettings(_Roles, frozen=True, kw_only=True):
     ] = None
     include: Include = None
     exclude: Exclude = None
+    estimator: Estimator = "auto"
     device: Device = "auto"
     dtype: Dtype = "auto"
     output_format: Annotated[

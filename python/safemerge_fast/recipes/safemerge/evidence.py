@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ... import _engine
-from ...analysis.scores import Score, read_score, write_score
+from ...analysis.score import Score, read_score, write_score
 from ...checkpoint.model import Model
 from ...errors import AnalysisError
 from ...execution.inputs import source_identity

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .... import _engine
-from ....analysis.scores import Score
+from ....analysis.score import Score
 from ....checkpoint.adapter import ADAPTER_WEIGHTS
 from ....checkpoint.adapter_config import ADAPTER_CONFIG
 from ....checkpoint.model import Model
