@@ -481,6 +481,8 @@ def test_commands_have_an_option_for_each_setting_with_its_default(owner: str) -
             assert parameter.default == known.default, name
     # What there is besides is no setting.
     besides = {"as_json", "quiet", "verbose", "no_progress", "dry_run", "config", "help"}
+    if owner == "merge":
+        besides |= {"recipe"}
     if owner == "analyze":
         besides |= {"threshold", "output", "csv_file", "plot_file"}
     assert set(options) <= {*COMMANDS[owner], *besides}
@@ -497,6 +499,38 @@ def test_options_of_merge_reach_the_recipe(owner: str, name: str, known: Known, 
     result = run(owner, *words)
     assert (result.exit_code, result.stderr) == (3, "error: seen\n")
     assert seen == [recipes()["safemerge"].settings(**values)]
+
+
+@pytest.mark.parametrize(("owner", "name", "known"), each(RECIPES))
+def test_options_of_a_named_recipe_reach_it(
+    owner: str, name: str, known: Known, seen: list[Settings]
+) -> None:
+    values = {**needed(RECIPES[owner]), name: known.good}
+    words = [
+        word
+        for key, value in values.items()
+        for word in ([option(key)] if value is True else [f"{option(key)}={value}"])
+    ]
+    expected = recipes()[owner].settings(**values)
+    for named in (["--recipe", owner], [f"--recipe={owner}"]):
+        result = run("merge", *words, *named)
+        assert (result.exit_code, result.stderr) == (3, "error: seen\n")
+    assert seen == [expected, expected]
+
+
+def test_recipes_are_named_on_the_command_line() -> None:
+    result = run("merge", "--recipe", "soup", "-o", "out")
+    assert result.exit_code == 2
+    assert_one_sentence(result, "--recipe should be one of safemerge, fold, resta", "not 'soup'")
+    assert run("merge", "--recipe", "mergekit", "-o", "out").exit_code == 2
+    result = run("merge", "--recipe", "lox", "--help")
+    assert result.exit_code == 0
+    assert "--kappa" in result.stdout
+    assert "--alpha" not in result.stdout
+    result = run("merge", "--recipe", "lox", "--alpha", "0.5", "-o", "out")
+    assert result.exit_code == 2
+    assert_one_sentence(result, "--alpha")
+    assert "--recipe NAME" in run("merge", "--help").stdout
 
 
 def test_short_and_other_names_of_options(seen: list[Settings]) -> None:
