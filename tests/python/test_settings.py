@@ -89,6 +89,7 @@ SHAPE = {
     "max_shard_size": Known(None, "5GB", SIZE_BAD, held=5 * 10**9),
     "encode": Known("keep", "bfloat16", ("int4", 16, None)),
 }
+MASK = {"mask": Known(None, "mask.safetensors", (3, [], True))}
 FORCE = {"force": Known(False, True, FLAG_BAD)}
 WHOLE_MODEL = {
     "allow_missing": Known(False, True, FLAG_BAD),
@@ -118,6 +119,7 @@ SAFEMERGE = {
     "method": Known("linear", "ties", ("karcher", "soup", 1, None)),
     "density": Known(None, 0.5, SHARE),
     "seed": Known(None, 7, (-1, *WHOLE)),
+    **MASK,
     "parameters": Known(None, "lambda=0.9", (1, {})),
     "output_format": Known("auto", "checkpoint", ("gguf", 1, None)),
     "adapter_rank": Known(None, 4, (0, -1, *WHOLE)),
@@ -161,6 +163,7 @@ RECIPES: dict[str, dict[str, Known]] = {
         "finetuned": MODEL,
         **RUN,
         "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
+        **MASK,
         **SHAPE,
         **WHOLE_MODEL,
         **FORCE,
@@ -170,6 +173,7 @@ RECIPES: dict[str, dict[str, Known]] = {
         "finetuned": MODEL,
         **RUN,
         "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
+        **MASK,
         **SELECTED,
         **SHAPE,
         **WHOLE_MODEL,

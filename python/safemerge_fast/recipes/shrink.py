@@ -12,6 +12,7 @@ from ..plan.methods import summing_method
 from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .analysed import Exclude, Include
 from .base import Recipe
+from .mask import MASKED, MaskOf
 from .repair import RepairJob, Selected
 from .roles import Aligned, Finetuned
 from .shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
@@ -41,6 +42,7 @@ class ShrinkSettings(_Roles, frozen=True, kw_only=True):
     ] = 0.5
     include: Include = None
     exclude: Exclude = None
+    mask: MaskOf = None
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
     encode: EncodeAs = "keep"
@@ -65,11 +67,13 @@ class ShrinkJob(RepairJob[ShrinkSettings]):
             OutputShape.of(settings),
             force=settings.force,
             selected=Selected(settings.include, settings.exclude),
+            mask=settings.mask,
         )
         self.changed = "the update is made smaller"
         self.sentence = (
             f"{{aligned}} plus {settings.alpha:g} times what fine-tuning changed to {{finetuned}} in "
             f"{self.merging} matrices; all other tensors are those of {{finetuned}}"
+            f"{'' if self.mask is None else MASKED}"
         )
 
     def blend(self) -> Blend:

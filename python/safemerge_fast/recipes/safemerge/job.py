@@ -26,12 +26,14 @@ from ...pairing.rows import Pairing, pair
 from ...plan.checkpoint import plan_checkpoint
 from ...plan.encoding import Encode
 from ...plan.layout import SINGLE_FILE, Shard
+from ...plan.masked import Masked
 from ...plan.methods import known_methods
-from ...plan.pieces import compose_row
+from ...plan.pieces import Composer, compose_row
 from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
 from ..base import CheckpointContents, Contents, Job, Measurement
+from ..mask import MASK, MaskFile, open_mask
 from ..role_check import refuse_or_warn
 from ..roles import access_of, open_roles, shape_of_repair
 from ..shape import OutputShape
@@ -58,8 +60,12 @@ class SafemergeJob(Job[SafemergeSettings]):
         shape: What a checkpoint's tensors and files are like.
         rule: The rule of the decision.
         blend: What merged tensors are made of.
+        composer: The blend, under a mask if there is one.
         scores: Scores to reuse, or None if they are to be computed.
+        mask: How much of each element is merged; None for all of it.
     """
+
+    _not_in_the_mask: tuple[str, ...] = ()
 
     def __init__(self, settings: SafemergeSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read.
@@ -102,6 +108,14 @@ class SafemergeJob(Job[SafemergeSettings]):
             parameters=parameters,
         )
         self.notes = (*self.pairing.notes, *self._role_notes())
+        self.composer: Composer = self.blend
+        self.mask: MaskFile | None = None
+        if settings.mask is not None:
+            self.mask = open_mask(settings.mask, self.pairing.rows, access_of(settings))
+            self.models = {**self.models, MASK: self.mask.model}
+            self.composer = Masked(self.blend, MASK)
+            self.notes = (*self.notes, *self.mask.notes)
+            self.unused = {**self.unused, MASK: self.mask.unused}
         self._check_output_format()
         self._check_method()
 
@@ -131,6 +145,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         return self.settings.output_format == "adapter" or (
             self.settings.output_format == "auto"
             and known_methods()[self.settings.method].sums
+            and self.settings.mask is None
             and not self._checkpoints()
         )
 
@@ -209,7 +224,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             decisions |= {module.name: Decision(True, module.row.reason) for module in modules_of_rows(rows)}
         else:
             decisions = decide(rows, measurement.scores, self.rule)
-        return self.decided(decisions)
+        return self.decided(decisions if self.mask is None else self._masked(decisions, self.mask))
 
     def decided(self, decisions: Mapping[str, Decision]) -> Contents:
         """The output with these decisions, by the names of modules, and of tensors that have none."""
@@ -220,16 +235,19 @@ class SafemergeJob(Job[SafemergeSettings]):
         plan, config = plan_checkpoint(
             self.models,
             rows,
-            lambda row: compose_row(self.blend, row, decisions),
+            lambda row: compose_row(self.composer, row, decisions),
             host=self.host,
             dtype=settings.dtype,
             max_shard_size=self.shape.max_shard_size,
             encode=self.shape.encode,
             config=self.pairing.config,
         )
-        remarks: tuple[str, ...] = ()
+        remarks = self._not_in_the_mask
         if not any(decision.merge for decision in decisions.values()):
-            remarks = ("no tensor was merged: the output holds the fine-tuned weights as they are",)
+            remarks = (
+                *remarks,
+                "no tensor was merged: the output holds the fine-tuned weights as they are",
+            )
         return CheckpointContents(
             plan,
             lambda row: decision_of(row, decisions),
@@ -239,6 +257,18 @@ class SafemergeJob(Job[SafemergeSettings]):
             remarks=remarks,
             module_decisions=decisions,
         )
+
+    def _masked(self, decisions: Mapping[str, Decision], mask: MaskFile) -> Mapping[str, Decision]:
+        """The decisions, but that what the mask does not have is kept."""
+        owner = {module.name: module.row.name for module in self.modules}
+        absent = {
+            name: owner.get(name, name)
+            for name, decision in decisions.items()
+            if decision.merge and owner.get(name, name) not in mask.names
+        }
+        self._not_in_the_mask = mask.without(absent.values())
+        kept = {name: Decision(False, f"kept: not in the mask ({decisions[name].reason})") for name in absent}
+        return {**decisions, **kept}
 
     def card(self, report: Report) -> str:
         """The model card."""
@@ -349,13 +379,18 @@ class SafemergeJob(Job[SafemergeSettings]):
         blend = self.blend
         if blend.base is None:
             return
-        rows = tuple(row for row in self.analysed if all(row.has(role) for role in blend.roles))
+        rows = tuple(
+            row
+            for row in self.analysed
+            if all(row.has(role) for role in blend.roles)
+            and (self.mask is None or row.name in self.mask.names)
+        )
         if rows:
             merged = Decision(merge=True, reason="may be merged")
             trial = build_plan(
                 self.models,
                 [Shard(SINGLE_FILE, rows)],
-                lambda row: compose_row(blend, row, lambda _: merged),
+                lambda row: compose_row(self.composer, row, lambda _: merged),
                 anchor=self.host.role,
                 dtype=self.settings.dtype,
             )

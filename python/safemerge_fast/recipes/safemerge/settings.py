@@ -22,6 +22,7 @@ from ...settings import (
     Settings,
 )
 from ..analysed import Device, Exclude, Include
+from ..mask import MaskOf
 from ..roles import Aligned, Base, Finetuned
 from ..shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 
@@ -176,6 +177,7 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
         ),
     ] = None
     seed: Seed = None
+    mask: MaskOf = None
     parameters: Annotated[
         str | None,
         Setting(
@@ -218,6 +220,11 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
             raise SettingError(
                 f"an adapter holds sums of products, which {self.method} does not make; leave the method at its "
                 f"default or pass --output-format checkpoint"
+            )
+        if self.output_format == "adapter" and self.mask is not None:
+            raise SettingError(
+                "an adapter holds products, which a mask of elements does not leave; leave mask out or pass "
+                "--output-format checkpoint"
             )
         if self.adapter_rank is not None and self.compat is not None:
             raise SettingError(
