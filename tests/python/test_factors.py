@@ -32,6 +32,7 @@ from safemerge_fast import (
 )
 from safemerge_fast.analysis import products, truncated_svd
 from safemerge_fast.execution import derived
+from safemerge_fast.recipes.base import CheckpointContents
 from safemerge_fast.recipes.lox import LoxSettings
 from safemerge_fast.recipes.safety_vector import SafetyVectorSettings
 
@@ -222,6 +223,30 @@ def test_a_run_goes_on_behind_the_last_factor(
     assert len(calls) == 22
 
 
+def test_committed_files_are_not_made_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors that an earlier run computed are the same input to the one that goes on."""
+    roles, out = (models["base"], models["aligned"]), tmp_path / "out"
+
+    def failing(self: CheckpointContents) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointContents, "small_files", failing)
+        with pytest.raises(KeyboardInterrupt):
+            lox(*roles, output=out)
+    report = lox(*roles, output=out, resume=True)
+    assert [shard.resumed for shard in report.shards] == [True, True]
+    verify(out)
+    lox(*roles, output=out, rank=2, overwrite=True)
+    verify(out)
+    shrink(models["aligned"], models["finetuned"], output=out, overwrite=True)
+    verify(out)
+    assert not (out / FACTORS).parent.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
 def test_an_output_can_be_moved_and_still_be_verified(models: dict[str, Path], tmp_path: Path) -> None:
     lox(models["base"], models["aligned"], output=tmp_path / "out")
     shutil.move(tmp_path / "out", tmp_path / "moved")
@@ -244,6 +269,8 @@ def test_what_a_preview_says_comes_true(models: dict[str, Path], tmp_path: Path)
     assert (outlook.merged, outlook.counts) == (report.merged, report.counts)
     assert outlook.bytes_read == report.bytes_read
     assert outlook.bytes_analysed > 0
+    sizes = {file.name: file.bytes for file in report.files}
+    assert 0 < sizes[FACTORS] - outlook.bytes_derived < 10_000, "all but the header"
     assert outlook.bytes_written == report.bytes_written
 
 

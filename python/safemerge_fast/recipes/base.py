@@ -147,6 +147,10 @@ class Job(ABC, Generic[_Settings]):
         """Bytes that measuring would read, and memory that it would take."""
         return 0, 0
 
+    def derived_bytes(self, measurement: Measurement | None) -> int:
+        """Bytes of what is computed from the models and carried by the output; the argument is as for contents."""
+        return 0
+
     @abstractmethod
     def contents(self, measurement: Measurement | None) -> Contents:
         """Says what the output consists of.

@@ -179,7 +179,11 @@ class FactorJob(PlannedJob[_Settings], Generic[_Settings]):
         total = sum(self.models[source].headers.tensor(name).nbytes for source, name in read)
         # Whichever is smaller: a matrix that is kept whole, or the blocks of a large one.
         largest = max(module.stored[0] * module.stored[1] for module in self.modules)
-        return total, _TORCH_BYTES + 4 * min(largest, 64 << 20) + derived_bytes(self._shapes)
+        return total, _TORCH_BYTES + 4 * min(largest, 64 << 20)
+
+    def derived_bytes(self, measurement: Measurement | None) -> int:
+        """Bytes of the factors."""
+        return derived_bytes(self._shapes)
 
     def contents(self, measurement: Measurement | None) -> Contents:
         """The checkpoint that the plan makes, with the factors beside it."""

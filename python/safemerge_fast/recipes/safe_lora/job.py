@@ -156,15 +156,13 @@ class SafeLoraJob(Job[SafeLoraSettings]):
         gram = max((4 * min(module.stored) ** 2 * 2 for module in self.modules), default=0)
         return total, _TORCH_BYTES + gram + _BLOCK_BYTES
 
+    def derived_bytes(self, measurement: Measurement | None) -> int:
+        """Bytes of the projections."""
+        return derived_bytes(self._shapes(self._decided(measurement)))
+
     def contents(self, measurement: Measurement | None) -> Contents:
         """The checkpoint, or the adapter, with what was projected beside it."""
-        if measurement is None:
-            # Not known yet: assume the most that can be projected.
-            decisions = {module.name: Decision(True, module.row.reason) for module in self.modules}
-            rest = (row for row in self.pairing.rows if not row.analysed)
-            decisions |= {row.name: Decision(False, row.reason) for row in rest}
-        else:
-            decisions = self._decide(measurement.scores)
+        decisions = self._decided(measurement)
         shapes = self._shapes(decisions)
         derived = self._derived or Outline(shapes)
         models = {**self.models, DERIVED: derived.model()} if shapes else self.models
@@ -233,6 +231,14 @@ class SafeLoraJob(Job[SafeLoraSettings]):
 
     def _decide(self, scores: Mapping[str, Score]) -> dict[str, Decision]:
         return decide(self.pairing.rows, scores, self.rule)
+
+    def _decided(self, measurement: Measurement | None) -> dict[str, Decision]:
+        """What is decided; where nothing is measured yet, the most that can be projected."""
+        if measurement is not None:
+            return self._decide(measurement.scores)
+        decisions = {module.name: Decision(True, module.row.reason) for module in self.modules}
+        rest = (row for row in self.pairing.rows if not row.analysed)
+        return decisions | {row.name: Decision(False, row.reason) for row in rest}
 
     def _projected(self, decisions: Mapping[str, Decision]) -> list[Module]:
         return [module for module in self.modules if decisions[module.name].merge]
