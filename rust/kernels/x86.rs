@@ -2,7 +2,7 @@
 
 use super::codes;
 use super::generic::{self, COLLECT_MARGIN, Half, Portable, Product};
-use super::thin::{self, Thin, Vector};
+use super::thin::{self, Cross, Thin, Vector};
 use super::updates::{self, Models, Sums};
 use crate::code::Code;
 use crate::dtype::Float;
@@ -123,10 +123,12 @@ vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fm
 
 /// One module per level: safe entry points for the dispatch table around functions that have the features.
 macro_rules! level {
-    ($level:ident, $features:literal, $vector:ty, $rows:literal, $wide:literal) => {
+    ($level:ident, $features:literal, $vector:ident, $rows:literal, $wide:literal) => {
         pub(super) mod $level {
+            use super::$vector;
             use super::{
-                Code, F16c, Float, Models, Product, Sums, Thin, codes, generic, thin, updates,
+                Code, Cross, F16c, Float, Models, Product, Sums, Thin, codes, generic, thin,
+                updates,
             };
 
             #[target_feature(enable = $features)]
@@ -158,6 +160,16 @@ macro_rules! level {
             fn add_thin_with(product: &mut Thin<'_>) {
                 // SAFETY: `Kernels::add_thin` checks that the product fits; the features are this function's.
                 unsafe { thin::add::<$vector, $rows, $wide>(product) }
+            }
+
+            #[target_feature(enable = $features)]
+            fn add_cross_with(product: &mut Cross<'_>) {
+                thin::add_cross(product);
+            }
+
+            pub(in crate::kernels) fn add_cross(product: &mut Cross<'_>) {
+                // SAFETY: as in `load`.
+                unsafe { add_cross_with(product) }
             }
 
             #[target_feature(enable = $features)]
@@ -287,5 +299,5 @@ macro_rules! level {
     };
 }
 
-level!(avx2, "avx2,fma,f16c", super::__m256, 4, 3);
-level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c", super::__m512, 8, 3);
+level!(avx2, "avx2,fma,f16c", __m256, 4, 3);
+level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c", __m512, 8, 3);
