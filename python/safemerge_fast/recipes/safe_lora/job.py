@@ -128,7 +128,8 @@ class SafeLoraJob(Job[SafeLoraSettings]):
     def measure(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> Measurement:
         """Scores what is analysed, decides, and projects; what an earlier run did is used again."""
         started = time.perf_counter()
-        scores = self._measured(directory, tell) if self.scores is None else self._reused(self.scores)
+        known = self.known_measurement()
+        scores = self._measured(directory, tell) if known is None else known.scores
         warnings = self._warnings(scores)
         self._derived = DerivedTensors(directory, self._shapes(self._decide(scores)))
         self._project(self._derived, tell)
@@ -136,10 +137,12 @@ class SafeLoraJob(Job[SafeLoraSettings]):
         return Measurement(scores, device, time.perf_counter() - started, warnings)
 
     def known_measurement(self) -> Measurement | None:
-        """The scores that were given; what they decide is then known too."""
+        """The scores that were given, if they settle all decisions."""
         if self.scores is None:
             return None
         scores = self._reused(self.scores)
+        if self.settings.estimator != "sketch" and self.rule.open_modules(self.modules, scores):
+            return None
         return Measurement(scores, self.scores.device, 0.0, self._warnings(scores))
 
     @property
@@ -319,9 +322,12 @@ class SafeLoraJob(Job[SafeLoraSettings]):
         return reused
 
     def _measured(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> dict[str, Score]:
-        log = ScoreLog(directory, self.models, delta_reference="aligned")
+        precision = Precision(self.settings.estimator)
+        log = ScoreLog(directory, self.models, delta_reference="aligned", precision=precision)
         names = [module.name for module in self.modules]
-        scores = {name: log.known[name] for name in names if name in log.known}
+        # What was given, and what an earlier run measured beyond it.
+        scores = {} if self.scores is None else self._reused(self.scores)
+        scores |= {name: log.known[name] for name in names if name in log.known}
         for name, score in scores.items():
             if not self.settings.allow_nonfinite:
                 require_finite(name, score)
@@ -331,7 +337,7 @@ class SafeLoraJob(Job[SafeLoraSettings]):
             [row for row in self.pairing.rows if row.analysed],
             known=scores,
             device=self.settings.device,
-            precision=Precision(self.settings.estimator),
+            precision=precision,
             question=self.rule,
         ):
             if not self.settings.allow_nonfinite:
