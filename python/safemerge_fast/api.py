@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from .recipes.base import entry
 from .recipes.check import CheckSettings, check_adapter
 from .recipes.fold import FoldSettings
 from .recipes.lox import LoxSettings
-from .recipes.preview import preview
+from .recipes.preview import Preview
+from .recipes.preview import preview as preview_settings
 from .recipes.resta import RestaSettings
 from .recipes.run import carry_out, run
 from .recipes.safe_lora.settings import SafeLoraSettings
@@ -17,6 +21,7 @@ from .recipes.shrink import ShrinkSettings
 from .recipes.verify import VerifySettings, verify_output
 from .recipes.wise_ft import WiseFtSettings
 from .report.report import Report
+from .settings import RunSettings
 
 __all__ = [
     "FoldConfiguration",
@@ -100,6 +105,27 @@ safe_lora = entry(
     "safe_lora",
     "Projects updates that left the safety subspace onto it (Safe LoRA); needs torch." + _RETURNS,
 )
+
+
+def preview(*args: Any, **kwargs: Any) -> Preview:
+    """Says what merge would do with the same arguments, from headers and given scores alone; writes nothing.
+
+    Args:
+        *args: As of merge; or the settings of any recipe, as one record.
+        **kwargs: As of merge.
+
+    Returns:
+        What would be done.
+
+    Raises:
+        SafemergeError: As merge would raise it for its inputs.
+    """
+    if len(args) == 1 and not kwargs and isinstance(args[0], RunSettings):
+        return preview_settings(args[0])
+    return preview_settings(SafemergeSettings(*args, **kwargs))
+
+
+preview.__signature__ = inspect.signature(SafemergeSettings)  # type: ignore[attr-defined]
 
 analyze = entry(
     AnalysisSettings,

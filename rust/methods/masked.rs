@@ -85,30 +85,3 @@ impl Method for Masked {
             .to_owned())
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::super::{Convert, Method};
-    use super::*;
-
-    #[test]
-    fn it_keeps_takes_and_mixes() {
-        let masked = Masked::over(Box::new(Convert) as Box<dyn Method>);
-        let (kept, mask) = ([1.0, 1.0, f32::MAX, 2.0], [0.0, 0.25, 1.0, 1.0]);
-        let other = [9.0, 5.0, 3.0, 0.1];
-        let slice = Slice { operands: &[&kept, &mask, &other], base: None, first: 0 };
-        let mut out = [0.0; 4];
-        masked.blend(&Kernels::detect(), &masked.start(), &slice, &mut out).unwrap();
-        assert_eq!(out, [1.0, 2.0, 3.0, 0.1]);
-    }
-
-    #[test]
-    fn it_refuses_numbers_that_are_no_shares() {
-        let masked = Masked::over(Box::new(Convert) as Box<dyn Method>);
-        for share in [-0.1, 1.1, 255.0, f32::NAN, f32::INFINITY] {
-            let slice = Slice { operands: &[&[1.0], &[share], &[2.0]], base: None, first: 0 };
-            let problem = masked.blend(&Kernels::detect(), &masked.start(), &slice, &mut [0.0]);
-            assert!(problem.unwrap_err().contains("outside of 0 to 1"), "{share}");
-        }
-    }
-}

@@ -9,9 +9,9 @@ from ..errors import AdapterError
 from ..pairing.module import Module, whole
 from ..pairing.operand import OWN_NAME, Operand
 from ..pairing.row import Row
+from .blend import Composer
 from .methods import summing_method
 from .operation import Mask, Operation
-from .pieces import Composer
 
 __all__ = ["Masked"]
 

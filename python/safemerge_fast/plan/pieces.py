@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from ..decision import Decision
 from ..pairing.module import Module, slices_of
 from ..pairing.row import Row
 from ..pairing.view import View
+from .blend import Composer
 from .methods import known_methods
 from .operation import Operation
 
-__all__ = ["Composer", "Piece", "Pieces", "compose_row"]
+__all__ = ["Piece", "Pieces", "compose_row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +45,6 @@ class Pieces:
         """What the pieces are, in one line."""
         kinds = dict.fromkeys(piece.operation.describe() for piece in self.pieces)
         return f"by expert: {'; '.join(kinds)}"
-
-
-class Composer(Protocol):
-    """Says what modules are made of, as Blend does."""
-
-    @property
-    def kept(self) -> str:
-        """The role that modules come from which are not merged."""
-
-    def compose(self, subject: Row | Module, decision: Decision) -> Operation:
-        """What a tensor, or a module as a piece of its tensor, is made of."""
 
 
 def compose_row(

@@ -16,10 +16,10 @@ from ..pairing.coverage import why_nothing_is_analysed
 from ..pairing.missing import FILLED
 from ..pairing.row import Row
 from ..pairing.rows import pair
-from ..plan.blend import Blend
+from ..plan.blend import Blend, Composer
 from ..plan.masked import Masked
 from ..plan.operation import Operation
-from ..plan.pieces import Composer, Pieces, compose_row
+from ..plan.pieces import Pieces, compose_row
 from ..settings import RunSettings
 from .mask import MASK, MaskFile, open_mask
 from .planned import PlannedJob

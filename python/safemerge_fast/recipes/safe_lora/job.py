@@ -12,7 +12,7 @@ from ...analysis import analyze_rows, low_rank_update
 from ...analysis.accelerator import device_name
 from ...analysis.precision import Precision
 from ...analysis.score import Score
-from ...analysis.scores import Scores, read_scores
+from ...analysis.scores import Scores
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
 from ...decision import Decision, decide, decision_of, uncertified
@@ -36,6 +36,7 @@ from ..base import CheckpointContents, Contents, Job, Measurement
 from ..role_check import refuse_or_warn
 from ..roles import access_of, open_roles, shape_of_repair
 from ..safemerge.evidence import ScoreLog
+from ..safemerge.given import given_scores
 from ..safemerge.scoring import judge_scores, require_finite, wrong_before_measuring
 from ..shape import OutputShape
 from .adapter import ProjectedAdapter, is_plain, plan_adapter
@@ -78,7 +79,7 @@ class SafeLoraJob(Job[SafeLoraSettings]):
         self.notes = self.pairing.notes
         self.scores: Scores | None = None
         if settings.scores is not None:
-            self.scores = read_scores(settings.scores, self.models, "aligned")
+            self.scores = given_scores(settings.scores, self.models, "aligned")
         self.warnings = refuse_or_warn(
             wrong_before_measuring(self.models, self.pairing, force=settings.force), force=settings.force
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ... import _engine
@@ -11,24 +13,26 @@ from ...analysis import analyze_rows
 from ...analysis.accelerator import device_name
 from ...analysis.rounding import rounding_warning
 from ...analysis.score import Score
-from ...analysis.scores import Scores, read_scores
+from ...analysis.scores import Scores, describe_source
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.identical import same_weights
 from ...checkpoint.model import Model
-from ...decision import Decision, decide, decision_of
+from ...decision import Decision, decide, decision_of, uncertified
+from ...decision.outlook import outcome, shrinks_all
 from ...errors import AdapterError, AnalysisError, PlanError
 from ...execution.companions import companion_files
-from ...execution.inputs import job_identity
+from ...execution.inputs import describe_inputs, job_identity
 from ...pairing.coverage import coverage_of
 from ...pairing.module import Module, modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
+from ...plan.blend import Blends, Composer, Summing
 from ...plan.checkpoint import plan_checkpoint
 from ...plan.encoding import Encode
 from ...plan.layout import SINGLE_FILE, Shard
 from ...plan.masked import Masked
 from ...plan.methods import known_methods
-from ...plan.pieces import Composer, compose_row
+from ...plan.pieces import compose_row
 from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
@@ -39,9 +43,12 @@ from ..roles import access_of, open_roles, shape_of_repair
 from ..shape import OutputShape
 from .adapter.contents import AdapterContents
 from .adapter.layout import lay_out_adapter, require_linear
+from .alphas import open_alphas
 from .blend import method_parameters, safemerge
 from .card import model_card
 from .evidence import ScoreLog
+from .given import given_scores, name_of_scores
+from .rule import read_modules
 from .scoring import judge_scores, require_finite, wrong_before_measuring
 from .settings import SafemergeSettings, precision_of
 
@@ -59,8 +66,10 @@ class SafemergeJob(Job[SafemergeSettings]):
         pairing: One row per output tensor.
         shape: What a checkpoint's tensors and files are like.
         rule: The rule of the decision.
-        blend: What merged tensors are made of.
-        composer: The blend, under a mask if there is one.
+        alphas: α of every module.
+        blend: What merged tensors are made of, with the usual α.
+        unmasked: What each tensor is made of, with its own α.
+        composer: The same, under a mask if there is one.
         scores: Scores to reuse, or None if they are to be computed.
         mask: How much of each element is merged; None for all of it.
     """
@@ -95,25 +104,33 @@ class SafemergeJob(Job[SafemergeSettings]):
         self.coverage = coverage_of(self.pairing.rows)
         self.scores: Scores | None = None
         if settings.scores is not None:
-            self.scores = read_scores(settings.scores, self.models, settings.delta_reference)
+            self.scores = given_scores(settings.scores, self.models, settings.delta_reference)
         self.warnings = refuse_or_warn(
             wrong_before_measuring(self.models, self.pairing, force=settings.force), force=settings.force
         )
         self.rule = settings.rule()
+        if settings.modules is not None:
+            self.rule = replace(self.rule, modules=read_modules(settings.modules, self.pairing.rows))
         self.rule.check_units(self.pairing.rows)
-        self.blend = safemerge(
-            settings.alpha,
+        self.alphas = open_alphas(settings.alpha, settings.alpha_file, self.pairing.rows)
+        make = partial(
+            safemerge,
             safe_role="safe" if "safe" in self.models else "aligned",
             method=settings.method,
             parameters=parameters,
         )
-        self.notes = (*self.pairing.notes, *self._role_notes())
-        self.composer: Composer = self.blend
+        self.blend = make(self.alphas.usual)
+        self.unmasked: Summing = self.blend
+        if self.alphas.others:
+            self.unmasked = Blends(self.alphas.of, make, kept=self.blend.kept)
+        self.composer: Composer = self.unmasked
+        idle = () if self.rule.idle is None else (self.rule.idle,)
+        self.notes = (*self.pairing.notes, *idle, *self._role_notes())
         self.mask: MaskFile | None = None
         if settings.mask is not None:
             self.mask = open_mask(settings.mask, self.pairing.rows, access_of(settings))
             self.models = {**self.models, MASK: self.mask.model}
-            self.composer = Masked(self.blend, MASK)
+            self.composer = Masked(self.composer, MASK)
             self.notes = (*self.notes, *self.mask.notes)
             self.unused = {**self.unused, MASK: self.mask.unused}
         self._check_output_format()
@@ -156,9 +173,22 @@ class SafemergeJob(Job[SafemergeSettings]):
         return {role: model for role, model in found if isinstance(model, Adapter)}
 
     def identity(self) -> str:
-        """A digest of settings, inputs and, where they are given, scores."""
-        extra = None if self.scores is None else self.scores.to_json()
-        return job_identity(self.settings.recipe, self.settings.deciding(), self.models, extra)
+        """A digest of settings, inputs and, where they are given, scores; of what files hold, not of their names."""
+        named = ("modules", "alpha", "alpha_file")
+        deciding = {name: value for name, value in self.settings.deciding().items() if name not in named}
+        extra = {
+            "scores": None if self.scores is None else self.scores.to_json(),
+            "modules": None if self.rule.modules is None else sorted(self.rule.modules),
+            "alpha": self.alphas.to_json(),
+        }
+        return job_identity(self.settings.recipe, deciding, self.models, extra)
+
+    def describe_inputs(self) -> dict[str, dict[str, Any]]:
+        """Also which weights were measured, so that the report's scores can be used again."""
+        described = describe_inputs(self.models)
+        for role in ("base", "aligned", "finetuned"):
+            described[role]["sample"] = describe_source(self.models[role])["sample"]
+        return described
 
     @property
     def keeps_formats(self) -> bool:
@@ -232,7 +262,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         """The output with these decisions, by the names of modules, and of tensors that have none."""
         rows, settings = self.pairing.rows, self.settings
         if self.writes_adapter:
-            layout = lay_out_adapter(rows, decisions, self.blend, self.adapters)
+            layout = lay_out_adapter(rows, decisions, self.unmasked, self.adapters)
             return AdapterContents(self.models, self.pairing, layout, decisions, settings)
         plan, config = plan_checkpoint(
             self.models,
@@ -274,7 +304,7 @@ class SafemergeJob(Job[SafemergeSettings]):
 
     def card(self, report: Report) -> str:
         """The model card."""
-        return model_card(report, self.settings, self.models)
+        return model_card(report, self.settings, self.models, self.alphas, self.rule)
 
     def _reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.
@@ -287,8 +317,8 @@ class SafemergeJob(Job[SafemergeSettings]):
         names = [module.name for module in self.modules]
         if missing := [name for name in names if name not in modules]:
             raise AnalysisError(
-                f"{self.settings.scores} has no score for {missing[0]}; "
-                f"write it again with analyze and the same --include and --exclude"
+                f"{name_of_scores(self.settings.scores or '')} hold no score for {missing[0]}; "
+                f"write them again with analyze and the same --include and --exclude"
             )
         reused = {name: modules[name] for name in names}
         if not self.settings.allow_nonfinite:
@@ -342,8 +372,16 @@ class SafemergeJob(Job[SafemergeSettings]):
         return (
             *refuse_or_warn(found.wrong, force=self.settings.force),
             *(ModuleWarning(None, sentence) for sentence in found.unknown),
+            *self._rule_warnings(scores),
             *(ModuleWarning(name, message) for name, message in rounding if message is not None),
         )
+
+    def _rule_warnings(self, scores: Mapping[str, Score]) -> list[ModuleWarning]:
+        """What intervals do not settle, and a rule that does no more than shrink all of the update."""
+        said = [uncertified(self.pairing.rows, scores, self.rule)]
+        if "safe" not in self.models:
+            said.append(shrinks_all(outcome(self.modules, scores, self.rule)))
+        return [ModuleWarning(None, sentence) for sentence in said if sentence is not None]
 
     def _role_notes(self) -> list[str]:
         if "safe" in self.models and not same_weights(
@@ -353,7 +391,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         given = "the safe model is the aligned one" if "safe" in self.models else None
         return [
             f"{given or 'no safe model was given, so the aligned one plays it'}: merging shrinks a module's update "
-            f"to {self.settings.alpha:g} of itself"
+            f"to {self.alphas.describe()} of itself"
         ]
 
     def _checkpoints(self) -> list[str]:
