@@ -168,6 +168,10 @@ class Job(ABC, Generic[_Settings]):
     def card(self, report: Report) -> str:
         """The model card, README.md."""
 
+    def page(self, report: Report) -> Iterable[bytes] | None:
+        """The report as an HTML file, in pieces; None where nothing is decided by measurements."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe(Generic[_Settings]):
@@ -293,6 +297,7 @@ class CheckpointContents:
                     decision=self.decisions(row),
                     score=scores.get(row.name),
                     survival=None if written is None else written.survival.get(row.name),
+                    retained=None if written is None else written.retained.get(row.name),
                     modules=module_records(row, self.module_decisions, scores),
                 )
 

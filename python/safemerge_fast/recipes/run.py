@@ -16,7 +16,7 @@ from ..execution.inputs import input_paths, require_unchanged
 from ..execution.local import Written
 from ..progress import silent
 from ..report.environment import peak_memory, versions
-from ..report.report import CARD_FILE, REPORT_FILE, ModuleWarning, OutputFile, Report
+from ..report.report import CARD_FILE, HTML_FILE, REPORT_FILE, ModuleWarning, OutputFile, Report
 from ..settings import RunSettings, Settings, fields_of, read_settings
 from ..yaml_documents import read_yaml
 from . import recipes
@@ -26,7 +26,7 @@ __all__ = ["carry_out", "read_recipe", "read_report", "run"]
 
 _OVERWRITING = "overwriting"
 
-_SURVIVAL = 0.5
+_RETAINED = 0.5
 """A share of a change that is stored below which a tensor is warned about."""
 
 
@@ -72,6 +72,8 @@ def carry_out(settings: RunSettings) -> Report:
             directory.write_pieces(name, pieces)
         report = _report(job, directory, contents, measurement, written, started)
         directory.write_file(CARD_FILE, job.card(report).encode())
+        if (page := job.page(report)) is not None:
+            directory.write_pieces(HTML_FILE, page)
         report = replace(report, files=_files(directory))
         directory.write_pieces(REPORT_FILE, report.pieces())
         require_unchanged(job.models)
@@ -219,7 +221,7 @@ def _report(
 
 def _lost(written: Written) -> tuple[ModuleWarning, ...]:
     """What little is left of changes where tensors were quantised again."""
-    lost = sorted((share, name) for name, share in written.survival.items() if share < _SURVIVAL)
+    lost = sorted((share, name) for name, share in written.retained.items() if share < _RETAINED)
     if not lost:
         return ()
     share, name = lost[0]
@@ -227,7 +229,7 @@ def _lost(written: Written) -> tuple[ModuleWarning, ...]:
         ModuleWarning(
             None,
             f"of {len(lost)} tensors that were quantised again less than half of the change is stored, such as "
-            f"{share:.1%} of {name}; pass --encode bfloat16 to keep all of it",
+            f"{max(share, 0.0):.1%} of {name}; pass --encode bfloat16 to keep all of it",
         ),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ from ..role_check import refuse_or_warn
 from ..roles import access_of, open_roles, shape_of_repair
 from ..shape import OutputShape
 from .adapter.contents import AdapterContents
+from .adapter.experts import require_parameters
 from .adapter.layout import lay_out_adapter, require_linear
 from .alphas import open_alphas
 from .blend import method_parameters, safemerge
@@ -262,8 +263,11 @@ class SafemergeJob(Job[SafemergeSettings]):
         """The output with these decisions, by the names of modules, and of tensors that have none."""
         rows, settings = self.pairing.rows, self.settings
         if self.writes_adapter:
-            layout = lay_out_adapter(rows, decisions, self.unmasked, self.adapters)
-            return AdapterContents(self.models, self.pairing, layout, decisions, settings)
+            adapters = self.adapters
+            layout = lay_out_adapter(rows, decisions, self.unmasked, adapters, self.models["aligned"])
+            return AdapterContents(
+                self.models, self.pairing, [*adapters.values()], layout, decisions, settings
+            )
         plan, config = plan_checkpoint(
             self.models,
             rows,
@@ -305,6 +309,12 @@ class SafemergeJob(Job[SafemergeSettings]):
     def card(self, report: Report) -> str:
         """The model card."""
         return model_card(report, self.settings, self.models, self.alphas, self.rule)
+
+    def page(self, report: Report) -> Iterable[bytes]:
+        """The report as an HTML file."""
+        from ...report.html.merge import report_page
+
+        return report_page(report, self.models, self.rule)
 
     def _reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.
@@ -411,12 +421,7 @@ class SafemergeJob(Job[SafemergeSettings]):
                 if getattr(settings, name) not in (None, False):
                     raise PlanError(f"{name} is for checkpoints, but the output is an adapter; leave it out")
             require_linear(self.pairing.rows)
-            stacked = (row for row in self.pairing.rows if any(map(row.is_elsewhere, self.adapters)))
-            if (row := next(stacked, None)) is not None:
-                raise AdapterError(
-                    f"the adapters adapt the experts of {row.name} one by one (target_parameters), and experts of "
-                    f"different ranks make no such adapter; pass --output-format checkpoint"
-                )
+            require_parameters(self.adapters, self.models["aligned"], compat=settings.compat)
             return
         for name in ("adapter_rank", "compat"):
             if getattr(settings, name) is not None:
