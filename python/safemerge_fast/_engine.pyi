@@ -704,6 +704,7 @@ class Plan:
         sources: Checkpoints that are open already, by the plan's names; their headers are not read again, and they are
             read as they were opened. Names that the plan does not have are passed over.
         read_backend: As Checkpoint takes it, for the sources that are not given.
+        directory: The output that carries the plan, where sources with a relative path lie.
 
     Raises:
         PlanError: The plan is malformed, contradicts the inputs' headers, or an input is not the one it was made for.
@@ -716,6 +717,7 @@ class Plan:
         *,
         sources: Mapping[str, Checkpoint] | None = None,
         read_backend: str = "auto",
+        directory: str | PathLike[str] | None = None,
     ) -> Plan: ...
     @property
     def shards(self) -> list[str]: ...

@@ -8,12 +8,16 @@ from typing import Any
 from .recipes.base import entry
 from .recipes.check import CheckSettings, check_adapter
 from .recipes.fold import FoldSettings
+from .recipes.lox import LoxSettings
 from .recipes.preview import Preview
 from .recipes.preview import preview as preview_settings
 from .recipes.resta import RestaSettings
 from .recipes.run import carry_out, run
+from .recipes.safe_lora.settings import SafeLoraSettings
 from .recipes.safemerge.scoring import analyze_settings
 from .recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
+from .recipes.safety_vector import SafetyVectorSettings
+from .recipes.shrink import ShrinkSettings
 from .recipes.verify import VerifySettings, verify_output
 from .recipes.wise_ft import WiseFtSettings
 from .report.report import Report
@@ -28,10 +32,14 @@ __all__ = [
     "analyze",
     "check",
     "fold",
+    "lox",
     "merge",
     "preview",
     "resta",
     "run",
+    "safe_lora",
+    "safety_vector",
+    "shrink",
     "verify",
     "wise_ft",
 ]
@@ -66,6 +74,36 @@ resta = entry(
 
 wise_ft = entry(
     WiseFtSettings, carry_out, "wise_ft", "Averages a fine-tuned model with the aligned one." + _RETURNS
+)
+
+shrink = entry(
+    ShrinkSettings,
+    carry_out,
+    "shrink",
+    "Makes the update of a fine-tuned model's matrices smaller: the control that needs no safe model."
+    + _RETURNS,
+)
+
+lox = entry(
+    LoxSettings,
+    carry_out,
+    "lox",
+    "Extrapolates the largest directions of what alignment changed (LoX); needs torch." + _RETURNS,
+)
+
+safety_vector = entry(
+    SafetyVectorSettings,
+    carry_out,
+    "safety_vector",
+    "Takes the largest directions of the fine-tuning update back towards the aligned model; needs torch."
+    + _RETURNS,
+)
+
+safe_lora = entry(
+    SafeLoraSettings,
+    carry_out,
+    "safe_lora",
+    "Projects updates that left the safety subspace onto it (Safe LoRA); needs torch." + _RETURNS,
 )
 
 

@@ -141,17 +141,20 @@ pub struct Plan {
 #[pymethods]
 impl Plan {
     #[new]
-    #[pyo3(signature = (json, *, sources = None, read_backend = "auto"))]
+    #[pyo3(signature = (json, *, sources = None, read_backend = "auto", directory = None))]
     fn new(
         py: Python<'_>,
         json: &Bound<'_, PyAny>,
         sources: Option<BTreeMap<String, Bound<'_, Checkpoint>>>,
         read_backend: &str,
+        directory: Option<PathBuf>,
     ) -> PyResult<Self> {
         let json = json_bytes(json)?;
         let sources = shared_sources(&sources.unwrap_or_default());
-        let inner =
-            detached(py, || plan::Plan::open(&json, ReadBackend::named(read_backend)?, &sources))?;
+        let inner = detached(py, || {
+            let backend = ReadBackend::named(read_backend)?;
+            plan::Plan::open(&json, backend, &sources, directory.as_deref())
+        })?;
         Ok(Self { inner })
     }
 

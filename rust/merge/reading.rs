@@ -123,6 +123,13 @@ impl Reader {
     ) -> Result<()> {
         let float = match &tensor.stored {
             Stored::Plain(float) => *float,
+            Stored::Bytes => {
+                let bytes = self.windows.bytes(place, &tensor.input, elements, ahead)?;
+                for (value, &byte) in values.iter_mut().zip(bytes) {
+                    *value = f32::from(byte);
+                }
+                return Ok(());
+            }
             Stored::Encoded(encoded) => {
                 return self.load_encoded(place, &tensor.input, encoded, elements, ahead, values);
             }

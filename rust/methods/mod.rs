@@ -11,6 +11,7 @@ mod della;
 mod gram;
 mod karcher;
 mod linear;
+mod masked;
 mod model_stock;
 mod multislerp;
 mod nearswap;
@@ -28,6 +29,7 @@ mod task_vectors;
 mod ties;
 mod vote;
 
+pub use masked::Masked;
 pub use parameters::{Default, Kind, Parameter};
 pub use random::uniforms;
 pub use specification::{Base, Description, Flag, Scope, Specification};

@@ -7,6 +7,7 @@ use super::view::{Order, View};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
 use crate::{Error, Result};
+use safetensors::Dtype;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -28,6 +29,8 @@ pub struct FloatInput {
 pub enum Stored {
     /// As numbers.
     Plain(Float),
+    /// As whole numbers of a byte, or as truth values; masks are.
+    Bytes,
     /// As codes, to be multiplied by scales.
     Encoded(Box<Encoded>),
 }
@@ -65,6 +68,26 @@ impl FloatInput {
             (Input::at(checkpoint, source, encoding.codes), encoding.shape.clone());
         let encoded = Encoded::new(checkpoint, source, encoding)?;
         Self::of(codes, Stored::Encoded(Box::new(encoded)), shape, view)
+    }
+
+    /// As [`FloatInput::find`], for a mask, which may also be of U8 or BOOL.
+    ///
+    /// # Errors
+    /// Those of [`FloatInput::find`].
+    pub fn find_mask(
+        checkpoint: &Arc<Checkpoint>,
+        source: &Arc<str>,
+        tensor: &str,
+        view: Option<&schema::View>,
+    ) -> Result<Self> {
+        let input = checkpoint.id(tensor).map(|id| Input::at(checkpoint, source, id));
+        match input {
+            Some(input) if matches!(input.dtype, Dtype::U8 | Dtype::BOOL) => {
+                let shape = input.shape.clone();
+                Self::of(input, Stored::Bytes, shape, view)
+            }
+            _ => Self::find(checkpoint, source, tensor, view),
+        }
     }
 
     fn of(
@@ -109,6 +132,7 @@ impl FloatInput {
     pub fn width(&self) -> usize {
         let size = match &self.stored {
             Stored::Plain(float) => float.size(),
+            Stored::Bytes => 1,
             // A code of at most one byte, and as much again for its part of a scale.
             Stored::Encoded(_) => 2,
         };
@@ -134,7 +158,7 @@ impl FloatInput {
     fn scales(&self) -> Option<(&Encoded, &Input)> {
         match &self.stored {
             Stored::Encoded(encoded) => Some((encoded, encoded.scales.as_ref()?)),
-            Stored::Plain(_) => None,
+            Stored::Plain(_) | Stored::Bytes => None,
         }
     }
 
@@ -143,6 +167,7 @@ impl FloatInput {
     pub fn stored_bytes(&self, elements: &Range<usize>) -> Range<usize> {
         match &self.stored {
             Stored::Plain(float) => elements.start * float.size()..elements.end * float.size(),
+            Stored::Bytes => elements.clone(),
             Stored::Encoded(encoded) => encoded.encoding.code_range(elements.clone()),
         }
     }

@@ -13,6 +13,7 @@ mod resolve;
 pub mod schema;
 mod shard;
 mod sources;
+mod sum;
 mod target;
 mod view;
 
@@ -22,9 +23,9 @@ pub use input::Input;
 pub use operand::{LowRank, Magnitude, Operand, Rows};
 pub use operation::{Assembly, Computation, Operation, OutputTensor, Piece, Target};
 pub use plan::Plan;
-pub use resolve::resolve_sum;
 pub use schema::EncodedPart;
 pub use shard::PlannedShard;
 pub use sources::GivenSources;
+pub use sum::resolve_sum;
 pub use target::{EncodedRows, EncodedTarget};
 pub use view::{Order, Region, View};

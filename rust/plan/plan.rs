@@ -29,19 +29,26 @@ impl Plan {
     /// # Errors
     /// Those of [`Plan::open`].
     pub fn from_json(json: &str) -> Result<Self> {
-        Self::open(json.as_bytes(), ReadBackend::Auto, &GivenSources::new())
+        Self::open(json.as_bytes(), ReadBackend::Auto, &GivenSources::new(), None)
     }
 
     /// Parses and validates a plan. Headers of sources that are not given are read; no data is, and no file stays open.
+    /// `directory` is that of the output that carries the plan: what lies beside it has a relative path.
     ///
     /// # Errors
     /// [`Error::Plan`] if the JSON or what it claims is wrong, [`Error::InputChanged`] if an input is not the one it
     /// was made for, and whatever opening a checkpoint raises.
-    pub fn open(json: &[u8], backend: ReadBackend, given: &GivenSources) -> Result<Self> {
+    pub fn open(
+        json: &[u8],
+        backend: ReadBackend,
+        given: &GivenSources,
+        directory: Option<&Path>,
+    ) -> Result<Self> {
         let plan = parse(json)?;
         let mut sources = Sources::new();
         for (name, source) in &plan.sources {
-            sources.insert(name.clone(), open_source(name, source, given.get(name), backend)?);
+            let found = open_source(name, source, given.get(name), backend, directory)?;
+            sources.insert(name.clone(), found);
         }
         let digests = plan.operations.iter().map(digest_of).collect::<Result<Vec<_>>>()?;
         let operations = plan.operations.into_iter().enumerate();

@@ -6,57 +6,17 @@ use super::input::Input;
 use super::operand::{LowRank, Magnitude, Operand, Rows};
 use super::operation::{Assembly, Computation, Operation, Piece, Target};
 use super::schema;
-use super::sources::{GivenSources, Source, Sources};
+use super::sources::{Source, Sources};
 use super::target::EncodedTarget;
 use super::view::{Region, View};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Float;
-use crate::methods::{self, Convert, Prepared};
+use crate::methods::{self, Convert, Masked, Method, Prepared};
 use crate::{Error, Result};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-
-/// The operands of a weighted sum that is no tensor of an output, all of the shape of the first one's tensor; `name` is
-/// whose they are, for messages, and the tensor of operands that name none.
-///
-/// # Errors
-/// [`Error::Plan`] if there is none, they do not go together, or have parameters other than a weight;
-/// [`Error::NoTensor`].
-pub fn resolve_sum(
-    given: &GivenSources,
-    name: &str,
-    terms: &[schema::WeightedOperand],
-) -> Result<Vec<(f32, Operand)>> {
-    let source = |(name, checkpoint): (&String, &Arc<Checkpoint>)| {
-        let listed = vec![true; checkpoint.shards().len()];
-        let checkpoint = Arc::clone(checkpoint);
-        (name.clone(), Source { name: name.as_str().into(), checkpoint, listed })
-    };
-    let sources: Sources = given.iter().map(source).collect();
-    let resolver = Resolver { sources: &sources, name, whole: None };
-    let Some(first) = terms.first() else {
-        return Err(Error::Plan(format!("tensor `{name}` is made of nothing")));
-    };
-    let shape = match &first.operand.view {
-        Some(view) => view.shape.clone(),
-        None => {
-            let (source, tensor) = (&first.operand.source, first.operand.tensor.as_deref());
-            resolver.float(source, tensor, None, None)?.shape
-        }
-    };
-    let resolve = |term: &schema::WeightedOperand| {
-        let weight = crate::dtype::f64_to_f32(term.weight.unwrap_or(1.0));
-        if !term.parameters.is_empty() || !weight.is_finite() {
-            return Err(Error::Plan(format!(
-                "the operands of tensor `{name}` have a finite weight and no other parameter"
-            )));
-        }
-        Ok((weight, resolver.operand(&term.operand, &shape)?))
-    };
-    terms.iter().map(resolve).collect()
-}
 
 /// An entry of the plan's table of operations.
 #[derive(Debug)]
@@ -113,6 +73,9 @@ pub(super) struct Whole<'a> {
     /// The part.
     pub view: &'a schema::View,
 }
+
+/// How numbers are found: see [`FloatInput::find`].
+type Find = fn(&Arc<Checkpoint>, &Arc<str>, &str, Option<&schema::View>) -> Result<FloatInput>;
 
 /// A piece of a tensor as the plan has it.
 pub(super) type PlannedPiece<'a> = (&'a schema::View, &'a Recipe);
@@ -278,15 +241,23 @@ impl<'a> Resolver<'a> {
                 })
             }
             Recipe::Merge { merge, method } => {
-                let operands = merge.operands.iter().map(|weighted| &weighted.operand);
-                let operands = operands
-                    .chain(&merge.base)
-                    .map(|operand| self.operand(operand, shape))
-                    .collect::<Result<Vec<_>>>()?;
+                let mut operands = Vec::with_capacity(merge.operands.len() + 3);
+                if let Some(mask) = &merge.mask {
+                    operands.push(self.operand(&mask.kept, shape)?);
+                    operands.push(Operand::plain(self.shares(&mask.shares, shape)?));
+                }
+                let merged = merge.operands.iter().map(|weighted| &weighted.operand);
+                for operand in merged.chain(&merge.base) {
+                    operands.push(self.operand(operand, shape)?);
+                }
                 let has_base = merge.base.is_some();
                 let method = method
                     .method(self.name, shape)
                     .map_err(|problem| Error::Plan(format!("tensor `{}`: {problem}", self.name)))?;
+                let method: Box<dyn Method> = match merge.mask {
+                    Some(_) => Box::new(Masked::over(method)),
+                    None => method,
+                };
                 Ok(Computation { method, operands, has_base })
             }
         }
@@ -367,8 +338,26 @@ impl<'a> Resolver<'a> {
 
     /// Numbers, of this shape if one is given: a tensor, or a part of one. Of a tensor as large as the whole, a piece takes
     /// its own part.
-    fn float(
+    pub(super) fn float(
         &self,
+        name: &str,
+        tensor: Option<&str>,
+        view: Option<&schema::View>,
+        shape: Option<&[usize]>,
+    ) -> Result<FloatInput> {
+        self.numbers(FloatInput::find, name, tensor, view, shape)
+    }
+
+    /// A mask of this shape, likewise.
+    fn shares(&self, place: &schema::TensorRef, shape: &[usize]) -> Result<FloatInput> {
+        let schema::TensorRef { source, tensor, view } = place;
+        let find = FloatInput::find_mask;
+        self.numbers(find, source, tensor.as_deref(), view.as_ref(), Some(shape))
+    }
+
+    fn numbers(
+        &self,
+        find: Find,
         name: &str,
         tensor: Option<&str>,
         view: Option<&schema::View>,
@@ -376,7 +365,7 @@ impl<'a> Resolver<'a> {
     ) -> Result<FloatInput> {
         let source = self.source(name)?;
         let find = |view: Option<&schema::View>| {
-            FloatInput::find(&source.checkpoint, &source.name, tensor.unwrap_or(self.name), view)
+            find(&source.checkpoint, &source.name, tensor.unwrap_or(self.name), view)
         };
         let mut found = find(view)?;
         if let (None, Some(whole), Some(_)) = (view, self.whole, shape)

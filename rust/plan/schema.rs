@@ -39,7 +39,7 @@ pub struct Version {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// Its directory, absolute.
+    /// Its directory or file, absolute; or relative to the directory of the output that carries the plan.
     pub path: PathBuf,
     /// The shards that the plan reads, by file name.
     pub files: BTreeMap<String, StatedIdentity>,
@@ -242,6 +242,19 @@ pub struct Merge {
     pub base: Option<Operand>,
     /// What is merged, in the order in which it is accumulated.
     pub operands: Vec<WeightedOperand>,
+    /// How much of each element is taken of what the method makes; all of it if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<Mask>,
+}
+
+/// Shares, one for each element: `kept + share·(merged - kept)`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mask {
+    /// The shares, from 0 to 1: floats, U8 or BOOL.
+    pub shares: TensorRef,
+    /// What is kept where a share is 0.
+    pub kept: Operand,
 }
 
 /// An operand, its weight and what else the method wants to know of it.

@@ -4,6 +4,7 @@ use super::schema;
 use crate::checkpoint::{Checkpoint, ReadBackend};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 
 /// A checkpoint that a plan reads, and which of its shards it may.
@@ -24,16 +25,27 @@ pub(super) type Sources = BTreeMap<String, Source>;
 
 /// Opens the files that a plan lists, or takes the checkpoint that is open, and compares each file with the identity it
 /// states. Of files that are opened the modification time may differ (copies and clones change it); the size and the
-/// header may not. A checkpoint that is open was looked at before: its files must still be what they were then.
+/// header may not. A checkpoint that is open was looked at before: its files must still be what they were then. A relative
+/// path is one in `directory`.
 pub(super) fn open_source(
     name: &str,
     source: &schema::Source,
     given: Option<&Arc<Checkpoint>>,
     backend: ReadBackend,
+    directory: Option<&Path>,
 ) -> Result<Source> {
-    let checkpoint = match given {
-        Some(checkpoint) => Arc::clone(checkpoint),
-        None => Arc::new(Checkpoint::open_files(&source.path, source.files.keys(), backend)?),
+    let checkpoint = match (given, directory) {
+        (Some(checkpoint), _) => Arc::clone(checkpoint),
+        (None, None) if source.path.is_relative() => {
+            return Err(Error::Plan(format!(
+                "its source `{name}` lies at {}, beside a plan that is in no directory",
+                crate::error::printable(&source.path)
+            )));
+        }
+        (None, directory) => {
+            let path = directory.map_or_else(|| source.path.clone(), |it| it.join(&source.path));
+            Arc::new(Checkpoint::open_files(&path, source.files.keys(), backend)?)
+        }
     };
     let mut listed = vec![false; checkpoint.shards().len()];
     let mut found = 0;

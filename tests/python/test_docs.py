@@ -86,7 +86,7 @@ def test_the_command_line_s_page_shows_every_command() -> None:
     assert shown == set(main.list_commands(click.Context(main)))
 
 
-@pytest.mark.parametrize("name", ["fold", "resta", "wise-ft"])
+@pytest.mark.parametrize("name", ["fold", "resta", "wise-ft", "shrink", "lox", "safety-vector", "safe-lora"])
 def test_files_of_recipes_are_read(name: str, tmp_path: Path) -> None:
     documents = [block.text for block in blocks("docs/recipes.md") if block.language == "yaml"]
     (document,) = [text for text in documents if f"recipe: {name}\n" in text]

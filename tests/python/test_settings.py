@@ -89,6 +89,7 @@ SHAPE = {
     "max_shard_size": Known(None, "5GB", SIZE_BAD, held=5 * 10**9),
     "encode": Known("keep", "bfloat16", ("int4", 16, None)),
 }
+MASK = {"mask": Known(None, "mask.safetensors", (3, [], True))}
 FORCE = {"force": Known(False, True, FLAG_BAD)}
 WHOLE_MODEL = {
     "allow_missing": Known(False, True, FLAG_BAD),
@@ -128,6 +129,7 @@ SAFEMERGE = {
     "method": Known("linear", "ties", ("karcher", "soup", 1, None)),
     "density": Known(None, 0.5, SHARE),
     "seed": Known(None, 7, (-1, *WHOLE)),
+    **MASK,
     "parameters": Known(None, "lambda=0.9", (1, {})),
     "output_format": Known("auto", "checkpoint", ("gguf", 1, None)),
     "adapter_rank": Known(None, 4, (0, -1, *WHOLE)),
@@ -137,6 +139,20 @@ SAFEMERGE = {
     **ANALYSED,
     **FORCE,
 }
+SELECTED = {name: ANALYSED[name] for name in ("include", "exclude")}
+
+
+def factors(*, kappa: float, rank: int) -> dict[str, Known]:
+    """Settings of recipes that decompose matrices."""
+    return {
+        "kappa": Known(kappa, -0.25, (-10.1, 10.1, *NUMBERS)),
+        "rank": Known(rank, 3, (0, -1, None, *WHOLE)),
+        "iterations": Known(100, 7, (0, 1001, None, *WHOLE)),
+        **SELECTED,
+        "device": ANALYSED["device"],
+    }
+
+
 RECIPES: dict[str, dict[str, Known]] = {
     "safemerge": SAFEMERGE,
     "fold": {"model": MODEL, "adapter": MODEL, **RUN, **SHAPE, "untie": WHOLE_MODEL["untie"]},
@@ -157,6 +173,50 @@ RECIPES: dict[str, dict[str, Known]] = {
         "finetuned": MODEL,
         **RUN,
         "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
+        **MASK,
+        **SHAPE,
+        **WHOLE_MODEL,
+        **FORCE,
+    },
+    "shrink": {
+        "aligned": MODEL,
+        "finetuned": MODEL,
+        **RUN,
+        "alpha": Known(0.5, 0.25, (-0.01, 1.01, *NUMBERS)),
+        **MASK,
+        **SELECTED,
+        **SHAPE,
+        **WHOLE_MODEL,
+        **FORCE,
+    },
+    "lox": {
+        "base": MODEL,
+        "aligned": MODEL,
+        **RUN,
+        **factors(kappa=1.0, rank=6),
+        **SHAPE,
+        "untie": WHOLE_MODEL["untie"],
+        **FORCE,
+    },
+    "safe-lora": {
+        "base": MODEL,
+        "aligned": MODEL,
+        "finetuned": MODEL,
+        **RUN,
+        **{name: SAFEMERGE[name] for name in ("select", "scores", "output_format")},
+        "estimator": Known("auto", "exact", ("guess", 1, None)),
+        "threshold": Known(0.35, 0.5, (-0.01, 1.01, *NUMBERS)),
+        **SELECTED,
+        "device": ANALYSED["device"],
+        **SHAPE,
+        **WHOLE_MODEL,
+        **FORCE,
+    },
+    "safety-vector": {
+        "aligned": MODEL,
+        "finetuned": MODEL,
+        **RUN,
+        **factors(kappa=0.5, rank=16),
         **SHAPE,
         **WHOLE_MODEL,
         **FORCE,
@@ -190,6 +250,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Known]]] = {
     "fold": (safemerge_fast.fold, RECIPES["fold"]),
     "resta": (safemerge_fast.resta, RECIPES["resta"]),
     "wise_ft": (safemerge_fast.wise_ft, RECIPES["wise-ft"]),
+    "shrink": (safemerge_fast.shrink, RECIPES["shrink"]),
+    "lox": (safemerge_fast.lox, RECIPES["lox"]),
+    "safety_vector": (safemerge_fast.safety_vector, RECIPES["safety-vector"]),
+    "safe_lora": (safemerge_fast.safe_lora, RECIPES["safe-lora"]),
     "analyze": (safemerge_fast.analyze, ANALYSIS),
     "check": (safemerge_fast.check, CHECK),
     "verify": (safemerge_fast.verify, VERIFY),
@@ -262,7 +326,7 @@ def test_models_may_be_given_by_position_and_the_rest_by_name(owner: str) -> Non
     parameters = inspect.signature(function).parameters.values()
     keyword_only = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     models = [name for name, known in table.items() if known is MODEL or name == "safe"]
-    if owner in ("merge", "fold", "resta", "wise_ft"):
+    if owner not in ("analyze", "check", "verify"):
         assert keyword_only == {*table, "progress"} - set(models)
     assert [parameter.name for parameter in parameters][: len(models)] == models
 
@@ -441,6 +505,8 @@ def test_commands_have_an_option_for_each_setting_with_its_default(owner: str) -
             assert parameter.default == known.default, name
     # What there is besides is no setting.
     besides = {"as_json", "quiet", "verbose", "no_progress", "dry_run", "config", "help"}
+    if owner == "merge":
+        besides |= {"recipe"}
     if owner == "analyze":
         besides |= {"threshold", "select", "per_type", "granularity", "on_undefined"}
         besides |= {"output", "csv_file", "html_file", "plot_file"}
@@ -458,6 +524,38 @@ def test_options_of_merge_reach_the_recipe(owner: str, name: str, known: Known, 
     result = run(owner, *words)
     assert (result.exit_code, result.stderr) == (3, "error: seen\n")
     assert seen == [recipes()["safemerge"].settings(**values)]
+
+
+@pytest.mark.parametrize(("owner", "name", "known"), each(RECIPES))
+def test_options_of_a_named_recipe_reach_it(
+    owner: str, name: str, known: Known, seen: list[Settings]
+) -> None:
+    values = {**needed(RECIPES[owner]), name: known.good}
+    words = [
+        word
+        for key, value in values.items()
+        for word in ([option(key)] if value is True else [f"{option(key)}={value}"])
+    ]
+    expected = recipes()[owner].settings(**values)
+    for named in (["--recipe", owner], [f"--recipe={owner}"]):
+        result = run("merge", *words, *named)
+        assert (result.exit_code, result.stderr) == (3, "error: seen\n")
+    assert seen == [expected, expected]
+
+
+def test_recipes_are_named_on_the_command_line() -> None:
+    result = run("merge", "--recipe", "soup", "-o", "out")
+    assert result.exit_code == 2
+    assert_one_sentence(result, "--recipe should be one of safemerge, fold, resta", "not 'soup'")
+    assert run("merge", "--recipe", "mergekit", "-o", "out").exit_code == 2
+    result = run("merge", "--recipe", "lox", "--help")
+    assert result.exit_code == 0
+    assert "--kappa" in result.stdout
+    assert "--alpha" not in result.stdout
+    result = run("merge", "--recipe", "lox", "--alpha", "0.5", "-o", "out")
+    assert result.exit_code == 2
+    assert_one_sentence(result, "--alpha")
+    assert "--recipe NAME" in run("merge", "--help").stdout
 
 
 def test_short_and_other_names_of_options(seen: list[Settings]) -> None:

@@ -193,7 +193,7 @@ pub fn plan(sources: Value, mut shards: Vec<Value>) -> Value {
 
 /// A plan whose inputs are read in this way.
 pub fn open(plan: &str, backend: ReadBackend) -> Plan {
-    Plan::open(plan.as_bytes(), backend, &GivenSources::new()).expect("a sound plan")
+    Plan::open(plan.as_bytes(), backend, &GivenSources::new(), None).expect("a sound plan")
 }
 
 /// Floats are blended, all else is copied from the first.

@@ -248,7 +248,7 @@ fn only_the_files_that_a_plan_lists_are_read() {
     let identity = plan["sources"]["first"]["files"]["model.safetensors"].take();
     plan["sources"]["first"]["files"] = json!({"one.safetensors": identity});
     let given: GivenSources = [("first".to_owned(), checkpoint)].into();
-    let refused = Plan::open(plan.to_string().as_bytes(), ReadBackend::Auto, &given);
+    let refused = Plan::open(plan.to_string().as_bytes(), ReadBackend::Auto, &given, None);
     let message = refused.unwrap_err().to_string();
     assert!(message.contains("more.safetensors") && message.contains("does not list"), "{message}");
 }

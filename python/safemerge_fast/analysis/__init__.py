@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..pairing.operand import LowRank
     from ..pairing.row import Row
 
-__all__ = ["analyze_rows"]
+__all__ = ["analyze_rows", "low_rank_update"]
 
 _NOTHING: Mapping[str, Score] = {}
 _USUAL = Precision()
@@ -63,7 +63,7 @@ def analyze_rows(
         known = {name: score for name, score in known.items() if not score.columns}
     low_rank, dense = [], []
     for module in analysed:
-        update = _low_rank_update(module, delta_reference)
+        update = low_rank_update(module, delta_reference)
         if not update:
             dense.append(module)
         elif module.name not in known:
@@ -119,7 +119,7 @@ def _score_exactly(
         )
 
 
-def _low_rank_update(module: Module, delta_reference: str) -> tuple[LowRank, ...]:
+def low_rank_update(module: Module, delta_reference: str) -> tuple[LowRank, ...]:
     """The products that Δ is the sum of; none if it is anything else."""
     terms = module.terms
     finetuned = terms["finetuned"]

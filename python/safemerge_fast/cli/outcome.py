@@ -90,6 +90,8 @@ def preview_lines(outlook: Preview) -> Iterator[Any]:
     at_most = "" if known else "at most "
     read, written = format_size(outlook.bytes_read), format_size(outlook.bytes_written)
     yield f"merge        {at_most}{read} read, {written} written"
+    if outlook.bytes_derived:
+        yield f"derived      {at_most}{format_size(outlook.bytes_derived)} computed and kept in the output, for verify"
     free, memory = format_size(outlook.free_bytes), format_size(outlook.memory_bytes)
     yield f"output       {outlook.files} file(s) in {printable(outlook.output)}, {free} free there"
     yield f"peak memory  about {memory}"

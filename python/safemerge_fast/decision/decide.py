@@ -134,8 +134,9 @@ def _explained(verdict: Verdict, scores: Mapping[str, Score], rule: Rule) -> Dec
         return Decision(merge, f"{'merged' if merge else 'kept'}: {why}")
     subject = statistic.value if len(unit.members) == 1 else f"mean {statistic.value} of {unit.name}"
     if isinstance(selection, Below):
-        left, right = _digits(bounds.value, selection.boundary)
-        test = f"{subject} {left} {'<' if verdict.merge else '≥'} {right}"
+        left, right = _digits(bounds.value, selection)
+        below, above = ("≤", ">") if selection.inclusive else ("<", "≥")
+        test = f"{subject} {left} {below if verdict.merge else above} {right}"
     else:
         assert verdict.ranking is not None
         kind = "" if verdict.ranking.module_type is None else f" {verdict.ranking.module_type}"
@@ -152,14 +153,14 @@ def _explained(verdict: Verdict, scores: Mapping[str, Score], rule: Rule) -> Dec
     return Decision(verdict.merge, test if verdict.merge else f"kept: {test}")
 
 
-def _digits(rho: float, threshold: float) -> tuple[str, str]:
-    """Writes both numbers with as few digits as still show which one is smaller."""
-    right = f"{threshold:.15g}"
+def _digits(number: float, below: Below) -> tuple[str, str]:
+    """Writes a statistic and its boundary with as few digits as still show on which side it is."""
+    right = f"{below.boundary:.15g}"
     for digits in range(3, 17):
-        left = f"{rho:.{digits}g}"
-        if (float(left) < threshold) == (rho < threshold):
+        left = f"{number:.{digits}g}"
+        if below.takes(float(left)) == below.takes(number):
             return left, right
-    return repr(rho), repr(threshold)
+    return repr(number), repr(below.boundary)
 
 
 def _unanalysed(row: Row, needed: set[str], rule: Rule) -> Decision:

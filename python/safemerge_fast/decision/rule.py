@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..analysis.score import Score
@@ -33,6 +33,7 @@ class Rule:
         per_type: Whether "lowest" and "fraction" are of each module type instead of all modules together; the others
             judge each module alone, and nothing changes.
         modules: Exactly the modules that are merged, whatever else is said here but for the others; or None.
+        inclusive: Whether a ρ that equals the threshold counts as below it, as Safe LoRA has it.
 
     Raises:
         AnalysisError: A value is not one of those above.
@@ -45,6 +46,7 @@ class Rule:
     others: Literal["keep", "merge"] = "keep"
     per_type: bool = False
     modules: AbstractSet[str] | None = None
+    inclusive: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -66,7 +68,8 @@ class Rule:
     @property
     def selection(self) -> Selection:
         """The selection, as data."""
-        return parse_selection(self.select, self.threshold)
+        selection = parse_selection(self.select, self.threshold)
+        return replace(selection, inclusive=self.inclusive) if isinstance(selection, Below) else selection
 
     @property
     def idle(self) -> str | None:

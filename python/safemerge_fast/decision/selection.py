@@ -78,10 +78,15 @@ def _log(ratio: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Below:
-    """All modules whose statistic lies strictly below a boundary."""
+    """All modules whose statistic lies strictly below a boundary; or on it, too, if that is inclusive."""
 
     statistic: Statistic
     boundary: float
+    inclusive: bool = False
+
+    def takes(self, number: float) -> bool:
+        """Whether a module of that statistic is among them."""
+        return number < self.boundary or (self.inclusive and number == self.boundary)
 
 
 @dataclass(frozen=True, slots=True)

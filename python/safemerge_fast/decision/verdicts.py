@@ -114,11 +114,15 @@ def judge(
     statistic = statistic_of(selection)
     found = [unit.bounds(statistic, scores) for unit in units]
     if isinstance(selection, Below):
-        limit = selection.boundary
         return [
             Verdict(unit, bounds)
             if bounds is None
-            else Verdict(unit, bounds, bounds.value < limit, not bounds.low < limit <= bounds.high)
+            else Verdict(
+                unit,
+                bounds,
+                selection.takes(bounds.value),
+                selection.takes(bounds.low) == selection.takes(bounds.high),
+            )
             for unit, bounds in zip(units, found, strict=True)
         ]
     verdicts = [Verdict(unit, None) for unit in units]

@@ -89,6 +89,7 @@ def pair(
     analyse: bool = True,
     missing: Missing = Missing.NOTE,
     untie: bool = False,
+    shaped_like: str = "finetuned",
 ) -> Pairing:
     """Finds the counterparts of every tensor of the fine-tuned model.
 
@@ -96,7 +97,7 @@ def pair(
     rows are the aligned model's tensors, and only those that it adapts are analysed.
 
     Args:
-        models: Models by role; "finetuned" must be among them, and "aligned" if one is an adapter. Names are
+        models: Models by role; shaped_like must be among them, and "aligned" if one is an adapter. Names are
             matched as match_names does; besides, a tied head that the fine-tuned model stores and another
             role does not is that role's embedding.
         include: Regular expression on names: analyses what is left out by default, if it is 2-D
@@ -105,6 +106,7 @@ def pair(
         analyse: Whether anything is to be analysed.
         missing: What becomes of tensors that the aligned model has and the fine-tuned one lacks.
         untie: Whether a tied head becomes a tensor of its own.
+        shaped_like: The role that the output is shaped like; where nothing is fine-tuned, another one.
 
     Returns:
         The pairing.
@@ -115,12 +117,13 @@ def pair(
             lacking.
         AdapterError: An adapter does not fit the aligned model.
     """
-    if "finetuned" not in models:
+    if shaped_like not in models:
         raise PairingError("pairing needs the fine-tuned model; give --finetuned")
+    called = "fine-tuned" if shaped_like == "finetuned" else shaped_like
     adapted = Adapted(models)
     notes = list(adapted.notes)
     # What rows are made from: the fine-tuned model, or the one that it is an adapter of.
-    anchor = models["aligned" if "finetuned" in adapted else "finetuned"]
+    anchor = models["aligned" if shaped_like in adapted else shaped_like]
     tensors = in_file_order(anchor)
     selection = Selection(include, exclude)
     others = {
@@ -238,7 +241,9 @@ def pair(
             notes.append(untied_note(head, anchor.role))
     if config == anchor.config:
         config = None
-    notes += _kept_notes(kept) + _unused_notes(unused) + selection.notes() + orientations.notes()
+    notes += (
+        _kept_notes(kept, called) + _unused_notes(unused, called) + selection.notes() + orientations.notes()
+    )
     notes += config_notes(models)
     return Pairing(tuple(rows), unused, tuple(notes), config)
 
@@ -313,17 +318,17 @@ def _unused(
     return unused
 
 
-def _kept_notes(kept: Sequence[str]) -> list[str]:
+def _kept_notes(kept: Sequence[str], called: str) -> list[str]:
     """Notes on tensors that are not analysed and whose counterparts do not fit; a few one by one."""
-    notes = [f"{sentence}; the fine-tuned tensor is kept" for sentence in kept[:4]]
+    notes = [f"{sentence}; the {called} tensor is kept" for sentence in kept[:4]]
     if len(kept) > 4:
         notes.append(f"{len(kept) - 4} more tensors that are not analysed do not fit and are kept")
     return notes
 
 
-def _unused_notes(unused: Mapping[str, Sequence[str]]) -> list[str]:
+def _unused_notes(unused: Mapping[str, Sequence[str]], called: str) -> list[str]:
     return [
-        f"{len(names)} tensors of {role} have no counterpart in the fine-tuned model and are not used, "
+        f"{len(names)} tensors of {role} have no counterpart in the {called} model and are not used, "
         f"such as {names[0]}"
         for role, names in unused.items()
         if names

@@ -13,7 +13,7 @@ from ..pairing.operand import Operand, Term
 from ..pairing.row import Row
 from .operation import Argument, Operation, combine, parameters_of, weighted_sum
 
-__all__ = ["Blend", "Blends", "Composer"]
+__all__ = ["Blend", "Blends", "Composer", "Summing"]
 
 
 class Composer(Protocol):
@@ -25,6 +25,10 @@ class Composer(Protocol):
 
     def compose(self, subject: Row | Module, decision: Decision) -> Operation:
         """What one tensor is made of, or one module as a piece of its tensor."""
+
+
+class Summing(Composer, Protocol):
+    """Says also what tensors are the sum of."""
 
     def terms(self, subject: Row | Module, *, merge: bool) -> tuple[Term, ...]:
         """What a tensor is the sum of, for a blend that is a sum."""

@@ -28,6 +28,7 @@ def plan_checkpoint(
     max_shard_size: int | None = None,
     encode: Encode = Encode.ALL,
     config: Mapping[str, Any] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> tuple[Plan, Mapping[str, Any] | None]:
     """Says what every tensor of a checkpoint is made of.
 
@@ -41,6 +42,7 @@ def plan_checkpoint(
         max_shard_size: Most bytes per output file, or None.
         encode: What becomes of quantised tensors.
         config: What config.json says in place of the host's, if it is not to be that.
+        beside: As Plan has it.
 
     Returns:
         The plan, and what config.json says in place of the host's, or None.
@@ -64,6 +66,7 @@ def plan_checkpoint(
         making,
         anchor=host.role if anchor is None else anchor,
         dtype=dtype,
+        beside=beside,
     )
     changed = encoded_config(known, made, host.role)
     return plan, config if changed is None else changed

@@ -11,6 +11,7 @@ from .methods import summing_method
 
 __all__ = [
     "Argument",
+    "Mask",
     "Operation",
     "Parameters",
     "combine",
@@ -57,6 +58,23 @@ class Argument:
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """Shares of what is merged, one for each element: kept + share·(merged - kept).
+
+    Attributes:
+        shares: The tensor that holds them.
+        kept: What stays where a share is 0.
+    """
+
+    shares: Operand
+    kept: Operand
+
+    def to_plan(self) -> dict[str, Any]:
+        """The mask as the plan writes it."""
+        return {"shares": self.shares.to_plan(), "kept": self.kept.to_plan()}
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """What an output tensor is made of. One operation may serve many tensors, see OWN_NAME.
 
@@ -65,12 +83,14 @@ class Operation:
         method: Name of the engine's method; None copies the only argument.
         parameters: The parameters that all operands share.
         base: What the method takes for its base, or None.
+        mask: How much of each element is taken of what the method makes; None for all of it.
     """
 
     arguments: tuple[Argument, ...]
     method: str | None = None
     parameters: Parameters = ()
     base: Operand | None = None
+    mask: Mask | None = None
 
     @property
     def is_copy(self) -> bool:
@@ -79,9 +99,11 @@ class Operation:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """All that is read, the base last."""
+        """All that is read: what is merged, the base, and the mask with what it keeps."""
         merged = tuple(argument.operand for argument in self.arguments)
-        return merged if self.base is None else (*merged, self.base)
+        if self.base is not None:
+            merged = (*merged, self.base)
+        return merged if self.mask is None else (*merged, self.mask.shares, self.mask.kept)
 
     def without_name(self, name: str) -> Operation:
         """The same for a tensor of this name, with OWN_NAME in its place, so that other tensors can share it."""
@@ -93,6 +115,7 @@ class Operation:
             self,
             arguments=tuple(replace(argument, operand=own(argument.operand)) for argument in self.arguments),
             base=None if self.base is None else own(self.base),
+            mask=None if self.mask is None else Mask(own(self.mask.shares), own(self.mask.kept)),
         )
 
     def to_plan(self) -> dict[str, Any]:
@@ -103,6 +126,8 @@ class Operation:
         if self.base is not None:
             merge["base"] = self.base.to_plan()
         merge["operands"] = [argument.to_plan() for argument in self.arguments]
+        if self.mask is not None:
+            merge["mask"] = self.mask.to_plan()
         return {"merge": merge}
 
     def describe(self) -> str:
@@ -117,7 +142,10 @@ class Operation:
         base = "" if self.base is None else f"{describe_operand(self.base)}; "
         sums = self.base is None and not any(argument.parameters for argument in self.arguments)
         merged = (" + " if sums else ", ").join(_describe(argument) for argument in self.arguments)
-        return f"{self.method}{f' ({shared})' if shared else ''}: {base}{merged}"
+        masked = ""
+        if self.mask is not None:
+            masked = f"; by {self.mask.shares.source}, else {describe_operand(self.mask.kept)}"
+        return f"{self.method}{f' ({shared})' if shared else ''}: {base}{merged}{masked}"
 
 
 def copy_of(operand: Operand) -> Operation:

@@ -76,6 +76,7 @@ class Plan:
         numbers: The operation of each tensor, by the file's and the row's order.
         parts: By name, the parts of tensors that are made in pieces, and the operation of each.
         copies: By role, the operation that copies a tensor of that name from it; of roles that have quantised tensors.
+        beside: By role, the directory within the output that holds the model's files once the output is published.
     """
 
     models: Mapping[str, Model]
@@ -86,6 +87,7 @@ class Plan:
     numbers: tuple[Sequence[int], ...]
     parts: Mapping[str, Sequence[tuple[View, int]]] = field(default_factory=dict)
     copies: Mapping[str, int] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)
     _sizes: list[int] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -133,11 +135,15 @@ class Plan:
         """The plan as `_engine.Plan` takes it."""
         return b"".join(self.pieces())
 
-    def pieces(self) -> Iterator[bytes]:
-        """The same, piece by piece and with a line per tensor, as an output carries it."""
+    def pieces(self, *, published: bool = False) -> Iterator[bytes]:
+        """The same, piece by piece and with a line per tensor.
+
+        Args:
+            published: Whether it is what the output carries, which names the files in it from there.
+        """
         yield b'{"version": %d,\n"sources": %b,\n"operations": [\n' % (
             VERSION,
-            _encoder.encode(self._sources()),
+            _encoder.encode(self._sources(published=published)),
         )
         yield b",\n".join(_encoder.encode(operation.to_plan()) for operation in self.operations)
         yield b'],\n"shards": ['
@@ -213,7 +219,7 @@ class Plan:
             return _PlannedTensor(row.name, number)
         return _PlannedTensor(row.name, number, dtype, row.shape)
 
-    def _sources(self) -> dict[str, object]:
+    def _sources(self, *, published: bool) -> dict[str, object]:
         """Path and identity of the files of every model that is read."""
         used = {
             source
@@ -223,7 +229,9 @@ class Plan:
         }
         return {
             role: {
-                "path": self.models[role].headers.path,
+                "path": self.beside[role]
+                if published and role in self.beside
+                else self.models[role].headers.path,
                 "files": {
                     file: facts.to_dict() for file, facts in self.models[role].headers.identity().items()
                 },
@@ -239,6 +247,7 @@ def build_plan(
     *,
     anchor: str,
     dtype: str = "auto",
+    beside: Mapping[str, str] | None = None,
 ) -> Plan:
     """Says what each tensor of the output files is made of.
 
@@ -249,6 +258,7 @@ def build_plan(
             that are alike.
         anchor: The role whose tensors the rows describe.
         dtype: Output dtype of float tensors.
+        beside: As Plan has it.
 
     Raises:
         PairingError: What operation raises.
@@ -286,7 +296,9 @@ def build_plan(
             else:
                 of_shard.append(number_of(made, row.name))
         planned.append(array("I", of_shard))
-    return Plan(models, anchor, tuple(layout), dtype, tuple(numbers), tuple(planned), parts, copies)
+    return Plan(
+        models, anchor, tuple(layout), dtype, tuple(numbers), tuple(planned), parts, copies, beside or {}
+    )
 
 
 def _stored_names(row: Row) -> Iterator[str]:

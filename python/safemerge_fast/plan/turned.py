@@ -14,7 +14,7 @@ from ..errors import PlanError
 from ..pairing.operand import Operand
 from ..pairing.row import Row
 from ..pairing.view import View
-from .operation import Operation
+from .operation import Mask, Operation
 from .pieces import Piece, Pieces
 
 __all__ = ["turned_operation", "turned_row", "turns"]
@@ -91,4 +91,5 @@ def _turned(operation: Operation, view: View) -> Operation:
             replace(argument, operand=turn(argument.operand)) for argument in operation.arguments
         ),
         base=None if operation.base is None else turn(operation.base),
+        mask=None if operation.mask is None else Mask(turn(operation.mask.shares), turn(operation.mask.kept)),
     )

@@ -14,7 +14,17 @@ from .base import Recipe
 
 __all__ = ["recipes"]
 
-_MODULES = ("safemerge", "fold", "resta", "wise_ft", "mergekit")
+_MODULES = (
+    "safemerge",
+    "fold",
+    "resta",
+    "wise_ft",
+    "shrink",
+    "lox",
+    "safety_vector",
+    "safe_lora",
+    "mergekit",
+)
 """Modules of this package, in the order in which help and documentation list their recipes."""
 
 

@@ -14,6 +14,7 @@ from ..analysis.score import Score
 from ..checkpoint.model import Model
 from ..decision import Decision
 from ..execution.companions import companion_files, configuration_file
+from ..execution.derived import DERIVED_FILE, DerivedTensors, Outline
 from ..execution.inputs import describe_inputs, job_identity
 from ..execution.local import Written, check_plan, execute
 from ..pairing.coverage import Coverage
@@ -150,6 +151,10 @@ class Job(ABC, Generic[_Settings]):
         """Bytes that measuring would read, and memory that it would take."""
         return 0, 0
 
+    def derived_bytes(self, measurement: Measurement | None) -> int:
+        """Bytes of what is computed from the models and carried by the output; the argument is as for contents."""
+        return 0
+
     @abstractmethod
     def contents(self, measurement: Measurement | None) -> Contents:
         """Says what the output consists of.
@@ -226,6 +231,7 @@ class CheckpointContents:
         config: What config.json says in place of the host's, if it is not to be that.
         read_backend: How inputs are read.
         remarks: What a person should know of them.
+        derived: Tensors that were computed for the plan, which the output carries; an outline of them is not written.
     """
 
     plan: Plan
@@ -235,6 +241,7 @@ class CheckpointContents:
     read_backend: str = "auto"
     remarks: tuple[str, ...] = ()
     module_decisions: Mapping[str, Decision] = field(default_factory=dict)
+    derived: DerivedTensors | Outline | None = None
     _plans: list[_engine.Plan] = field(default_factory=list, compare=False, repr=False)
 
     @property
@@ -262,8 +269,10 @@ class CheckpointContents:
         return execute(self.plan, self._checked(), directory, run, tell)
 
     def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
-        """The plan, config.json and the index."""
-        yield PLAN_FILE, self.plan.pieces()
+        """The plan, what was derived for it, config.json and the index."""
+        yield PLAN_FILE, self.plan.pieces(published=True)
+        if isinstance(self.derived, DerivedTensors):
+            yield DERIVED_FILE, self.derived.pieces()
         configuration = configuration_file(self.host, self.plan.dtype, self.config)
         if configuration is not None:
             yield "config.json", (configuration,)
@@ -294,8 +303,9 @@ class CheckpointContents:
 
         return TensorReports(plan.count, make)
 
-    def adapter(self) -> None:
+    def adapter(self) -> Mapping[str, Any] | None:
         """It is none."""
+        return None
 
     def notes(self) -> Sequence[str]:
         """The remarks, and whether there is a configuration."""

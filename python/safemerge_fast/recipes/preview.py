@@ -38,6 +38,8 @@ class Preview:
         bytes_read: Bytes that the merge would read of all models; at most, where merged is not known.
         bytes_analysed: Bytes that the analysis would read once; a module's V is read up to twice.
         bytes_written: Bytes of the weights.
+        bytes_derived: Bytes of what is computed from the models and carried by the output; at most, likewise. While
+            the job runs they are there twice.
         memory_bytes: Peak of resident memory, about: what the engine says, the analysis, and Python.
         free_bytes: Room on the output's file system.
         notes: What a person should know.
@@ -60,6 +62,7 @@ class Preview:
     notes: tuple[str, ...]
     coverage: Coverage | None = None
     warnings: tuple[str, ...] = ()
+    bytes_derived: int = 0
     experts: tuple[ModuleCount, ...] = ()
 
     def to_json(self) -> str:
@@ -93,7 +96,9 @@ def preview(settings: RunSettings) -> Preview:
     analysed, analysis_memory = job.analysis_bytes
     output = Path(settings.output).expanduser().absolute()
     free = shutil.disk_usage(_existing_parent(output)).free
-    written = contents.bytes_written
+    written, derived = contents.bytes_written, job.derived_bytes(measurement)
+    # Made in the job's directory, and copied.
+    needed = written + 2 * derived
     return Preview(
         output=str(output),
         files=len(contents.weight_files),
@@ -106,9 +111,10 @@ def preview(settings: RunSettings) -> Preview:
         bytes_written=written,
         memory_bytes=_PYTHON_BYTES + max(contents.memory(settings), analysis_memory),
         free_bytes=free,
-        notes=(*job.notes, *_obstacles(settings, input_paths(job.models), output, written, free)),
+        notes=(*job.notes, *_obstacles(settings, input_paths(job.models), output, needed, free)),
         experts=count_experts(tensors),
         coverage=job.coverage,
+        bytes_derived=derived,
         warnings=tuple(
             warning.message
             for warning in (*job.warnings, *(() if measurement is None else measurement.warnings))

@@ -13,6 +13,7 @@ from .. import _engine
 from ..checkpoint.adapter import ADAPTER_WEIGHTS
 from ..documents import RECORD, read_bytes, require_regular
 from ..errors import CheckpointError, PlanError, VerificationError
+from ..execution.derived import DERIVED_FILE
 from ..execution.local import watch
 from ..plan.plan import PLAN_FILE
 from ..progress import ProgressEvent, silent
@@ -76,7 +77,7 @@ def verify_output(settings: VerifySettings) -> VerifyReport:
     """Verifies an output against its report, its plan and the models it was made from.
 
     Every file that the report lists must be there with its size and, but for weights, its digest; nothing else may be
-    there. Weights are compared with the plan, evaluated again; an adapter has no plan, and is made again.
+    there. Weights are compared with the plan, evaluated again; an adapter that has no plan is made again.
 
     Args:
         settings: What to verify.
@@ -93,13 +94,13 @@ def verify_output(settings: VerifySettings) -> VerifyReport:
     directory = Path(settings.output).expanduser().absolute()
     report = _read_report(directory)
     _check_files(directory, report)
-    if report.adapter is not None:
+    if report.adapter is not None and all(file.name != PLAN_FILE for file in report.files):
         # The tensor that differs says more than the file's digest, so that it comes first.
         checked = verify_adapter(directory, report)
         for file in report.files:
             _check_digest(directory, file)
         return VerifyReport(str(directory), 1, checked, checked, time.perf_counter() - started)
-    plan = _engine.Plan(read_bytes(directory / PLAN_FILE, PlanError, limit=RECORD))
+    plan = _engine.Plan(read_bytes(directory / PLAN_FILE, PlanError, limit=RECORD), directory=directory)
     _check_weights(directory, report, plan)
     found = _compare(plan, directory, settings)
     if found.mismatches:
@@ -165,7 +166,9 @@ def _check_digest(directory: Path, file: OutputFile) -> None:
 
 def _check_weights(directory: Path, report: Report, plan: _engine.Plan) -> None:
     """Refuses a report and a plan that speak of other files of weights."""
-    weights = {file.name for file in report.files if file.name.endswith(".safetensors")}
+    weights = {
+        file.name for file in report.files if file.name.endswith(".safetensors") and file.name != DERIVED_FILE
+    }
     if differing := sorted(weights.symmetric_difference(plan.shards)):
         raise VerificationError(
             f"{directory}: report and plan disagree on {differing[0]}; merge again with --overwrite"

@@ -11,6 +11,7 @@ from ..plan.blend import Blend
 from ..plan.methods import summing_method
 from ..settings import Dtype, Force, MaxShardSize, RunSettings, Setting
 from .base import Recipe
+from .mask import MASKED, MaskOf
 from .repair import RepairJob
 from .roles import Aligned, Finetuned
 from .shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
@@ -37,6 +38,7 @@ class WiseFtSettings(_Roles, frozen=True, kw_only=True):
     alpha: Annotated[
         float, Setting("α: weight of the aligned model; the fine-tuned one gets 1-α.", least=0.0, most=1.0)
     ] = 0.5
+    mask: MaskOf = None
     dtype: Dtype = "auto"
     max_shard_size: MaxShardSize = None
     encode: EncodeAs = "keep"
@@ -56,11 +58,12 @@ class WiseFtJob(RepairJob[WiseFtSettings]):
     def __init__(self, settings: WiseFtSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read."""
         roles = {"aligned": settings.aligned, "finetuned": settings.finetuned}
-        self.open(settings, roles, OutputShape.of(settings), force=settings.force)
+        self.open(settings, roles, OutputShape.of(settings), force=settings.force, mask=settings.mask)
         self.changed = "averaged with the aligned model"
         self.sentence = (
             f"{1.0 - settings.alpha:.6g} · {{finetuned}} + {settings.alpha:g} · {{aligned}} "
             "([WiSE-FT](https://arxiv.org/abs/2109.01903))"
+            f"{'' if self.mask is None else MASKED}"
         )
 
     def blend(self) -> Blend:

@@ -48,15 +48,16 @@ def front_matter(report: Report, parts: Iterable[Model], tags: Iterable[str] = (
 
 
 def recipe_card(
-    report: Report, models: Mapping[str, Model], sentence: str, *, tags: Iterable[str] = ()
+    report: Report, models: Mapping[str, Model], sentence: str, *, tags: Iterable[str] = (), more: str = ""
 ) -> str:
-    """Writes the card of an output that a recipe without decisions made.
+    """Writes the card of an output that a recipe made.
 
     Args:
         report: The report.
         models: Models and adapters by role.
         sentence: What the output is; a role's name in braces stands for its model.
         tags: Tags beside "merge".
+        more: What follows the roles, in Markdown.
 
     Returns:
         Markdown with YAML front matter.
@@ -66,11 +67,13 @@ def recipe_card(
         sentence = sentence.replace(f"{{{role}}}", name)
     return "\n\n".join(
         (
-            front_matter(report, models.values(), tags),
+            # An adapter's base is the one model that it can be loaded on.
+            front_matter(report, models.values() if report.adapter is None else [models["aligned"]], tags),
             f"{sentence}, made with {program()}.\nWhat each tensor is made of stands in `safemerge_plan.json`, and why "
             f"in `safemerge_report.json`.",
             standing(report),
             roles_table(models),
+            *((more,) if more else ()),
             settings_blocks(report, models),
         )
     )

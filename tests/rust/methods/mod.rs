@@ -3,6 +3,7 @@
 
 mod interruption;
 mod invariance;
+mod masked;
 mod quantile;
 mod random;
 mod refusals;

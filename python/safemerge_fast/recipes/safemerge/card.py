@@ -87,7 +87,8 @@ def model_card(
         standing=standing(report),
         reference=settings.delta_reference,
         rule=_rule(rule),
-        blend=_blend(alphas, blended[1], settings.method),
+        blend=_blend(alphas, blended[1], settings.method)
+        + ("" if settings.mask is None else ", element by element as far as the mask says,"),
         method=settings.method,
         form="" if report.adapter is None else _form(report.adapter),
         roles=roles_table(models),

@@ -26,16 +26,18 @@ from ...pairing.coverage import coverage_of
 from ...pairing.module import Module, modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
-from ...plan.blend import Blends, Composer
+from ...plan.blend import Blends, Composer, Summing
 from ...plan.checkpoint import plan_checkpoint
 from ...plan.encoding import Encode
 from ...plan.layout import SINGLE_FILE, Shard
+from ...plan.masked import Masked
 from ...plan.methods import known_methods
 from ...plan.pieces import compose_row
 from ...plan.plan import build_plan
 from ...progress import ProgressCallback, ProgressEvent
 from ...report.report import ModuleWarning, Report
 from ..base import CheckpointContents, Contents, Job, Measurement
+from ..mask import MASK, MaskFile, open_mask
 from ..role_check import refuse_or_warn
 from ..roles import access_of, open_roles, shape_of_repair
 from ..shape import OutputShape
@@ -67,9 +69,13 @@ class SafemergeJob(Job[SafemergeSettings]):
         rule: The rule of the decision.
         alphas: α of every module.
         blend: What merged tensors are made of, with the usual α.
-        composer: What each tensor is made of, with its own.
+        unmasked: What each tensor is made of, with its own α.
+        composer: The same, under a mask if there is one.
         scores: Scores to reuse, or None if they are to be computed.
+        mask: How much of each element is merged; None for all of it.
     """
+
+    _not_in_the_mask: tuple[str, ...] = ()
 
     def __init__(self, settings: SafemergeSettings) -> None:
         """Opens the models and pairs their tensors; only headers are read.
@@ -115,11 +121,19 @@ class SafemergeJob(Job[SafemergeSettings]):
             parameters=parameters,
         )
         self.blend = make(self.alphas.usual)
-        self.composer: Composer = self.blend
+        self.unmasked: Summing = self.blend
         if self.alphas.others:
-            self.composer = Blends(self.alphas.of, make, kept=self.blend.kept)
+            self.unmasked = Blends(self.alphas.of, make, kept=self.blend.kept)
+        self.composer: Composer = self.unmasked
         idle = () if self.rule.idle is None else (self.rule.idle,)
         self.notes = (*self.pairing.notes, *idle, *self._role_notes())
+        self.mask: MaskFile | None = None
+        if settings.mask is not None:
+            self.mask = open_mask(settings.mask, self.pairing.rows, access_of(settings))
+            self.models = {**self.models, MASK: self.mask.model}
+            self.composer = Masked(self.composer, MASK)
+            self.notes = (*self.notes, *self.mask.notes)
+            self.unused = {**self.unused, MASK: self.mask.unused}
         self._check_output_format()
         self._check_method()
 
@@ -149,6 +163,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         return self.settings.output_format == "adapter" or (
             self.settings.output_format == "auto"
             and known_methods()[self.settings.method].sums
+            and self.settings.mask is None
             and not self._checkpoints()
         )
 
@@ -242,14 +257,14 @@ class SafemergeJob(Job[SafemergeSettings]):
             decisions |= {module.name: Decision(True, module.row.reason) for module in modules_of_rows(rows)}
         else:
             decisions = decide(rows, measurement.scores, self.rule)
-        return self.decided(decisions)
+        return self.decided(decisions if self.mask is None else self._masked(decisions, self.mask))
 
     def decided(self, decisions: Mapping[str, Decision]) -> Contents:
         """The output with these decisions, by the names of modules, and of tensors that have none."""
         rows, settings = self.pairing.rows, self.settings
         if self.writes_adapter:
             adapters = self.adapters
-            layout = lay_out_adapter(rows, decisions, self.composer, adapters, self.models["aligned"])
+            layout = lay_out_adapter(rows, decisions, self.unmasked, adapters, self.models["aligned"])
             return AdapterContents(
                 self.models, self.pairing, [*adapters.values()], layout, decisions, settings
             )
@@ -263,9 +278,12 @@ class SafemergeJob(Job[SafemergeSettings]):
             encode=self.shape.encode,
             config=self.pairing.config,
         )
-        remarks: tuple[str, ...] = ()
+        remarks = self._not_in_the_mask
         if not any(decision.merge for decision in decisions.values()):
-            remarks = ("no tensor was merged: the output holds the fine-tuned weights as they are",)
+            remarks = (
+                *remarks,
+                "no tensor was merged: the output holds the fine-tuned weights as they are",
+            )
         return CheckpointContents(
             plan,
             lambda row: decision_of(row, decisions),
@@ -275,6 +293,18 @@ class SafemergeJob(Job[SafemergeSettings]):
             remarks=remarks,
             module_decisions=decisions,
         )
+
+    def _masked(self, decisions: Mapping[str, Decision], mask: MaskFile) -> Mapping[str, Decision]:
+        """The decisions, but that what the mask does not have is kept."""
+        owner = {module.name: module.row.name for module in self.modules}
+        absent = {
+            name: owner.get(name, name)
+            for name, decision in decisions.items()
+            if decision.merge and owner.get(name, name) not in mask.names
+        }
+        self._not_in_the_mask = mask.without(absent.values())
+        kept = {name: Decision(False, f"kept: not in the mask ({decisions[name].reason})") for name in absent}
+        return {**decisions, **kept}
 
     def card(self, report: Report) -> str:
         """The model card."""
@@ -405,7 +435,12 @@ class SafemergeJob(Job[SafemergeSettings]):
         blend = self.blend
         if blend.base is None:
             return
-        rows = tuple(row for row in self.analysed if all(row.has(role) for role in blend.roles))
+        rows = tuple(
+            row
+            for row in self.analysed
+            if all(row.has(role) for role in blend.roles)
+            and (self.mask is None or row.name in self.mask.names)
+        )
         if rows:
             merged = Decision(merge=True, reason="may be merged")
             trial = build_plan(

@@ -8,7 +8,6 @@ from ...analysis.precision import Precision
 from ...analysis.scores import Scores
 from ...decision import Rule
 from ...errors import SettingError
-from ...patterns import compile_pattern
 from ...plan.methods import known_methods, summing_method, weighing_methods
 from ...settings import (
     AllowNonfinite,
@@ -23,6 +22,8 @@ from ...settings import (
     Setting,
     Settings,
 )
+from ..analysed import Device, Exclude, Include
+from ..mask import MaskOf
 from ..roles import Aligned, Base, Finetuned
 from ..shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 from .alphas import check_alpha
@@ -31,31 +32,9 @@ from .rule import Granularity, Modules, OnUndefined, PerType, Select, Threshold,
 __all__ = ["AnalysisSettings", "SafemergeSettings", "precision_of"]
 
 
-def _check_pattern(text: str) -> None:
-    compile_pattern("it", text, SettingError)
-
-
 DeltaReference = Annotated[
     Literal["aligned", "base"],
     Setting("The model that the update Δ is taken against; against base it contains V, and ρ rises."),
-]
-Include = Annotated[
-    str | None,
-    Setting(
-        "Analyse these tensors too, if they are 2-D and float.",
-        kind=Kind.PATTERN,
-        metavar="REGEX",
-        check=_check_pattern,
-    ),
-]
-Exclude = Annotated[
-    str | None,
-    Setting(
-        "Leave these tensors out of the analysis.", kind=Kind.PATTERN, metavar="REGEX", check=_check_pattern
-    ),
-]
-Device = Annotated[
-    str, Setting("Where the analysis computes.", metavar="auto|cpu|cuda[:N]|mps", decides=False)
 ]
 Estimator = Annotated[
     Literal["auto", "sketch", "exact"],
@@ -197,6 +176,7 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
         ),
     ] = None
     seed: Seed = None
+    mask: MaskOf = None
     parameters: Annotated[
         str | None,
         Setting(
@@ -241,6 +221,11 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
             raise SettingError(
                 f"an adapter holds sums of products, which {self.method} does not make; leave the method at its "
                 f"default or pass --output-format checkpoint"
+            )
+        if self.output_format == "adapter" and self.mask is not None:
+            raise SettingError(
+                "an adapter holds products, which a mask of elements does not leave; leave mask out or pass "
+                "--output-format checkpoint"
             )
         if self.adapter_rank is not None and self.compat is not None:
             raise SettingError(

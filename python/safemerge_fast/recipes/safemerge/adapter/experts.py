@@ -20,7 +20,7 @@ from ....pairing.expert_updates import Place, StackedUpdate, Stored
 from ....pairing.module import Module
 from ....pairing.operand import LowRank, Term
 from ....pairing.row import Row
-from ....plan.blend import Composer
+from ....plan.blend import Summing
 from ....plan.pieces import decided_modules
 
 __all__ = ["ExpertUpdates", "Share", "StackedWeight", "require_parameters"]
@@ -125,7 +125,7 @@ class ExpertUpdates:
         """Whether some adapter changes a row as a bare parameter, or as a part of one."""
         return row.names.get("aligned") in self._tensors
 
-    def add(self, row: Row, decisions: Mapping[str, Decision], composer: Composer) -> None:
+    def add(self, row: Row, decisions: Mapping[str, Decision], composer: Summing) -> None:
         """Takes what is to be added to the matrices of a row.
 
         Raises:

@@ -15,7 +15,7 @@ from ....decision import Decision
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Operand, Term
 from ....pairing.row import Row
-from ....plan.blend import Composer
+from ....plan.blend import Summing
 from .experts import ExpertUpdates, StackedWeight
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
@@ -82,7 +82,7 @@ class AdapterLayout:
         parameters: All bare parameters that some of the adapters adapts.
     """
 
-    composer: Composer
+    composer: Summing
     weights: tuple[LowRankWeight, ...]
     stacked: tuple[StackedWeight, ...]
     tensors: tuple[FullTensor, ...]
@@ -123,7 +123,7 @@ def require_linear(rows: Iterable[Row]) -> None:
 def lay_out_adapter(
     rows: Sequence[Row],
     decisions: Mapping[str, Decision],
-    composer: Composer,
+    composer: Summing,
     adapters: Mapping[str, Adapter],
     aligned: Model,
 ) -> AdapterLayout:
@@ -187,7 +187,7 @@ def lay_out_adapter(
 
 def _with_whole_modules(
     rows: Sequence[Row],
-    composer: Composer,
+    composer: Summing,
     weights: Sequence[LowRankWeight],
     experts: ExpertUpdates,
     whole: Sequence[tuple[Row, tuple[Term, ...]]],
