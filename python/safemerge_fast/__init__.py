@@ -23,10 +23,12 @@ if TYPE_CHECKING:
         analyze,
         check,
         fold,
+        keep,
         merge,
         preview,
         resta,
         run,
+        sweep,
         verify,
         wise_ft,
     )
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .recipes.preview import Preview
     from .recipes.verify import VerifyReport
     from .report.report import Report
+    from .sweeps.result import SweepReport
 
 __all__ = [
     "AdapterError",
@@ -69,15 +72,18 @@ __all__ = [
     "Score",
     "Scores",
     "SettingError",
+    "SweepReport",
     "VerificationError",
     "VerifyReport",
     "analyze",
     "check",
     "fold",
+    "keep",
     "merge",
     "preview",
     "resta",
     "run",
+    "sweep",
     "verify",
     "wise_ft",
 ]
@@ -91,6 +97,7 @@ _HOMES = {
     "Report": "report.report",
     "Score": "analysis.score",
     "Scores": "analysis.scores",
+    "SweepReport": "sweeps.result",
     "VerifyReport": "recipes.verify",
 }
 

@@ -34,6 +34,8 @@ PYTHON_STAGES = (
     "execution",
     "report",
     "recipes",
+    "sweeps",
+    "quick_judge",
     "demo",
     "api",
     "cli",

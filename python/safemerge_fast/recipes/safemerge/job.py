@@ -205,9 +205,12 @@ class SafemergeJob(Job[SafemergeSettings]):
             unknown = {reason: Decision(False, reason) for reason in {row.reason for row in rows}}
             decisions = {row.name: unknown[row.reason] for row in rows if not row.analysed}
             decisions |= {module.name: Decision(True, module.row.reason) for module in modules_of_rows(rows)}
-        else:
-            decisions = decide(rows, measurement.scores, self.rule)
-        return self.decided(decisions)
+            return self.decided(decisions)
+        return self.decided(self.decisions(measurement))
+
+    def decisions(self, measurement: Measurement) -> Mapping[str, Decision]:
+        """What becomes of every module, and of tensors that have none, by name."""
+        return decide(self.pairing.rows, measurement.scores, self.rule)
 
     def decided(self, decisions: Mapping[str, Decision]) -> Contents:
         """The output with these decisions, by the names of modules, and of tensors that have none."""

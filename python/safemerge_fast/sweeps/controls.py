@@ -1,0 +1,257 @@
+"""Controls: what stands beside the candidates, so that a repair is not credited with what lesser means do as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from ..checkpoint.adapter import Adapter
+from ..checkpoint.model import Model
+from ..decision import Decision, Rule
+from ..errors import SafemergeError, SettingError
+from ..recipes.base import Measurement
+from ..recipes.fold import FoldSettings
+from ..recipes.safemerge.job import SafemergeJob
+from ..recipes.safemerge.settings import SafemergeSettings
+from ..settings import RunSettings, fields_of
+from .candidates import Candidate, Control, make_settings, safe_name
+from .settings import SweepSettings
+
+__all__ = ["DrawnJob", "needs_scores", "with_controls"]
+
+_INPUTS = ("aligned", "finetuned", "safe")
+
+
+class DrawnJob(SafemergeJob):
+    """A merge of modules that are named one by one."""
+
+    def __init__(self, settings: SafemergeSettings, drawn: tuple[str, ...]) -> None:
+        """Opens the models as any merge does."""
+        super().__init__(settings)
+        self._drawn = drawn
+
+    def identity(self) -> str:
+        """That of the merge, and the modules."""
+        return f"{super().identity()}-{_digest(self._drawn)}"
+
+    def decisions(self, measurement: Measurement) -> Mapping[str, Decision]:
+        """Those of the rule for tensors that are no modules, and the draw for modules."""
+        drawn = set(self._drawn)
+        made = dict(super().decisions(measurement))
+        for module in self.modules:
+            made[module.name] = (
+                Decision(True, "drawn at random")
+                if module.name in drawn
+                else Decision(False, "kept: not drawn")
+            )
+        return made
+
+
+def needs_scores(candidates: list[Candidate]) -> bool:
+    """Whether any of the candidates asks for ρ."""
+    return any(isinstance(candidate.settings, SafemergeSettings) for candidate in candidates)
+
+
+def with_controls(
+    sweep: SweepSettings, candidates: list[Candidate], models: Mapping[str, Model]
+) -> tuple[list[Candidate], list[str]]:
+    """Puts the controls beside the candidates, and finds out what each merges.
+
+    Args:
+        sweep: The sweep.
+        candidates: The candidates; those of SafeMERGE have scores.
+        models: The models by role.
+
+    Returns:
+        All that is to be judged, in order, and sentences on what was left out.
+
+    Raises:
+        SafemergeError: A candidate cannot be made of these models.
+    """
+    collected = _Collected()
+    for role in _INPUTS:
+        if role in sweep.controls and role in models:
+            collected.add(_input(sweep, role, models[role]))
+    for candidate in candidates:
+        settings = candidate.settings
+        if not isinstance(settings, SafemergeSettings):
+            collected.add(candidate)
+            continue
+        job = SafemergeJob(settings)
+        merged = _merged(job)
+        if "shrink" in sweep.controls:
+            _attempt(collected, _shrink(settings), candidate)
+        first = collected.add(_counted(candidate, job, merged), _weights(settings, merged))
+        if first is not None:
+            # Its controls stand beside what has the same weights.
+            continue
+        if "no-safe" in sweep.controls and settings.safe is not None:
+            _attempt(collected, _no_safe(candidate, settings), candidate)
+        if "random" in sweep.controls:
+            draws = list(_draws(sweep, candidate, settings, job, merged))
+            for draw in draws:
+                collected.add(draw, _weights(settings, frozenset(draw.drawn or ())))
+            if not draws:
+                collected.notes.append(
+                    f"{candidate.name} merges all or none of each module type, so that no random choice of as many is "
+                    f"another one"
+                )
+    return collected.found, collected.notes
+
+
+class _Collected:
+    """What is to be judged so far."""
+
+    def __init__(self) -> None:
+        self.found: list[Candidate] = []
+        self.notes: list[str] = []
+        self._names: set[str] = set()
+        self._weights: dict[Any, str] = {}
+
+    def add(self, candidate: Candidate, weights: Any = None) -> str | None:
+        """Adds one, unless it is there already; returns the name of what has the same weights."""
+        first = None if weights is None else self._weights.get(weights)
+        if candidate.name in self._names:
+            return first
+        self._names.add(candidate.name)
+        if weights is not None and first is None:
+            self._weights[weights] = candidate.name
+        self.found.append(replace(candidate, same_as=first))
+        return first
+
+
+def _attempt(collected: _Collected, control: Candidate, candidate: Candidate) -> None:
+    """Adds a control of SafeMERGE, if it can be made at all."""
+    settings = control.settings
+    assert isinstance(settings, SafemergeSettings)
+    try:
+        job = SafemergeJob(settings)
+    except SafemergeError as error:
+        sentence = f"the control {control.name} of {candidate.name} is left out: {error}"
+        if sentence not in collected.notes:
+            collected.notes.append(sentence)
+        return
+    merged = _merged(job)
+    collected.add(_counted(control, job, merged), _weights(settings, merged))
+
+
+def _input(sweep: SweepSettings, role: str, model: Model) -> Candidate:
+    """A model as it is; an adapter is folded where candidates are checkpoints."""
+    what = {"aligned": "the aligned model", "finetuned": "the fine-tuned model", "safe": "the safe model"}[
+        role
+    ]
+    control = Control(role)
+    if isinstance(model, Adapter) and sweep.output_format == "checkpoint":
+        values = {"model": sweep.aligned, "adapter": getattr(sweep, role)}
+        settings = make_settings(sweep, FoldSettings.recipe, values, role)
+        return Candidate(role, f"{what}, folded", control, settings)
+    return Candidate(role, what, control, model=str(model.path))
+
+
+def _no_safe(candidate: Candidate, settings: SafemergeSettings) -> Candidate:
+    name = safe_name(f"no-safe-{candidate.name}")
+    return Candidate(
+        name,
+        "the same modules, shrunk instead of merged with the safe model",
+        Control.NO_SAFE,
+        _changed(settings, name, safe=None),
+        beside=candidate.name,
+    )
+
+
+def _shrink(settings: SafemergeSettings) -> Candidate:
+    """Every module's update times α: no safe model, and no choice of modules."""
+    defaults = {field.name: field.default for field in fields_of(SafemergeSettings) if field.name in _rules()}
+    changed = _changed(settings, "shrink", **{**defaults, "safe": None, "select": "fraction:1"})
+    own = [
+        f"{field.name.replace('_', '-')}-{getattr(changed, field.name)}"
+        for field in fields_of(SafemergeSettings)
+        if field.name in ("alpha", "method", "density", "seed", "parameters", "adapter_rank", "compat")
+        and (field.name == "alpha" or getattr(changed, field.name) != field.default)
+    ]
+    name = safe_name("-".join(["shrink", *own]))
+    return Candidate(
+        name,
+        "the update of every module shrunk by α; no safe model",
+        Control.SHRINK,
+        _changed(changed, name),
+    )
+
+
+def _draws(
+    sweep: SweepSettings,
+    candidate: Candidate,
+    settings: SafemergeSettings,
+    job: SafemergeJob,
+    merged: frozenset[str],
+) -> Iterator[Candidate]:
+    """Random modules, as many of each type as the candidate merges."""
+    types: dict[str, list[str]] = {}
+    for module in job.modules:
+        types.setdefault(module.module_type, []).append(module.name)
+    if all(len(merged.intersection(names)) in (0, len(names)) for names in types.values()):
+        return
+    for number in range(1, sweep.randoms + 1):
+        # A text as the seed: the same numbers on every machine, others for each candidate.
+        rng = random.Random(f"{sweep.random_seed} {number} {candidate.name}")
+        drawn = tuple(
+            name
+            for module_type, names in sorted(types.items())
+            for name in sorted(rng.sample(sorted(names), len(merged.intersection(names))))
+        )
+        name = safe_name(f"random-{number}-{candidate.name}")
+        control = Candidate(
+            name,
+            "random modules, as many of each type",
+            Control.RANDOM,
+            _changed(settings, name),
+            drawn=drawn,
+            beside=candidate.name,
+        )
+        yield _counted(control, job, frozenset(drawn))
+
+
+def _changed(settings: SafemergeSettings, name: str, **values: Any) -> SafemergeSettings:
+    output = f"{settings.output.rpartition('/')[0]}/{name}"
+    try:
+        return msgspec.structs.replace(settings, output=output, **values)
+    except SettingError as error:
+        raise SettingError(f"{name}: {error}") from error
+
+
+def _merged(job: SafemergeJob) -> frozenset[str]:
+    measurement = job.known_measurement()
+    assert measurement is not None
+    decisions = job.decisions(measurement)
+    return frozenset(module.name for module in job.modules if decisions[module.name].merge)
+
+
+def _counted(candidate: Candidate, job: SafemergeJob, merged: frozenset[str]) -> Candidate:
+    counts: dict[str, tuple[int, int]] = {}
+    for module in job.modules:
+        some, all_of_them = counts.get(module.module_type, (0, 0))
+        counts[module.module_type] = (some + (module.name in merged), all_of_them + 1)
+    return replace(candidate, merged=counts)
+
+
+def _rules() -> frozenset[str]:
+    """Settings that say which modules are merged, and nothing else."""
+    return frozenset(field.name for field in dataclasses.fields(Rule) if field.name != "others") | {"modules"}
+
+
+def _weights(settings: RunSettings, merged: frozenset[str]) -> Any:
+    """What two merges have in common if their weights are the same."""
+    deciding = {name: value for name, value in settings.deciding().items() if name not in _rules()}
+    return tuple(sorted((name, repr(value)) for name, value in deciding.items())), merged
+
+
+def _digest(names: tuple[str, ...]) -> str:
+    import hashlib
+
+    text = "\n".join(names).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
