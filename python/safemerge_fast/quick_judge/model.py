@@ -60,6 +60,9 @@ def load(settings: JudgeSettings) -> Loaded:
     dtype = ("float32" if on_cpu else "auto") if settings.dtype == "auto" else settings.dtype
     whole = _base_of(path, settings) if adapter else str(path)
     transformers = modules[0]
+    # What it says while it loads would stand between this program's own lines.
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = _tokenizer(transformers, path, whole, settings)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             whole, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
@@ -73,7 +76,7 @@ def load(settings: JudgeSettings) -> Loaded:
             raise AdapterError(
                 f"peft cannot load {printable(str(path))} on {printable(whole)}: {_sentence(error)}"
             ) from error
-    return Loaded(model.eval().to(device), _tokenizer(transformers, path, whole, settings), device, adapter)
+    return Loaded(model.eval().to(device), tokenizer, device, adapter)
 
 
 def _base_of(path: Path, settings: JudgeSettings) -> str:

@@ -130,6 +130,9 @@ def make_settings(sweep: SweepSettings, recipe: str, values: Mapping[str, Any], 
         for field in fields_of(SweepSettings)
         if field.name in known - own and (value := getattr(sweep, field.name)) != field.default
     }
+    for field in fields_of(record):
+        if field.required and field.name not in (*shared, *values, "output"):
+            raise SettingError(f"{recipe} needs the setting {field.name}")
     return record(**{**shared, **values, "output": f"{sweep.output}/candidates/{name}", "resume": True})
 
 

@@ -190,7 +190,7 @@ def _draws(
     job: SafemergeJob,
     merged: frozenset[str],
 ) -> Iterator[Candidate]:
-    """Random modules, as many of each type as the candidate merges."""
+    """Other modules at random, as many of each type as the candidate merges."""
     types: dict[str, list[str]] = {}
     for module in job.modules:
         types.setdefault(module.module_type, []).append(module.name)
@@ -199,11 +199,14 @@ def _draws(
     for number in range(1, sweep.randoms + 1):
         # A text as the seed: the same numbers on every machine, others for each candidate.
         rng = random.Random(f"{sweep.random_seed} {number} {candidate.name}")
-        drawn = tuple(
-            name
-            for module_type, names in sorted(types.items())
-            for name in sorted(rng.sample(sorted(names), len(merged.intersection(names))))
-        )
+        drawn = tuple(sorted(merged))
+        while merged.issuperset(drawn):
+            # The candidate's own choice would be no control.
+            drawn = tuple(
+                name
+                for _, names in sorted(types.items())
+                for name in sorted(rng.sample(sorted(names), len(merged.intersection(names))))
+            )
         name = safe_name(f"random-{number}-{candidate.name}")
         control = Candidate(
             name,

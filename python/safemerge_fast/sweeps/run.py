@@ -206,6 +206,8 @@ class _Work:
         if candidate.settings is None:
             assert candidate.model is not None
             return candidate.model, None
+        # It is where it should be, not behind a link.
+        self.directory.candidate(candidate.name)
         started = time.perf_counter()
         report: Report = carry_out_job(_open(candidate), started)
         return report.output, report.identity
