@@ -22,6 +22,7 @@ pub struct Matrix {
     shared: Shared,
     /// What the terms' last blocks left, for the next ones.
     reader: Mutex<Reader>,
+    kernels: Kernels,
 }
 
 #[derive(Debug)]
@@ -64,9 +65,10 @@ impl Matrix {
         let &[rows, columns] = first.shape.as_slice() else {
             return Err(not_a_matrix(&first.input, &first.shape));
         };
-        let reader = Reader { loader: OperandLoader::new(Kernels::detect()), term: Vec::new() };
-        let shared = Shared::of(operands);
-        Ok(Self { name: name.to_owned(), rows, columns, shared, reader: Mutex::new(reader), terms })
+        let kernels = Kernels::detect();
+        let reader = Reader { loader: OperandLoader::new(kernels), term: Vec::new() };
+        let (shared, reader) = (Shared::of(operands), Mutex::new(reader));
+        Ok(Self { name: name.to_owned(), rows, columns, shared, reader, terms, kernels })
     }
 
     /// The shape, (rows, columns).
@@ -88,8 +90,17 @@ impl Matrix {
         }
     }
 
-    /// Loads adjacent elements, counted row by row, as f32.
-    fn load(
+    /// Its name, for messages.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Loads adjacent elements, counted row by row, as f32; they must lie within the matrix.
+    ///
+    /// # Errors
+    /// Those of reading the inputs; [`Error::Interrupted`] if `stopped` says so.
+    pub fn load(
         &self,
         elements: Range<usize>,
         stopped: &dyn Fn() -> bool,
@@ -99,7 +110,7 @@ impl Matrix {
             && let Some(float) = tensor.as_plain()
             && let Some(bytes) = tensor.input.mapped()?
         {
-            Kernels::detect().load(float, &bytes[tensor.stored_bytes(&elements)], out);
+            self.kernels.load(float, &bytes[tensor.stored_bytes(&elements)], out);
             return Ok(());
         }
         self.compose(elements, stopped, out)
@@ -113,7 +124,6 @@ impl Matrix {
     ) -> Result<()> {
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         let Reader { loader, term } = &mut *reader;
-        let kernels = Kernels::detect();
         for (number, (weight, operand)) in self.terms.iter().enumerate() {
             let from = Loading { number, operand, shared: &self.shared, stopped };
             if number == 0 {
@@ -125,7 +135,7 @@ impl Matrix {
             }
             term.resize(out.len(), 0.0);
             loader.load(&from, elements.clone(), term)?;
-            kernels.multiply_add(out, term, *weight);
+            self.kernels.multiply_add(out, term, *weight);
         }
         Ok(())
     }
@@ -198,6 +208,63 @@ impl Matrix {
             }
             Ok(())
         })
+    }
+
+    /// Whether no number is NaN or infinite, as f32.
+    ///
+    /// # Errors
+    /// Those of [`Matrix::load`].
+    pub fn is_finite(&self, stopped: &dyn Fn() -> bool) -> Result<bool> {
+        self.every_run(stopped, |elements, tile| {
+            self.load(elements, stopped, tile)?;
+            Ok(tile.iter().all(|value| value.is_finite()))
+        })
+    }
+
+    /// Whether another matrix of the same shape holds equal numbers, as f32; reads on only as long as it does.
+    ///
+    /// # Errors
+    /// Those of [`Matrix::load`].
+    pub fn equals(&self, other: &Self, stopped: &dyn Fn() -> bool) -> Result<bool> {
+        if self.shape() != other.shape() {
+            return Ok(false);
+        }
+        let mut theirs = [0.0_f32; TILE];
+        self.every_run(stopped, |elements, tile| {
+            let theirs = &mut theirs[..tile.len()];
+            self.load(elements.clone(), stopped, tile)?;
+            other.load(elements, stopped, theirs)?;
+            Ok(tile == theirs)
+        })
+    }
+
+    /// Whether all runs of elements are as `holds` says; it is given room for them.
+    fn every_run(
+        &self,
+        stopped: &dyn Fn() -> bool,
+        mut holds: impl FnMut(Range<usize>, &mut [f32]) -> Result<bool>,
+    ) -> Result<bool> {
+        let mut tile = [0.0_f32; TILE];
+        let total = self.rows * self.columns;
+        for start in (0..total).step_by(TILE) {
+            if start % (TILE * TILE) == 0 && stopped() {
+                return Err(Error::Interrupted);
+            }
+            let elements = start..total.min(start + TILE);
+            let tile = &mut tile[..elements.len()];
+            if !holds(elements, tile)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives back what is not needed any more once these elements have been read, in ascending order.
+    pub fn done(&self, elements: &Range<usize>) {
+        let tensors = self.terms.iter().map(|(_, operand)| &operand.tensor);
+        for (input, bytes) in tensors.flat_map(|tensor| tensor.done(elements)) {
+            input.release(&bytes);
+        }
     }
 
     /// Gives the pages of its inputs back.

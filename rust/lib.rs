@@ -10,6 +10,7 @@
 //! 5. [`writer`]: an output is made in a job directory, shard by shard, and gets its name when it is whole.
 //! 6. [`merge`]: workers take tiles (aligned spans of an output file), fill them and write them.
 //! 7. [`difference`]: blocks of matrices and of their differences, for an analysis before there is a plan.
+//! 8. [`sketch`]: products of such differences with random columns, fused with their reading.
 //!
 //! `bindings`, behind the feature `python`, is the only user of PyO3.
 
@@ -32,6 +33,7 @@ pub mod writer;
 pub mod merge;
 
 pub mod difference;
+pub mod sketch;
 
 #[cfg(feature = "python")]
 mod bindings;

@@ -7,6 +7,7 @@ from typing import Any, Literal, final
 __all__ = [
     "Block",
     "Checkpoint",
+    "Columns",
     "FileIdentity",
     "JobDirectory",
     "Matrix",
@@ -19,6 +20,7 @@ __all__ = [
     "Progress",
     "Rows",
     "ShardFacts",
+    "SketchMoments",
     "TensorInfo",
     "Verification",
     "Watchdog",
@@ -413,8 +415,104 @@ class Matrix:
             RuntimeError: Another thread is filling this memory.
         """
 
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite, as float32; reads the matrix. The GIL is released meanwhile."""
+
+    def equals(self, other: Matrix) -> bool:
+        """Whether another matrix has the same shape and equal numbers, as float32; reads on only as long as it has."""
+
     def release(self) -> None:
         """Gives mapped pages of its inputs back; what is read again is mapped again."""
+
+@final
+class Columns:
+    """Standard normal columns of one analysis, a function of seed, look, and the number of rows and columns.
+
+    They are drawn by Philox4x32-10 and Box and Muller's transform, and kept. Any number of threads may use them.
+
+    Args:
+        seed: From 0 to 2^64 - 1.
+    """
+
+    def __new__(cls, seed: int) -> Columns: ...
+    def measure(
+        self,
+        base: Matrix,
+        aligned: Matrix,
+        finetuned: Matrix,
+        *,
+        look: int,
+        columns: int,
+        tests: int,
+        against_base: bool = False,
+        transposed: bool = False,
+        simd: str | None = None,
+    ) -> SketchMoments:
+        """Takes a module through passes that are fused with its reading, in this thread; the GIL is released meanwhile.
+
+        Memory is (2·d_out + d_in)·(columns + tests) float32 numbers and two blocks of rows of about 1 MB.
+
+        Args:
+            base: Its matrix in the base model.
+            aligned: In the aligned model.
+            finetuned: In the fine-tuned one. All are stored alike, and nobody else may read them meanwhile.
+            look: Which columns to take.
+            columns: Of Ω.
+            tests: Of G.
+            against_base: Whether Δ is taken against base, not against aligned.
+            transposed: Whether the matrices are stored as (d_in, d_out).
+            simd: A level of simd_levels; the fastest if not given. All give the same bits.
+
+        Raises:
+            PlanError: The shapes differ, or an input is no longer the one that was opened.
+            CheckpointError: An input cannot be read.
+            KeyboardInterrupt: stop was called.
+        """
+
+    def draw(self, rows: int, look: int, columns: int) -> bytes:
+        """The columns of a look as little-endian float32, (rows, columns) row by row."""
+
+    def stop(self) -> None:
+        """Makes calls of measure in other threads end within a few milliseconds."""
+
+@final
+class SketchMoments:
+    """What the passes over a module found: Gram matrices as little-endian float64 row by row, and sums.
+
+    With Y = ΔΩ, P = VG and K = V Vᵀ.
+    """
+
+    @property
+    def columns(self) -> int:
+        """Columns of Ω, k."""
+
+    @property
+    def tests(self) -> int:
+        """Columns of G, p."""
+
+    @property
+    def grams(self) -> bytes:
+        """(3, k + p, k + p): [Y | P]ᵀ·M·[Y | P] for M = 1, K and K²."""
+
+    @property
+    def image(self) -> bytes:
+        """(p, p): RᵀR with R = ΔᵀKP."""
+
+    @property
+    def v_squares(self) -> float:
+        """‖V‖², to about 1e-7."""
+
+    @property
+    def delta_squares(self) -> float:
+        """‖Δ‖²."""
+
+    @property
+    def weight_squares(self) -> float:
+        """‖W_aligned‖²."""
+
+    @property
+    def inner(self) -> float:
+        """⟨V, Δ⟩."""
 
 @final
 class Block:

@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Alignment of a block in bytes: a cache line and the widest vector, so that no load of one crosses two lines.
 const ALIGNMENT: usize = 64;
@@ -19,7 +20,14 @@ const ALIGNMENT: usize = 64;
 /// A 2-D tensor of floats that is read in blocks: one that is stored, or a weighted sum of tensors that adapters change.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct Matrix {
-    inner: difference::Matrix,
+    inner: Arc<difference::Matrix>,
+}
+
+impl Matrix {
+    /// The engine's matrix.
+    pub(super) fn shared(&self) -> Arc<difference::Matrix> {
+        Arc::clone(&self.inner)
+    }
 }
 
 #[pymethods]
@@ -41,13 +49,14 @@ impl Matrix {
                 })?;
             difference::Matrix::sum(&sources, name, &terms)
         })?;
-        Ok(Self { inner })
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     #[staticmethod]
     fn stored(py: Python<'_>, checkpoint: &Checkpoint, name: &str) -> PyResult<Self> {
         let inner = difference::Matrix::stored(&checkpoint.inner, name);
-        Ok(Self { inner: inner.map_err(|error| to_python(py, &error))? })
+        let inner = inner.map_err(|error| to_python(py, &error))?;
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     #[getter]
@@ -83,6 +92,16 @@ impl Matrix {
         interruptible_within(py, |stopped| {
             self.inner.read(&(rows.0..rows.1), &(columns.0..columns.1), stopped, out)
         })
+    }
+
+    /// Whether no number is NaN or infinite, as float32.
+    fn is_finite(&self, py: Python<'_>) -> PyResult<bool> {
+        interruptible_within(py, |stopped| self.inner.is_finite(stopped))
+    }
+
+    /// Whether another matrix holds equal numbers, as float32.
+    fn equals(&self, py: Python<'_>, other: &Self) -> PyResult<bool> {
+        interruptible_within(py, |stopped| self.inner.equals(&other.inner, stopped))
     }
 
     fn release(&self) {

@@ -9,6 +9,7 @@ mod job;
 mod methods;
 mod pattern;
 mod plan;
+mod sketch;
 
 use crate::kernels::Level;
 use pyo3::prelude::*;
@@ -32,6 +33,8 @@ mod _engine {
     use super::plan::{Mismatch, NonFinite, Plan, Progress, ShardFacts, Verification};
     #[pymodule_export]
     use super::simd_levels;
+    #[pymodule_export]
+    use super::sketch::{Columns, SketchMoments};
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]
     const __version__: &str = env!("CARGO_PKG_VERSION");

@@ -8,11 +8,15 @@
 mod band;
 mod codes;
 mod generic;
+mod thin;
+mod updates;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use band::Band;
 pub use generic::{COLLECT_MARGIN, Product};
+pub use thin::Thin;
+pub use updates::{Models, RUN, Sums};
 
 use crate::code::Code;
 use crate::dtype::Float;
@@ -68,6 +72,9 @@ impl Level {
 /// Values, low, width and what is found; see [`Kernels::collect_between`].
 type CollectBetween = fn(&[f32], u32, u32, &mut [u32]) -> (usize, u32);
 
+/// Models, V, Δ and their sums; see [`Kernels::updates`].
+type Updates = fn(&Models<'_>, &mut [f32], &mut [f32], Option<&mut Sums>);
+
 /// The kernels of one level. A value can only be had for a level that the processor supports.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
@@ -82,6 +89,8 @@ pub struct Kernels {
     encode: fn(Code, &[f32], &mut [u8]),
     over_groups: fn(&mut [f32], &[f32], usize, bool),
     amax: fn(&[f32]) -> f32,
+    add_thin: fn(&mut Thin<'_>),
+    updates: Updates,
 }
 
 impl Kernels {
@@ -126,6 +135,8 @@ impl Kernels {
                 encode: x86::avx512::encode,
                 over_groups: x86::avx512::over_groups,
                 amax: x86::avx512::amax,
+                add_thin: x86::avx512::add_thin,
+                updates: x86::avx512::updates,
             },
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => Self {
@@ -140,6 +151,8 @@ impl Kernels {
                 encode: x86::avx2::encode,
                 over_groups: x86::avx2::over_groups,
                 amax: x86::avx2::amax,
+                add_thin: x86::avx2::add_thin,
+                updates: x86::avx2::updates,
             },
             _ => Self {
                 level: Level::Scalar,
@@ -153,6 +166,11 @@ impl Kernels {
                 encode: codes::encode,
                 over_groups: codes::over_groups,
                 amax: codes::amax,
+                #[cfg(target_arch = "aarch64")]
+                add_thin: thin::neon::add_thin,
+                #[cfg(not(target_arch = "aarch64"))]
+                add_thin: thin::add_scalar,
+                updates: updates::updates,
             },
         }
     }
@@ -258,5 +276,25 @@ impl Kernels {
     #[must_use]
     pub fn amax(&self, values: &[f32]) -> f32 {
         (self.amax)(values)
+    }
+
+    /// Adds a product with a thin matrix; each element by one chain of fused multiply-adds in the order of the terms.
+    pub fn add_thin(&self, product: &mut Thin<'_>) {
+        assert!(product.fits(), "a thin product reaches beyond its matrices");
+        (self.add_thin)(product);
+    }
+
+    /// Writes V = aligned - base and Δ of a run of at most [`RUN`] elements, rounded once, and adds to their sums.
+    pub fn updates(
+        &self,
+        models: &Models<'_>,
+        v: &mut [f32],
+        delta: &mut [f32],
+        sums: Option<&mut Sums>,
+    ) {
+        let lengths =
+            [models.base.len(), models.aligned.len(), models.finetuned.len(), delta.len()];
+        assert!(lengths.iter().all(|&length| length == v.len()) && v.len() <= RUN);
+        (self.updates)(models, v, delta, sums);
     }
 }

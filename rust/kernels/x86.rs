@@ -2,13 +2,16 @@
 
 use super::codes;
 use super::generic::{self, COLLECT_MARGIN, Half, Portable, Product};
+use super::thin::{self, Thin, Vector};
+use super::updates::{self, Models, Sums};
 use crate::code::Code;
 use crate::dtype::Float;
 use std::arch::x86_64::{
-    _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps, _mm256_cvtps_ph,
-    _mm256_loadu_ps, _mm256_storeu_ps, _mm512_and_si512, _mm512_cmpge_epu32_mask,
-    _mm512_cmplt_epu32_mask, _mm512_loadu_si512, _mm512_maskz_compress_epi32, _mm512_set1_epi32,
-    _mm512_storeu_si512, _mm512_sub_epi32,
+    __m256, __m512, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps,
+    _mm256_cvtps_ph, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps,
+    _mm512_and_si512, _mm512_cmpge_epu32_mask, _mm512_cmplt_epu32_mask, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_compress_epi32, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32,
 };
 
 /// Half conversions by F16C, eight at a time. Only the two modules below name it, inside functions with that feature.
@@ -81,11 +84,50 @@ fn collect_between_avx512(values: &[f32], low: u32, width: u32, found: &mut [u32
     (count + more, higher + above)
 }
 
+/// Vectors for thin products.
+macro_rules! vector {
+    ($vector:ty, $lanes:literal, $load:ident, $store:ident, $splat:ident, $fma:ident) => {
+        // SAFETY: the intrinsics read and write one vector.
+        unsafe impl Vector for $vector {
+            const LANES: usize = $lanes;
+
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> Self {
+                // SAFETY: the caller's.
+                unsafe { $load(from) }
+            }
+
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32) {
+                // SAFETY: the caller's.
+                unsafe { $store(to, self) }
+            }
+
+            #[inline(always)]
+            unsafe fn splat(value: f32) -> Self {
+                // SAFETY: the caller's.
+                unsafe { $splat(value) }
+            }
+
+            #[inline(always)]
+            unsafe fn plus_product(self, left: Self, right: Self) -> Self {
+                // SAFETY: the caller's.
+                unsafe { $fma(left, right, self) }
+            }
+        }
+    };
+}
+
+vector!(__m256, 8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps);
+vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps);
+
 /// One module per level: safe entry points for the dispatch table around functions that have the features.
 macro_rules! level {
-    ($level:ident, $features:literal) => {
+    ($level:ident, $features:literal, $vector:ty, $rows:literal, $wide:literal) => {
         pub(super) mod $level {
-            use super::{Code, F16c, Float, Product, codes, generic};
+            use super::{
+                Code, F16c, Float, Models, Product, Sums, Thin, codes, generic, thin, updates,
+            };
 
             #[target_feature(enable = $features)]
             fn load_with(dtype: Float, source: &[u8], destination: &mut [f32]) {
@@ -110,6 +152,37 @@ macro_rules! level {
             #[target_feature(enable = $features)]
             fn add_product_with(values: &mut [f32], product: &Product<'_>) {
                 generic::add_product(values, product);
+            }
+
+            #[target_feature(enable = $features)]
+            fn add_thin_with(product: &mut Thin<'_>) {
+                // SAFETY: `Kernels::add_thin` checks that the product fits; the features are this function's.
+                unsafe { thin::add::<$vector, $rows, $wide>(product) }
+            }
+
+            #[target_feature(enable = $features)]
+            fn updates_with(
+                models: &Models<'_>,
+                v: &mut [f32],
+                delta: &mut [f32],
+                sums: Option<&mut Sums>,
+            ) {
+                updates::updates(models, v, delta, sums);
+            }
+
+            pub(in crate::kernels) fn updates(
+                models: &Models<'_>,
+                v: &mut [f32],
+                delta: &mut [f32],
+                sums: Option<&mut Sums>,
+            ) {
+                // SAFETY: as in `load`.
+                unsafe { updates_with(models, v, delta, sums) }
+            }
+
+            pub(in crate::kernels) fn add_thin(product: &mut Thin<'_>) {
+                // SAFETY: as in `load`.
+                unsafe { add_thin_with(product) }
             }
 
             #[target_feature(enable = $features)]
@@ -214,5 +287,5 @@ macro_rules! level {
     };
 }
 
-level!(avx2, "avx2,fma,f16c");
-level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c");
+level!(avx2, "avx2,fma,f16c", super::__m256, 4, 3);
+level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c", super::__m512, 8, 3);

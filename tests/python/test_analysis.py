@@ -267,9 +267,8 @@ def test_rows_of_a_quartet(quartet: dict[str, Path]) -> None:
     """The whole way from files: even layers' updates lie in V's column space, odd layers' do not."""
     models = {role: open_model(role, path) for role, path in quartet.items()}
     rows = pair(models).rows
-    begun: list[str] = []
-    scores = dict(analyze_rows(models, rows, device="cpu", on_module=begun.append))
-    assert begun == list(scores) == [row.name for row in rows if row.analysed]
+    scores = dict(analyze_rows(models, rows, device="cpu"))
+    assert sorted(scores) == sorted(row.name for row in rows if row.analysed)
     assert all((found.rho or 0) > 0.85 for name, found in scores.items() if ".1." not in name)
     assert all((found.rho or 1) < 0.35 for name, found in scores.items() if ".1." in name)
     from safetensors import safe_open

@@ -227,11 +227,11 @@ def test_ctrl_c_exits_with_130(quartet, tmp_path: Path) -> None:
     script = (
         "import safemerge_fast.recipes.safemerge.job as job, time\n"
         "from safemerge_fast.cli import main\n"
-        "real = job.score_rows\n"
+        "real = job.analyze_rows\n"
         "def slow(*arguments, **options):\n"
         "    for item in real(*arguments, **options):\n"
         "        print('scored', flush=True); time.sleep(0.2); yield item\n"
-        "job.score_rows = slow\n"
+        "job.analyze_rows = slow\n"
         "main()\n"
     )
     words = [str(word) for word in merge_words(quartet, tmp_path / "out")]

@@ -170,6 +170,17 @@ def test_a_missing_score_is_an_error_that_names_it() -> None:
         {"select": "fraction:1.5"},
         {"select": "fraction:nan"},
         {"select": "threshold:1"},
+        {"select": "threshold:"},
+        {"select": "null"},
+        {"select": "null:-0.1"},
+        {"select": "null:nan"},
+        {"select": "null:inf"},
+        {"select": "z:"},
+        {"select": "z:nan"},
+        {"select": "z:-inf"},
+        {"per_type": True},
+        {"per_type": True, "select": "null:1"},
+        {"per_type": True, "select": "lowest:1", "granularity": "layer"},
         {"select": "highest:1"},
         {"granularity": "tensor"},
         {"on_undefined": "drop"},
@@ -177,7 +188,7 @@ def test_a_missing_score_is_an_error_that_names_it() -> None:
     ],
 )
 def test_refuses_a_malformed_rule(options: dict[str, object]) -> None:
-    with pytest.raises(AnalysisError, match=f"^{next(iter(options))} should be"):
+    with pytest.raises(AnalysisError, match=f"^{next(iter(options))} (should be|ranks modules)"):
         Rule(**options)  # type: ignore[arg-type]
 
 
@@ -185,3 +196,7 @@ def test_only_a_threshold_on_modules_is_local() -> None:
     assert Rule().is_local
     assert not Rule(select="lowest:3").is_local
     assert not Rule(granularity="layer").is_local
+    assert Rule(select="null:0.8").is_local
+    assert Rule(select="z:-2").is_local
+    assert not Rule(select="z:-2", granularity="layer").is_local
+    assert Rule(select="lowest:3", modules=frozenset()).is_local

@@ -26,7 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             names.append(name)
             yield name, score
 
-    monkeypatch.setattr("safemerge_fast.recipes.safemerge.scoring.analyze_rows", counting)
+    monkeypatch.setattr("safemerge_fast.recipes.safemerge.job.analyze_rows", counting)
     return names
 
 

@@ -52,6 +52,7 @@ RUST_STAGES = (
     "writer",
     "merge",
     "difference",
+    "sketch",
     "bindings",
 )
 MOST_LINES = 450

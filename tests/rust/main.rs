@@ -16,5 +16,6 @@ mod merge;
 mod methods;
 mod plan;
 mod requantising;
+mod sketch;
 mod views;
 mod writer;

@@ -64,6 +64,7 @@ def command(
     line and counts modules below it in the table.
     """
     from ..analysis.rounding import rounding_warning
+    from ..decision import Rule
     from ..pairing.coverage import coverage_of
     from ..pairing.rows import pair
     from ..recipes.role_check import refuse_or_warn
@@ -84,7 +85,9 @@ def command(
         wrong_before_measuring(models, pairing, force=settings.force), force=settings.force
     )
     with terminal.progress() as progress:
-        scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress))
+        scores = score_models(
+            models, pairing.rows, AnalysisSettings(**values, progress=progress), Rule(threshold=threshold)
+        )
     for file, write in ((output, scores.to_json), (csv_file, scores.to_csv)):
         if file is not None:
             _write(file, write())

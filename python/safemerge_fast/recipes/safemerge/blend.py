@@ -74,7 +74,7 @@ def method_parameters(
     Args:
         method: One of weighing_methods().
         density: The parameter of that name.
-        seed: The parameter of that name.
+        seed: The parameter of that name, if the method has one; the analysis has a seed as well.
         parameters: Further ones as `name=value`, separated by commas.
 
     Returns:
@@ -91,7 +91,8 @@ def method_parameters(
         if not sign:
             raise PlanError(f"parameters should read like lambda=0.9,normalize=false, not {parameters!r}")
         given[name.strip()] = parse_yaml(text, PlanError, subject=f"parameters: {part!r}")
-    given |= {name: value for name, value in (("density", density), ("seed", seed)) if value is not None}
+    given |= {} if density is None else {"density": density}
+    given |= {} if seed is None or "seed" not in known.parameters else {"seed": seed}
     if weighed := [name for name in ("weight", known.interpolates) if name in given]:
         raise PlanError(f"parameters: {weighed[0]} follows from alpha; give that instead")
     if known.sums and given:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ... import _engine
+from ...analysis import analyze_rows
+from ...analysis.accelerator import device_name
 from ...analysis.rounding import rounding_warning
 from ...analysis.score import Score
 from ...analysis.scores import Scores, read_scores
@@ -38,8 +40,8 @@ from .adapter.layout import lay_out_adapter, require_linear
 from .blend import method_parameters, safemerge
 from .card import model_card
 from .evidence import ScoreLog
-from .scoring import device_name, judge_scores, require_finite, score_rows, wrong_before_measuring
-from .settings import SafemergeSettings
+from .scoring import judge_scores, require_finite, wrong_before_measuring
+from .settings import SafemergeSettings, precision_of
 
 __all__ = ["SafemergeJob"]
 
@@ -272,16 +274,18 @@ class SafemergeJob(Job[SafemergeSettings]):
         if not self.settings.allow_nonfinite:
             for name, score in scores.items():
                 require_finite(name, score)
-        # Loading torch takes a while before the first score is there.
         tell(ProgressEvent("analysis", len(scores), len(names), ""))
-        for name, score in score_rows(
+        for name, score in analyze_rows(
             self.models,
             self.analysed,
-            known=scores.keys(),
+            known=scores,
             delta_reference=self.settings.delta_reference,
             device=self.settings.device,
-            allow_nonfinite=self.settings.allow_nonfinite,
+            precision=precision_of(self.settings),
+            question=self.rule,
         ):
+            if not self.settings.allow_nonfinite:
+                require_finite(name, score)
             log.append(name, score)
             scores[name] = score
             tell(ProgressEvent("analysis", len(scores), len(names), name))

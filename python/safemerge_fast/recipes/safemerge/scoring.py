@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ...analysis import analyze_rows
+from ...analysis.accelerator import device_name
+from ...analysis.question import Question
 from ...analysis.roles import RoleFindings, judge_roles
 from ...analysis.score import Score
 from ...analysis.scores import Scores, describe_source
@@ -19,15 +21,13 @@ from ...pairing.rows import Pairing, pair
 from ...progress import ProgressCallback, ProgressEvent, silent
 from ..role_check import incomplete_model, refuse_or_warn, same_models
 from ..roles import access_of, open_roles
-from .settings import AnalysisSettings
+from .settings import AnalysisSettings, precision_of
 
 __all__ = [
     "analyze_settings",
-    "device_name",
     "judge_scores",
     "require_finite",
     "score_models",
-    "score_rows",
     "wrong_before_measuring",
 ]
 
@@ -69,66 +69,46 @@ def judge_scores(
     )
 
 
-def score_models(models: Mapping[str, Model], rows: Sequence[Row], settings: AnalysisSettings) -> Scores:
-    """Scores all modules of a pairing."""
+def score_models(
+    models: Mapping[str, Model],
+    rows: Sequence[Row],
+    settings: AnalysisSettings,
+    question: Question | None = None,
+) -> Scores:
+    """Scores all modules of a pairing, until the question is settled; without one, by one look at each."""
     started = time.perf_counter()
     tell: ProgressCallback = settings.progress or silent
-    modules: dict[str, Score] = {}
-    total = sum(1 for _ in modules_of_rows(rows))
-    # Loading torch takes a while before the first score is there.
-    tell(ProgressEvent("analysis", 0, total, ""))
+    names = [module.name for module in modules_of_rows(rows)]
+    found: dict[str, Score] = {}
+    tell(ProgressEvent("analysis", 0, len(names), ""))
     sources = {role: describe_source(model) for role, model in models.items()}
-    for name, score in score_rows(
+    precision = precision_of(settings)
+    for name, score in analyze_rows(
         models,
         rows,
         delta_reference=settings.delta_reference,
         device=settings.device,
-        allow_nonfinite=settings.allow_nonfinite,
+        precision=precision,
+        question=question,
     ):
-        modules[name] = score
-        tell(ProgressEvent("analysis", len(modules), total, name))
+        if not settings.allow_nonfinite:
+            require_finite(name, score)
+        found[name] = score
+        tell(ProgressEvent("analysis", len(found), len(names), name))
     for model in models.values():
         model.headers.check_unchanged()
+    modules = {name: found[name] for name in names}
+    sampled = any(score.columns for score in modules.values())
     return Scores(
         modules=modules,
         delta_reference=settings.delta_reference,
         sources=sources,
         device=device_name(settings.device),
         seconds=time.perf_counter() - started,
+        estimator=precision.estimator,
+        failure=precision.failure if sampled else None,
+        seed=precision.seed if sampled else None,
     )
-
-
-def score_rows(
-    models: Mapping[str, Model],
-    rows: Iterable[Row],
-    *,
-    known: Container[str] = (),
-    delta_reference: str = "aligned",
-    device: str = "auto",
-    allow_nonfinite: bool = False,
-) -> Iterator[tuple[str, Score]]:
-    """Scores the modules of those of the rows that are to be analysed, one by one.
-
-    Args:
-        models: base, aligned and finetuned.
-        rows: Rows of the pairing.
-        known: Names of modules that have a score already.
-        delta_reference: What Δ is taken against.
-        device: Where to compute.
-        allow_nonfinite: Whether NaN and infinity in a model leave the module without ρ instead of failing.
-
-    Yields:
-        (module name, score).
-
-    Raises:
-        AnalysisError: The device is not there, or a tensor holds values that are not finite.
-    """
-    for name, score in analyze_rows(
-        models, rows, known=known, delta_reference=delta_reference, device=device
-    ):
-        if not allow_nonfinite:
-            require_finite(name, score)
-        yield name, score
 
 
 def require_finite(name: str, score: Score) -> None:
@@ -138,10 +118,3 @@ def require_finite(name: str, score: Score) -> None:
             f"{name} cannot be scored: {score.undefined}; repair that checkpoint, or pass --allow-nonfinite "
             f"to go on without its ρ"
         )
-
-
-def device_name(device: str) -> str:
-    """The device that a choice like "auto" comes to, as torch names it."""
-    from ...analysis.device import resolve_device
-
-    return str(resolve_device(device))

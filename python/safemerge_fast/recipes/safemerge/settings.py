@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+from ...analysis.precision import Precision
 from ...decision import Rule
 from ...errors import SafemergeError, SettingError
 from ...patterns import compile_pattern
@@ -24,7 +25,7 @@ from ...settings import (
 from ..roles import Aligned, Base, Finetuned
 from ..shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
 
-__all__ = ["AnalysisSettings", "SafemergeSettings"]
+__all__ = ["AnalysisSettings", "SafemergeSettings", "precision_of"]
 
 
 def _check_pattern(text: str) -> None:
@@ -60,6 +61,39 @@ Exclude = Annotated[
 Device = Annotated[
     str, Setting("Where the analysis computes.", metavar="auto|cpu|cuda[:N]|mps", decides=False)
 ]
+Estimator = Annotated[
+    Literal["auto", "sketch", "exact"],
+    Setting(
+        "How ρ is measured: from random columns with an interval, and exactly where that does not settle the decision "
+        "(auto); from random columns alone; or exactly. Adapters are always measured exactly."
+    ),
+]
+Failure = Annotated[
+    float,
+    Setting(
+        "Probability that any interval of the run misses its ρ; the smaller, the wider they are.",
+        least=1e-12,
+        most=0.5,
+    ),
+]
+Seed = Annotated[
+    int | None,
+    Setting(
+        "Seed of the random columns that ρ is measured from, and of methods that draw random numbers.",
+        least=0,
+        default="0",
+    ),
+]
+Resolution = Annotated[
+    float | None,
+    Setting(
+        "Decide by the estimate of ρ where its interval is not wider than this share of it to either side, like 0.01, "
+        "instead of measuring on until it is settled.",
+        least=1e-6,
+        most=0.5,
+        default="never",
+    ),
+]
 
 
 class AnalysisSettings(Settings, frozen=True):
@@ -73,6 +107,10 @@ class AnalysisSettings(Settings, frozen=True):
     include: Include = None
     exclude: Exclude = None
     delta_reference: DeltaReference = "aligned"
+    estimator: Estimator = "auto"
+    failure: Failure = 1e-3
+    seed: Seed = None
+    resolution: Resolution = None
     device: Device = "auto"
     read_backend: ReadBackend = "auto"
     expert_lora_layout: ExpertLoraLayout = "peft"
@@ -159,9 +197,7 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
             default="1",
         ),
     ] = None
-    seed: Annotated[
-        int | None, Setting("Seed of methods that draw random numbers.", least=0, default="0")
-    ] = None
+    seed: Seed = None
     parameters: Annotated[
         str | None,
         Setting(
@@ -191,6 +227,9 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
     delta_reference: DeltaReference = "aligned"
     include: Include = None
     exclude: Exclude = None
+    estimator: Estimator = "auto"
+    failure: Failure = 1e-3
+    resolution: Resolution = None
     device: Device = "auto"
     force: Force = False
 
@@ -221,3 +260,8 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
         """What was given for each role, in the order of checkpoint.ROLES; "safe" may be missing."""
         given = {role: getattr(self, role) for role in ("base", "aligned", "finetuned", "safe")}
         return {role: spec for role, spec in given.items() if spec is not None}
+
+
+def precision_of(settings: AnalysisSettings | SafemergeSettings) -> Precision:
+    """How ρ is to be measured."""
+    return Precision(settings.estimator, settings.failure, settings.seed or 0, settings.resolution)
