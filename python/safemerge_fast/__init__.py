@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .recipes.preview import Preview
     from .recipes.verify import VerifyReport
     from .report.report import Report
-    from .sweeps.result import SweepReport
+    from .sweeps.report import SweepReport
 
 __all__ = [
     "AdapterError",
@@ -97,7 +97,7 @@ _HOMES = {
     "Report": "report.report",
     "Score": "analysis.score",
     "Scores": "analysis.scores",
-    "SweepReport": "sweeps.result",
+    "SweepReport": "sweeps.report",
     "VerifyReport": "recipes.verify",
 }
 

@@ -426,3 +426,34 @@ def test_a_picture_is_drawn(made: tuple[sf.SweepReport, FakeJudge, Path], tmp_pa
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(sf.OutputError, match=r"its name should end in \.png or \.svg"):
         write_drawing(tmp_path / "d.html", made[0])
+
+
+def test_one_analysis_settles_the_rules_of_all_candidates(
+    quartet: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from safemerge_fast.decision import Rule
+    from safemerge_fast.sweeps import run as runs
+
+    asked: list[Any] = []
+    real = runs.score_models
+
+    def remember(models: Any, rows: Any, settings: Any, question: Any) -> Any:
+        asked.append(question)
+        return real(models, rows, settings, question)
+
+    monkeypatch.setattr(runs, "score_models", remember)
+    sweep(quartet, FakeJudge(tmp_path / "judge"), tmp_path / "out", controls=["no-safe", "random"])
+    (question,) = asked
+    assert set(question.questions) == {Rule(threshold=0.3), Rule(threshold=0.6), Rule(select="lowest:4")}
+    assert not question.is_local
+
+    class Asked:
+        def __init__(self, names: set[str], is_local: bool) -> None:
+            self.names, self.is_local = names, is_local
+
+        def open_modules(self, modules: Any, scores: Any) -> set[str]:
+            return self.names
+
+    together = runs.Together((Asked({"a"}, True), Asked({"b", "a"}, True)))
+    assert together.is_local
+    assert together.open_modules([], {}) == {"a", "b"}

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+from ..documents import RECORD, read_bytes
 from ..errors import SafemergeError, SettingError
 from ..printable import printable
 from ..recipes import recipes
 from ..recipes.safemerge.settings import SafemergeSettings
-from ..settings import Field, RunSettings, fields_of
+from ..settings import Field, Kind, RunSettings, fields_of
 from .settings import SweepSettings, axes
 
 __all__ = ["Candidate", "Control", "list_candidates", "make_settings", "read_axis", "safe_name"]
@@ -67,7 +70,7 @@ class Candidate:
         """A digest of all that makes it what it is, the inputs apart."""
         document = {
             "recipe": None if self.settings is None else self.settings.recipe,
-            "settings": None if self.settings is None else self.settings.deciding(),
+            "settings": None if self.settings is None else _deciding(self.settings),
             "model": self.model,
             "drawn": self.drawn,
         }
@@ -146,7 +149,13 @@ def read_axis(field: Field, given: Any, where: str) -> list[Any]:
     if not values:
         raise SettingError(f"{where}: {field.name} has no value")
     try:
-        return [field.checked(value) for value in values]
+        checked = [field.checked(value) for value in values]
+        if field.setting.kind is Kind.PATH:
+            # They hold wherever the sweep is gone on with.
+            checked = [
+                value if value is None else os.path.abspath(os.path.expanduser(value)) for value in checked
+            ]
+        return checked
     except SettingError as error:
         raise SettingError(f"{where}: {error}") from error
 
@@ -219,9 +228,20 @@ def _combinations(values: Iterable[tuple[str, Sequence[Any]]]) -> Iterator[dict[
         yield dict(zip(names, combination, strict=True))
 
 
+def _deciding(settings: RunSettings) -> dict[str, Any]:
+    """The settings that decide an output; of files what they hold."""
+    found = settings.deciding()
+    for field in fields_of(type(settings)):
+        if field.setting.kind is Kind.PATH and field.name in found:
+            data = read_bytes(found[field.name], SettingError, limit=RECORD)
+            found[field.name] = hashlib.blake2b(data, digest_size=16).hexdigest()
+    return found
+
+
 def _name(recipe: str, values: Mapping[str, Any]) -> str:
     parts = [] if recipe == SafemergeSettings.recipe else [recipe]
     for field, value in values.items():
+        text = Path(value).stem if isinstance(value, str) and os.path.isabs(value) else str(value)
         # lowest:10 says already what it is.
-        parts.append(str(value) if field == "select" else f"{field.replace('_', '-')}-{value}")
+        parts.append(text if field == "select" else f"{field.replace('_', '-')}-{text}")
     return "-".join(parts) or recipe

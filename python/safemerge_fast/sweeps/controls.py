@@ -12,9 +12,8 @@ import msgspec
 
 from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import Model
-from ..decision import Decision, Rule
+from ..decision import Rule
 from ..errors import SafemergeError, SettingError
-from ..recipes.base import Measurement
 from ..recipes.fold import FoldSettings
 from ..recipes.safemerge.job import SafemergeJob
 from ..recipes.safemerge.settings import SafemergeSettings
@@ -33,23 +32,12 @@ class DrawnJob(SafemergeJob):
     def __init__(self, settings: SafemergeSettings, drawn: tuple[str, ...]) -> None:
         """Opens the models as any merge does."""
         super().__init__(settings)
+        self.rule = replace(self.rule, modules=frozenset(drawn))
         self._drawn = drawn
 
     def identity(self) -> str:
         """That of the merge, and the modules."""
         return f"{super().identity()}-{_digest(self._drawn)}"
-
-    def decisions(self, measurement: Measurement) -> Mapping[str, Decision]:
-        """Those of the rule for tensors that are no modules, and the draw for modules."""
-        drawn = set(self._drawn)
-        made = dict(super().decisions(measurement))
-        for module in self.modules:
-            made[module.name] = (
-                Decision(True, "drawn at random")
-                if module.name in drawn
-                else Decision(False, "kept: not drawn")
-            )
-        return made
 
 
 def needs_scores(candidates: list[Candidate]) -> bool:
@@ -74,6 +62,7 @@ def with_controls(
         SafemergeError: A candidate cannot be made of these models.
     """
     collected = _Collected()
+    warned: set[str] = set()
     for role in _INPUTS:
         if role in sweep.controls and role in models:
             collected.add(_input(sweep, role, models[role]))
@@ -83,6 +72,8 @@ def with_controls(
             collected.add(candidate)
             continue
         job = SafemergeJob(settings)
+        collected.notes += [text for text in _warnings(job) if text not in warned]
+        warned |= set(collected.notes)
         merged = _merged(job)
         if "shrink" in sweep.controls:
             _attempt(collected, _shrink(settings), candidate)
@@ -232,6 +223,18 @@ def _merged(job: SafemergeJob) -> frozenset[str]:
     assert measurement is not None
     decisions = job.decisions(measurement)
     return frozenset(module.name for module in job.modules if decisions[module.name].merge)
+
+
+def _warnings(job: SafemergeJob) -> list[str]:
+    """What a merge would warn of: models and rule as they are; modules in one sentence."""
+    measurement = job.known_measurement()
+    assert measurement is not None
+    warnings = (*job.warnings, *measurement.warnings)
+    found = [warning.message for warning in warnings if warning.tensor is None]
+    of_modules = [warning.message for warning in warnings if warning.tensor is not None]
+    if of_modules:
+        found.append(f"{of_modules[0]} ({len(of_modules)} modules in all have such a warning)")
+    return found
 
 
 def _counted(candidate: Candidate, job: SafemergeJob, merged: frozenset[str]) -> Candidate:

@@ -13,7 +13,8 @@ from ..printable import plot_label
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .result import Result, SweepReport
+    from .report import SweepReport
+    from .result import Result
 
 __all__ = ["FORMATS", "check_drawing", "write_drawing"]
 

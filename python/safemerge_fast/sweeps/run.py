@@ -15,15 +15,19 @@ import msgspec
 
 from .. import _engine, interruption
 from ..checkpoint.model import Model
+from ..decision import Rule
 from ..documents import RECORD, read_bytes
 from ..errors import AnalysisError, OutputError, PlanError, SafemergeError, SettingError
 from ..execution.inputs import input_paths, job_identity, require_unchanged
+from ..pairing.rows import pair
 from ..progress import ProgressEvent, silent
 from ..recipes import recipes
 from ..recipes.base import Job
+from ..recipes.role_check import refuse_or_warn
 from ..recipes.roles import access_of, open_roles
 from ..recipes.run import carry_out_job
-from ..recipes.safemerge.scoring import analyze_settings
+from ..recipes.safemerge.job import SafemergeJob
+from ..recipes.safemerge.scoring import judge_scores, score_models
 from ..recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
 from ..report.report import Report
 from ..settings import fields_of, read_settings
@@ -32,7 +36,9 @@ from .candidates import Candidate, list_candidates
 from .command import Judge, JudgeError, read_judge
 from .controls import DrawnJob, needs_scores, with_controls
 from .metrics import Metric, MetricError, read_metrics
-from .result import Result, SweepReport, best_of
+from .question import Together
+from .report import SweepReport, best_of
+from .result import Result
 from .settings import SweepSettings
 from .work import SweepDirectory
 
@@ -62,16 +68,12 @@ def run_sweep(
     # Before anything is made: whatever can be refused from headers.
     candidates = list_candidates(sweep)
     models = sweep_models(sweep)
-    for candidate in candidates:
-        try:
-            _open(candidate)
-        except SafemergeError as error:
-            raise type(error)(f"the candidate {candidate.name}: {error}") from error
+    rules = _refuse_impossible(candidates)
     _refuse_inside(Path(sweep.output), models)
     with SweepDirectory(sweep.output, _head(sweep, models), resume=sweep.resume) as directory:
         interruption.expect_job()
         if sweep.scores is None and needs_scores(candidates):
-            sweep = msgspec.structs.replace(sweep, scores=_measured(sweep, directory))
+            sweep = msgspec.structs.replace(sweep, scores=_measured(sweep, models, rules, directory))
         listed, notes = with_controls(sweep, list_candidates(sweep), models)
         work = _Work(sweep, directory, models, judge, metrics)
         tell = sweep.progress or silent
@@ -236,11 +238,31 @@ def _open(candidate: Candidate) -> Job[Any]:
     return job
 
 
-def _measured(sweep: SweepSettings, directory: SweepDirectory) -> str:
-    """The file of scores that all candidates share, measured if it is not there."""
+def _refuse_impossible(candidates: list[Candidate]) -> list[Rule]:
+    """Opens all candidates, so that what headers say against one is said at once; returns the rules to be settled."""
+    rules = []
+    for candidate in candidates:
+        try:
+            job = _open(candidate)
+        except SafemergeError as error:
+            raise type(error)(f"the candidate {candidate.name}: {error}") from error
+        if isinstance(job, SafemergeJob):
+            rules.append(job.rule)
+    return list(dict.fromkeys(rules))
+
+
+def _measured(
+    sweep: SweepSettings, models: Mapping[str, Model], rules: list[Rule], directory: SweepDirectory
+) -> str:
+    """The file of scores that all candidates share, measured if it is not there as far as their rules ask for."""
     if not directory.scores.exists():
         names = [field.name for field in fields_of(AnalysisSettings)]
-        scores = analyze_settings(AnalysisSettings(**{name: getattr(sweep, name) for name in names}))
+        settings = AnalysisSettings(**{name: getattr(sweep, name) for name in names})
+        roles = {role: model for role, model in models.items() if role != "safe"}
+        pairing = pair(roles, include=sweep.include, exclude=sweep.exclude)
+        scores = score_models(roles, pairing.rows, settings, Together(tuple(rules)))
+        found = judge_scores(roles, scores.modules, sweep.delta_reference)
+        refuse_or_warn(found.wrong, force=sweep.force)
         directory.write_scores(scores.to_json())
     return str(directory.scores)
 

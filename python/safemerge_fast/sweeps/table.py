@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from ..printable import printable
 from .candidates import Control
+from .result import Result
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .result import Result, SweepReport
+    from .metrics import Metric
 
 __all__ = ["result_line", "result_table"]
 
 _ARROWS = {"max": "↑", "min": "↓"}
 
 
-def result_table(report: SweepReport) -> Table:
+def result_table(
+    metrics: Sequence[Metric], results: Sequence[Result], *, pareto: Collection[str], best: str | None
+) -> Table:
     """A line per model: lone controls, then each candidate with its own ones; ● marks the Pareto set."""
     from rich import box
     from rich.table import Table
@@ -26,12 +30,12 @@ def result_table(report: SweepReport) -> Table:
     table.add_column("")
     table.add_column("model", overflow="fold", min_width=12)
     table.add_column("merged", justify="right", no_wrap=True)
-    for metric in report.metrics:
+    for metric in metrics:
         table.add_column(
             f"{metric.name} {_ARROWS[metric.direction]}", justify="right", overflow="fold", min_width=6
         )
-    pareto, best = set(report.pareto), report.best
-    for result in _in_order(report):
+    front = set(pareto)
+    for result in _in_order(results):
         counts = result.counts
         name = result.name
         if result.control is not None:
@@ -40,11 +44,10 @@ def result_table(report: SweepReport) -> Table:
         if result.same_as is not None:
             name += f" = {result.same_as}"
         values = [
-            "failed" if result.metrics is None else f"{result.metrics[metric.name]:.4g}"
-            for metric in report.metrics
+            "failed" if result.metrics is None else f"{result.metrics[metric.name]:.4g}" for metric in metrics
         ]
         table.add_row(
-            "●" if result.name in pareto else "",
+            "●" if result.name in front else "",
             printable(name),
             "" if counts is None else f"{counts[0]}/{counts[1]}",
             *values,
@@ -71,9 +74,9 @@ def _label(result: Result) -> str:
     return "no safe model" if result.control is Control.NO_SAFE else result.name
 
 
-def _in_order(report: SweepReport) -> list[Result]:
+def _in_order(results: Sequence[Result]) -> list[Result]:
     beside: dict[str | None, list[Result]] = {}
-    for result in report.results:
+    for result in results:
         beside.setdefault(result.beside, []).append(result)
     alone = sorted(beside.get(None, []), key=lambda result: result.control is None)
     return [line for result in alone for line in (result, *beside.get(result.name, ()))]
