@@ -276,3 +276,49 @@ def test_refusals(answer: str) -> None:
 )
 def test_answers_that_are_no_refusals(answer: str) -> None:
     assert not opens_with_refusal(answer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_sweep_is_judged_by_it(model: Path, tmp_path: Path, adapters: bool) -> None:
+    import shlex
+    import sys
+
+    from safetensors.torch import load_file, save_file
+
+    import safemerge_fast as sf
+
+    generator = torch.Generator().manual_seed(5)
+    roles = {"base": model}
+    for role in ("aligned", "finetuned", "safe"):
+        before = roles["base" if role == "base" or role == "aligned" else "aligned"]
+        if adapters and role != "aligned":
+            roles[role] = write_lora(
+                tmp_path / role, Q, rank=2, seed=len(role), size=0.3, task_type="CAUSAL_LM"
+            )
+            continue
+        roles[role] = write_model(tmp_path / role)
+        tensors = load_file(before / "model.safetensors")
+        noisy = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+        save_file(noisy, tmp_path / role / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "t.txt").write_text(TEXT)
+    command = [sys.executable, "-m", "safemerge_fast", "judge", "{model}", "{out}", "--aligned", "{aligned}"]
+    report = sf.sweep(
+        **roles,
+        output=tmp_path / "out",
+        eval=shlex.join([*command, "--new-tokens", "2", "--text", str(tmp_path / "t.txt")]),
+        metrics={"refusals": "$.refusals.rate:max", "loss": "$.text.loss:min"},
+        grid={"select": "lowest:1", "alpha": 0.5},
+        controls=["finetuned"],
+        keep="all",
+    )
+    assert not report.failed, report.failed
+    candidate = report.results[-1]
+    kept = tmp_path / "out" / "candidates" / candidate.name
+    assert (kept / "adapter_config.json").exists() == adapters
+    reference = loaded(roles["aligned"], kept) if adapters else loaded(kept)
+    ids = torch.tensor([ids_of(TEXT)])
+    with torch.inference_mode():
+        wanted = float(reference(input_ids=ids, labels=ids).loss)
+    assert candidate.metrics is not None
+    assert math.isclose(candidate.metrics["loss"], wanted, rel_tol=1e-4)

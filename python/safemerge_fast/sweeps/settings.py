@@ -78,6 +78,7 @@ class SweepSettings(AnalysisSettings, frozen=True, kw_only=True):
             "Settings of SafeMERGE with a value or a list of values; each combination is a candidate.",
             kind=Kind.DOCUMENT,
             decides=False,
+            default="none",
             on_command_line=False,
         ),
     ] = None
@@ -87,6 +88,7 @@ class SweepSettings(AnalysisSettings, frozen=True, kw_only=True):
             "Other recipes, each with its settings, which may be lists of values too.",
             kind=Kind.DOCUMENT,
             decides=False,
+            default="none",
             on_command_line=False,
         ),
     ] = ()

@@ -60,10 +60,12 @@ class SweepDirectory:
             self._lock = open(self.path / _LOCK_FILE, "ab")  # noqa: SIM115
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                self._begin(head, resume)
+            except BaseException as error:
                 self._lock.close()
-                raise OutputError(f"another process works in {self.path}; wait for it to end") from None
-            self._begin(head, resume)
+                if isinstance(error, BlockingIOError):
+                    raise OutputError(f"another process works in {self.path}; wait for it to end") from None
+                raise
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
 
