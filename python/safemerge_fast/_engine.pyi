@@ -495,8 +495,12 @@ class SketchMoments:
         """(3, k + p, k + p): [Y | P]ᵀ·M·[Y | P] for M = 1, K and K²."""
 
     @property
+    def cross(self) -> bytes:
+        """(p, k): QᵀY, with Q = KP as it was rounded, summed in float64."""
+
+    @property
     def image(self) -> bytes:
-        """(p, p): RᵀR with R = ΔᵀKP."""
+        """(p, p): RᵀR with R = ΔᵀQ, summed in float64."""
 
     @property
     def v_squares(self) -> float:

@@ -134,6 +134,12 @@ impl SketchMoments {
         doubles(py, &self.inner.grams.each_ref().map(Vec::as_slice))
     }
 
+    /// (p, k): QᵀY with Q = KP.
+    #[getter]
+    fn cross<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        doubles(py, &[&self.inner.cross])
+    }
+
     /// (p, p): RᵀR.
     #[getter]
     fn image<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {

@@ -15,7 +15,7 @@ mod x86;
 
 pub use band::Band;
 pub use generic::{COLLECT_MARGIN, Product};
-pub use thin::Thin;
+pub use thin::{Cross, Thin};
 pub use updates::{Models, RUN, Sums};
 
 use crate::code::Code;
@@ -90,6 +90,7 @@ pub struct Kernels {
     over_groups: fn(&mut [f32], &[f32], usize, bool),
     amax: fn(&[f32]) -> f32,
     add_thin: fn(&mut Thin<'_>),
+    add_cross: fn(&mut Cross<'_>),
     updates: Updates,
 }
 
@@ -136,6 +137,7 @@ impl Kernels {
                 over_groups: x86::avx512::over_groups,
                 amax: x86::avx512::amax,
                 add_thin: x86::avx512::add_thin,
+                add_cross: x86::avx512::add_cross,
                 updates: x86::avx512::updates,
             },
             #[cfg(target_arch = "x86_64")]
@@ -152,6 +154,7 @@ impl Kernels {
                 over_groups: x86::avx2::over_groups,
                 amax: x86::avx2::amax,
                 add_thin: x86::avx2::add_thin,
+                add_cross: x86::avx2::add_cross,
                 updates: x86::avx2::updates,
             },
             _ => Self {
@@ -170,6 +173,7 @@ impl Kernels {
                 add_thin: thin::neon::add_thin,
                 #[cfg(not(target_arch = "aarch64"))]
                 add_thin: thin::add_scalar,
+                add_cross: thin::add_cross,
                 updates: updates::updates,
             },
         }
@@ -282,6 +286,16 @@ impl Kernels {
     pub fn add_thin(&self, product: &mut Thin<'_>) {
         assert!(product.fits(), "a thin product reaches beyond its matrices");
         (self.add_thin)(product);
+    }
+
+    /// Adds a product of columns in f64; the sums run over the rows in order.
+    pub fn add_cross(&self, product: &mut Cross<'_>) {
+        assert!(product.left_columns <= product.left_step);
+        assert!(product.right_columns <= product.right_step);
+        assert_eq!(product.out.len(), product.left_columns * product.right_columns);
+        if !product.out.is_empty() {
+            (self.add_cross)(product);
+        }
     }
 
     /// Writes V = aligned - base and Δ of a run of at most [`RUN`] elements, rounded once, and adds to their sums.

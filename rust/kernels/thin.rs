@@ -198,6 +198,43 @@ pub(super) fn add_scalar(product: &mut Thin<'_>) {
     unsafe { add::<f32, 4, 1>(product) }
 }
 
+/// A product of the columns of two matrices that lie row by row: `out[i][j] += Σ_r left[r][i] · right[r][j]`, exact products
+/// summed in f64.
+#[derive(Debug)]
+pub struct Cross<'a> {
+    /// Rows, of which the first `left_columns` elements are used.
+    pub left: &'a [f32],
+    /// Columns of it that are used.
+    pub left_columns: usize,
+    /// Distance of its rows.
+    pub left_step: usize,
+    /// As many rows as of `left`.
+    pub right: &'a [f32],
+    /// Columns of it that are used.
+    pub right_columns: usize,
+    /// Distance of its rows.
+    pub right_step: usize,
+    /// (left columns, right columns).
+    pub out: &'a mut [f64],
+}
+
+/// Adds a product of columns.
+#[inline(always)]
+pub(super) fn add_cross(product: &mut Cross<'_>) {
+    let lefts = product.left.chunks(product.left_step);
+    for (left, right) in lefts.zip(product.right.chunks(product.right_step)) {
+        let right = &right[..product.right_columns];
+        let outs = product.out.chunks_exact_mut(product.right_columns);
+        for (&factor, out) in left[..product.left_columns].iter().zip(outs) {
+            let factor = f64::from(factor);
+            for (sum, &value) in out.iter_mut().zip(right) {
+                // The product is exact, so that a fused addition would give the same bits.
+                *sum += factor * f64::from(value);
+            }
+        }
+    }
+}
+
 #[cfg(target_arch = "aarch64")]
 pub(super) mod neon {
     use super::{Thin, Vector, add};

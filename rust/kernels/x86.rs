@@ -2,7 +2,7 @@
 
 use super::codes;
 use super::generic::{self, COLLECT_MARGIN, Half, Portable, Product};
-use super::thin::{self, Thin, Vector};
+use super::thin::{self, Cross, Thin, Vector};
 use super::updates::{self, Models, Sums};
 use crate::code::Code;
 use crate::dtype::Float;
@@ -126,7 +126,8 @@ macro_rules! level {
     ($level:ident, $features:literal, $vector:ty, $rows:literal, $wide:literal) => {
         pub(super) mod $level {
             use super::{
-                Code, F16c, Float, Models, Product, Sums, Thin, codes, generic, thin, updates,
+                Code, Cross, F16c, Float, Models, Product, Sums, Thin, codes, generic, thin,
+                updates,
             };
 
             #[target_feature(enable = $features)]
@@ -158,6 +159,16 @@ macro_rules! level {
             fn add_thin_with(product: &mut Thin<'_>) {
                 // SAFETY: `Kernels::add_thin` checks that the product fits; the features are this function's.
                 unsafe { thin::add::<$vector, $rows, $wide>(product) }
+            }
+
+            #[target_feature(enable = $features)]
+            fn add_cross_with(product: &mut Cross<'_>) {
+                thin::add_cross(product);
+            }
+
+            pub(in crate::kernels) fn add_cross(product: &mut Cross<'_>) {
+                // SAFETY: as in `load`.
+                unsafe { add_cross_with(product) }
             }
 
             #[target_feature(enable = $features)]

@@ -11,9 +11,9 @@ mod passes;
 pub use module::Module;
 pub use normals::normals;
 
-use crate::kernels::{Kernels, Sums, Thin};
+use crate::kernels::{Cross, Kernels, Sums, Thin};
 use crate::{Error, Result};
-use passes::Passes;
+use passes::{Look, Passes};
 
 /// Rows whose products are summed in float32 before they go into float64.
 const GRAM_ROWS: usize = 256;
@@ -27,7 +27,10 @@ pub struct Moments {
     pub tests: usize,
     /// [Y | P]ᵀ·[Y | P], [Y | P]ᵀ·K·[Y | P] and [Y | P]ᵀ·K²·[Y | P], each (k + p, k + p).
     pub grams: [Vec<f64>; 3],
-    /// RᵀR with R = Δᵀ·K·P, (p, p).
+    /// QᵀY with Q = K·P, (p, k). It is part of the second Gram matrix as well, but this one is of the Q that R is made of: what
+    /// is estimated by means of Q holds for whatever it was rounded to, if that is the same everywhere.
+    pub cross: Vec<f64>,
+    /// RᵀR with R = ΔᵀQ, (p, p), summed in f64: where the columns of Q are nearly parallel, what they differ by counts.
     pub image: Vec<f64>,
     /// Sums over all elements.
     pub sums: Sums,
@@ -56,13 +59,47 @@ pub fn measure(
     }
     let passes = Passes { module, kernels, factors, stopped };
     let (mut look, sums) = passes.run(columns, tests)?;
+    let (cross, image) = (reached(&kernels, &look, columns, tests), image(&kernels, &look, tests));
     let grams = [
         gram(&kernels, d_out, width, &mut look.y, 1.0),
         gram(&kernels, d_in, width, &mut look.z, look.scale),
         gram(&kernels, d_out, width, &mut look.x, look.scale),
     ];
-    let image = gram(&kernels, d_in, tests, &mut look.r, look.scale);
-    Ok(Moments { columns, tests, grams, image, sums })
+    Ok(Moments { columns, tests, grams, cross, image, sums })
+}
+
+/// QᵀY, (p, k), with Q = K·P as it was rounded.
+fn reached(kernels: &Kernels, look: &Look, k: usize, p: usize) -> Vec<f64> {
+    let mut out = vec![0.0; p * k];
+    kernels.add_cross(&mut Cross {
+        left: look.x.get(k..).unwrap_or_default(),
+        left_columns: p,
+        left_step: k + p,
+        right: &look.y,
+        right_columns: k,
+        right_step: k + p,
+        out: &mut out,
+    });
+    out.iter_mut().for_each(|value| *value /= look.scale);
+    out
+}
+
+/// RᵀR, (p, p), with R = ΔᵀQ.
+fn image(kernels: &Kernels, look: &Look, p: usize) -> Vec<f64> {
+    let mut out = vec![0.0; p * p];
+    if p > 0 {
+        kernels.add_cross(&mut Cross {
+            left: &look.r,
+            left_columns: p,
+            left_step: p,
+            right: &look.r,
+            right_columns: p,
+            right_step: p,
+            out: &mut out,
+        });
+    }
+    out.iter_mut().for_each(|value| *value /= look.scale * look.scale);
+    out
 }
 
 /// MᵀM of a matrix M, (rows, width), of which `values` is `scale` times; they are scaled once more, so that no square of

@@ -33,7 +33,7 @@ def moments_of(
     narrow_v, narrow_delta, omega, g = (matrix.astype(dtype) for matrix in (v, delta, omega, g))
     y, p = narrow_delta @ omega, narrow_v @ g
     x, kp = narrow_v @ (narrow_v.T @ y), narrow_v @ (narrow_v.T @ p)
-    r = (narrow_delta.T @ kp).astype(np.float64)
+    r = narrow_delta.astype(np.float64).T @ kp.astype(np.float64)
     f = np.concatenate([y, p, x, kp], axis=1).astype(np.float64)
 
     def squares(matrix: Floats) -> Floats:

@@ -360,3 +360,23 @@ def test_pages_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     score_module(models, whole(row()), workspace=Workspace(CPU))
     assert all(released.count(role) > 8 for role in models)
     assert set(released[-4:]) == {"base", "aligned", "finetuned"}
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
+@pytest.mark.parametrize("limits", [{}, SMALL])
+def test_the_spread_of_chance_is_that_of_rotations(
+    tmp_path: Path, shape: tuple[int, int], limits: dict[str, float]
+) -> None:
+    triple = spiky(shape)
+    found = score(tmp_path, triple, **limits)
+    base, aligned, finetuned = (tensor.numpy() for tensor in triple)
+    v, delta = aligned - base, finetuned - aligned
+    k = v @ v.T
+    rng = np.random.default_rng(0)
+    logs = []
+    for _ in range(1500):
+        q, r = np.linalg.qr(rng.standard_normal((shape[0], shape[0])))
+        turned = (q * np.sign(np.diag(r))) @ delta
+        moved = k @ turned
+        logs.append(math.log(np.vdot(moved, turned) / (np.linalg.norm(moved) * np.linalg.norm(turned))))
+    assert found.null_sd == pytest.approx(np.std(logs), rel=0.2)

@@ -56,7 +56,7 @@ def test_scatter_counts_walks_over_different_columns() -> None:
             for h, i, j, k in itertools.permutations(range(6), 4)
         ]
     )
-    found = scatter(Form.of(image[None]))
+    found = scatter(Form.of(image[None]).entries)
     loss = math.sqrt(15 / 12)
     assert found.size[0] == pytest.approx(loss * math.sqrt(second))
     uneven = (1 + 2 / 6) * (1 + 4 / 6) * (1 + 6 / 6)
@@ -73,7 +73,7 @@ def test_one_eigenvalue_has_a_closed_form() -> None:
     fourth = value**4 * symmetric[4] / math.comb(columns, 4) + 3 * (second / columns) ** 2
     form = Form.of(value * np.outer(w, w)[None], value)
     assert form.mean[0] == pytest.approx(value * (np.mean(w**2) - 1))
-    found = scatter(form, 3)
+    found = scatter(form.entries, 3)
     loss = math.sqrt(496 / 493 * 496 / 493)
     peak = loss * min((second * 34 / 32) ** 0.5, (fourth * 34 * 36 * 38 / 32**3) ** 0.25)
     assert found.size[0] == pytest.approx(loss * math.sqrt(second))

@@ -375,3 +375,19 @@ def test_agrees_with_the_dense_path_on_a_folded_weight(tmp_path: Path) -> None:
     thin = setting.score()
     assert thin.rho == pytest.approx(dense.rho, abs=1e-6)
     assert np.isclose(thin.delta_norm, dense.delta_norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+def test_the_spread_of_chance_is_that_of_rotations(tmp_path: Path, shape: tuple[int, int]) -> None:
+    setting = Setting(tmp_path, shape)
+    score = setting.score()
+    v = (setting.aligned - setting.base).numpy()
+    k = v @ v.T
+    rng = np.random.default_rng(0)
+    logs = []
+    for _ in range(2000):
+        q, r = np.linalg.qr(rng.standard_normal((shape[0], shape[0])))
+        turned = (q * np.sign(np.diag(r))) @ setting.delta.numpy()
+        moved = k @ turned
+        logs.append(math.log(np.vdot(moved, turned) / (np.linalg.norm(moved) * np.linalg.norm(turned))))
+    assert score.null_sd == pytest.approx(np.std(logs), rel=0.4)

@@ -268,6 +268,13 @@ fn moments_are_those_of_dense_products() {
                     same_gram(found, &expected.gram(), k + p);
                 }
                 same_gram(&found[0].image, &r.gram(), p);
+                let reached = last.transpose().times(&y);
+                for (at, value) in found[0].cross.iter().enumerate() {
+                    let (i, j) = (at / k, at % k);
+                    let size = (last.gram()[i * (p + 1)] * y.gram()[j * (k + p + 1)]).sqrt();
+                    let expected = reached.values[i * (k + p) + j];
+                    assert!((value - expected).abs() <= 3e-6 * size);
+                }
                 let squares = |of: &Dense| of.values.iter().map(|x| x * x).sum::<f64>();
                 close(found[0].sums.v, squares(&v), 1e-6);
                 close(found[0].sums.delta, squares(&delta), 1e-6);

@@ -12,17 +12,17 @@ arXiv 2301.07825).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from .moments import Floats, Moments
 
-__all__ = ["Chance", "chance_of"]
+__all__ = ["Chance", "chance_of", "chance_spread"]
 
-_STEEPEST = (
-    4.0  # factor from one power of a rest's eigenvalues to the next, over the one before: more is noise
-)
+# The most by which the step from one power of a rest's eigenvalues to the next may grow: more is noise.
+_STEEPEST = 4.0
 _RIDGE = 1e-5  # of a Gram matrix's norm: the noise of float32 products of unit columns
 
 
@@ -139,3 +139,27 @@ def _higher_powers(unit: Moments, second: Floats, third: Floats, captured: Float
     cube = square * next_level
     last_level = 1.5 * next_level - 0.5 * level
     return (captured**3).sum(axis=1) + cube, (captured**4).sum(axis=1) + cube * last_level
+
+
+def chance_spread(traces: tuple[float, float, float, float], d_out: int, fourth: float) -> float | None:
+    """The standard deviation of log ρ where Δ is rotated at random.
+
+    Under Δ → UΔ with U uniform over all rotations, log ρ has about the variance 2‖G₀‖²‖D₀‖² / ((m-1)(m+2)), with
+    m = d_out, G = K/a - K²/(2b) for a = tr K/m and b = tr K²/m, D = ΔΔᵀ/‖Δ‖², and ₀ for a matrix less its trace part.
+
+    Args:
+        traces: tr K, tr K², tr K³ and tr K⁴ of K = V Vᵀ.
+        d_out: Rows of V.
+        fourth: ‖ΔΔᵀ‖² / ‖Δ‖⁴.
+
+    Returns:
+        None where there is nothing to rotate.
+    """
+    first, second, third, last = traces
+    m = float(d_out)
+    if d_out < 2 or not (first > 0.0 and second > 0.0):
+        return None
+    a, b = first / m, second / m
+    form = second / a**2 - third / (a * b) + last / (4.0 * b**2) - m / 4.0
+    variance = 2.0 * max(form, 0.0) * max(fourth - 1.0 / m, 0.0) / ((m - 1.0) * (m + 2.0))
+    return math.sqrt(variance)

@@ -7,19 +7,23 @@ With V = W_aligned - W_base and Δ = W_finetuned - W_reference, both (d_out, d_i
 
 A wide V (d_out <= d_in) goes through K = V Vᵀ and KΔ by blocks of columns; a tall one through N = VᵀV and M =
 VᵀΔ by blocks of rows, where ‖V VᵀΔ‖² = ⟨M, N M⟩. So memory is min(d_out, d_in)² floats (twice that if V is
-tall) and a few blocks, and the products take 3 to 4 · d_out · d_in · min(d_out, d_in) operations. Products
-are float32, sums over rows float64. The cosine of V and Δ themselves comes from the same blocks.
+tall) and a few blocks, and the products take 3 to 4 · d_out · d_in · min(d_out, d_in) operations; 2 · min(d_out, d_in)³
+more say how far chance scatters. Products are float32, sums over rows float64. The cosine of V and Δ themselves comes
+from the same blocks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
 from .blocks import Difference, Matrix, Workspace, open_matrix
+from .chance import chance_spread
 from .device import full_float32
 from .rounding import v_rounding
 from .score import Score, Undefined, signed_cosine
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
     from ..pairing.module import Module
 
 __all__ = ["Workspace", "score_module"]
+
+# Columns that estimate ‖ΔΔᵀ‖ to a few percent, which is enough for a standard deviation.
+_PROBES = 32
+_SEED = 20250317
 
 
 def score_module(
@@ -55,35 +63,74 @@ def score_module(
     v = Difference(workspace, tensors["aligned"], tensors["base"], transposed=turned, minuend_norm=True)
     delta = Difference(workspace, tensors["finetuned"], tensors[delta_reference], transposed=turned)
     d_out, d_in = v.shape
-    rho: float | None = None
-    rho_null: float | None = None
-    inner = 0.0
+    found: _Found | None = None
     with full_float32(workspace.device):
         if v.is_zero() or delta.is_zero():
             _norms_only(v, delta, workspace)
         elif d_out <= d_in:
-            rho, rho_null, inner = _wide(v, delta, workspace)
+            found = _wide(v, delta, workspace)
         else:
-            rho, rho_null, inner = _tall(v, delta, workspace)
+            found = _tall(v, delta, workspace)
     undefined = _why_undefined(v, delta, tensors, workspace)
     v.release()
     delta.release()
     v_norm, weight_norm = math.sqrt(v.squares), math.sqrt(v.minuend_squares)
-    return Score(
-        rho=rho if undefined is None else None,
-        rho_null=rho_null if undefined is None else None,
+    delta_norm = math.sqrt(delta.squares)
+    score = Score(
+        rho=None,
+        rho_null=None,
         v_norm=v_norm,
-        delta_norm=math.sqrt(delta.squares),
+        delta_norm=delta_norm,
         weight_norm=weight_norm,
         v_rounding=v_rounding(tensors["base"].dtype, tensors["aligned"].dtype, weight_norm, v_norm),
         undefined=None if undefined is None else undefined.reason,
         nonfinite=undefined is not None and undefined.nonfinite,
-        cos_v_delta=None if undefined is not None else signed_cosine(inner, v_norm, math.sqrt(delta.squares)),
+    )
+    if undefined is not None or found is None:
+        return score
+    return replace(
+        score,
+        rho=found.rho,
+        rho_low=found.rho,
+        rho_high=found.rho,
+        rho_null=found.null(v),
+        null_sd=found.null_sd(v, delta),
+        cos_v_delta=signed_cosine(found.inner, v_norm, delta_norm),
     )
 
 
-def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None, float]:
-    """Computes (ρ, ρ_null, ⟨V, Δ⟩) through K = V Vᵀ, for d_out <= d_in; two passes over blocks of columns."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the products of a module say.
+
+    Attributes:
+        rho: ρ.
+        inner: ⟨V, Δ⟩.
+        scale: What the Gram matrix of V was multiplied by.
+        powers: tr of its second, third and fourth power, so scaled.
+        delta_fourth: Estimates ‖ΔΔᵀ‖².
+    """
+
+    rho: float
+    inner: float
+    scale: float
+    powers: tuple[float, float, float]
+    delta_fourth: float
+
+    def null(self, v: Difference) -> float | None:
+        """ρ_null; the Gram matrix' trace is ‖V‖² times the scale."""
+        square = self.powers[0]
+        return v.squares * self.scale / math.sqrt(v.shape[0] * square) if square > 0.0 else None
+
+    def null_sd(self, v: Difference, delta: Difference) -> float | None:
+        """The standard deviation of log ρ over rotations of Δ."""
+        return chance_spread(
+            (v.squares * self.scale, *self.powers), v.shape[0], self.delta_fourth / delta.squares**2
+        )
+
+
+def _wide(v: Difference, delta: Difference, workspace: Workspace) -> _Found:
+    """Goes through K = V Vᵀ, for d_out <= d_in; two passes over blocks of columns."""
     d_out, d_in = v.shape
     rows = slice(0, d_out)
     blocks = workspace.blocks(d_in, d_out, least=workspace.block_columns)
@@ -91,24 +138,27 @@ def _wide(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
     for columns in blocks:
         _add_lower_gram(gram, v.block(rows, columns, "block"), workspace)
     gram_scale = _power_of_two(v.squares)
-    gram_squares = _complete_gram(gram, gram_scale, workspace)
+    _complete_gram(gram, gram_scale, workspace)
+    powers = _powers(gram, workspace)
+    sketch = workspace.buffer("sketch", d_out, _PROBES).zero_()
 
     overlap = image_squares = inner = 0.0  # ⟨KΔ, Δ⟩ and ‖KΔ‖², scaled; ⟨V, Δ⟩
     for columns in blocks:
         block = delta.block(rows, columns, "block")
         # V is read once more, which costs little beside the products.
         inner += workspace.dot(v.block(rows, columns, "update", norms=False), block)
+        sketch.addmm_(block, _probes(d_in, workspace.device)[columns])
         for first, last in workspace.strips(d_out, 2.0 * block.numel()):
             image = workspace.buffer("product", last - first, block.shape[1])
             torch.mm(gram[first:last], block, out=image)
             overlap += workspace.dot(block[first:last], image)
             image_squares += workspace.squares(image)
     rho = _cosine(overlap, math.sqrt(image_squares), math.sqrt(delta.squares))
-    return rho, _null(v, gram_scale, gram_squares), inner
+    return _Found(rho, inner, gram_scale, powers, _fourth(sketch))
 
 
-def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float, float | None, float]:
-    """Computes (ρ, ρ_null, ⟨V, Δ⟩) through N = VᵀV and M = VᵀΔ, for d_out > d_in; by blocks of rows.
+def _tall(v: Difference, delta: Difference, workspace: Workspace) -> _Found:
+    """Goes through N = VᵀV and M = VᵀΔ, for d_out > d_in; by blocks of rows.
 
     M is made in panels of columns, so that beside a large N there is no second matrix of its size. Each panel
     is a pass over V, and up to d_in = 4096 there is but one.
@@ -116,7 +166,8 @@ def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
     d_out, d_in = v.shape
     blocks = workspace.blocks(d_out, d_in)
     gram = workspace.buffer("gram", d_in, d_in).zero_()
-    gram_scale, gram_squares = 1.0, 0.0
+    gram_scale, powers = 1.0, (0.0, 0.0, 0.0)
+    sketch = workspace.buffer("sketch", d_out, _PROBES).zero_()
     overlap = image_squares = inner = 0.0  # ‖M‖² and ⟨M, N M⟩, the latter scaled; ⟨V, Δ⟩
     for number, panel in enumerate(workspace.panels(d_in)):
         width = panel.stop - panel.start
@@ -125,13 +176,15 @@ def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
             v_block = v.block(rows, slice(0, d_in), "block", norms=number == 0).T
             delta_block = delta.block(rows, panel, "update")
             inner += workspace.dot(v_block[panel].T, delta_block)
+            sketch[rows].addmm_(delta_block, _probes(d_in, workspace.device)[panel])
             if number == 0:
                 _add_lower_gram(gram, v_block, workspace)
             for first, last in workspace.strips(d_in, 2.0 * delta_block.numel()):
                 cross[first:last].addmm_(v_block[first:last], delta_block)
         if number == 0:
             gram_scale = _power_of_two(v.squares)
-            gram_squares = _complete_gram(gram, gram_scale, workspace)
+            _complete_gram(gram, gram_scale, workspace)
+            powers = _powers(gram, workspace)
         # Scaled against underflow of the products of small weights.
         cross_scale = _power_of_two(math.sqrt(v.squares) * math.sqrt(delta.squares))
         cross.mul_(cross_scale)
@@ -141,7 +194,8 @@ def _tall(v: Difference, delta: Difference, workspace: Workspace) -> tuple[float
             torch.mm(gram[first:last], cross, out=product)
             image_squares += workspace.dot(cross[first:last], product) / cross_scale**2
     image = math.sqrt(max(image_squares, 0.0) / gram_scale)
-    return _cosine(overlap, image, math.sqrt(delta.squares)), _null(v, gram_scale, gram_squares), inner
+    rho = _cosine(overlap, image, math.sqrt(delta.squares))
+    return _Found(rho, inner, gram_scale, powers, _fourth(sketch))
 
 
 def _norms_only(v: Difference, delta: Difference, workspace: Workspace) -> None:
@@ -159,8 +213,8 @@ def _add_lower_gram(gram: torch.Tensor, block: torch.Tensor, workspace: Workspac
         gram[first:last, :last].addmm_(block[first:last], block[:last].T)
 
 
-def _complete_gram(gram: torch.Tensor, scale: float, workspace: Workspace) -> float:
-    """Scales the gram matrix, mirrors its lower part into the upper one and returns its squared norm.
+def _complete_gram(gram: torch.Tensor, scale: float, workspace: Workspace) -> None:
+    """Scales the gram matrix, and mirrors its lower part into the upper one.
 
     Without the scale, fourth powers of small weights would leave float32's range.
     """
@@ -172,7 +226,34 @@ def _complete_gram(gram: torch.Tensor, scale: float, workspace: Workspace) -> fl
         corner = gram[rows, rows]
         upper = corner.tril(-1).T
         corner.tril_().add_(upper)
-    return sum(workspace.squares(gram[rows]) for rows in strips)
+
+
+def _powers(gram: torch.Tensor, workspace: Workspace) -> tuple[float, float, float]:
+    """The traces of a symmetric matrix' second, third and fourth power."""
+    size = gram.shape[0]
+    second = third = fourth = 0.0
+    for first, last in workspace.strips(size, 2.0 * size * size):
+        strip = gram[first:last]
+        square = workspace.buffer("product", last - first, size)
+        torch.mm(strip, gram, out=square)
+        second += workspace.squares(strip)
+        third += workspace.dot(square, strip)
+        fourth += workspace.squares(square)
+    return second, third, fourth
+
+
+@lru_cache(maxsize=4)
+def _probes(size: int, device: torch.device) -> torch.Tensor:
+    """Normal columns that every module with this d_in shares; not to be written to."""
+    return torch.randn(size, _PROBES, generator=torch.Generator().manual_seed(_SEED)).to(device)
+
+
+def _fourth(sketch: torch.Tensor) -> float:
+    """Estimates ‖ΔΔᵀ‖² from ΔΩ: off the diagonal, entries of its Gram matrix have that mean square."""
+    columns = sketch.cpu().double()
+    gram = columns.T @ columns
+    count = gram.shape[0]
+    return float((gram.square().sum() - gram.diagonal().square().sum()) / (count * (count - 1)))
 
 
 def _power_of_two(size: float) -> float:
@@ -188,13 +269,6 @@ def _cosine(overlap: float, image_norm: float, delta_norm: float) -> float:
     if not scale > 0.0:
         return 0.0
     return max(0.0, min(1.0, overlap / scale))
-
-
-def _null(v: Difference, gram_scale: float, gram_squares: float) -> float | None:
-    """ρ_null from the scaled gram matrix, whose trace is ‖V‖² times the scale."""
-    if not gram_squares > 0.0:
-        return None
-    return v.squares * gram_scale / math.sqrt(v.shape[0] * gram_squares)
 
 
 def _why_undefined(

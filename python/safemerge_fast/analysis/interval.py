@@ -96,7 +96,7 @@ class Scatter:
         return np.hypot(self.peak * low, rest * high)
 
 
-def scatter(form: Form, fitted: int = 0) -> Scatter:
+def scatter(entries: Floats, fitted: int = 0) -> Scatter:
     """Estimates ‖M‖ and M's largest |eigenvalue| from the off-diagonal entries of its form.
 
     Products of the entries along closed walks over different columns have the means tr M² and tr M⁴, whose roots bound
@@ -105,10 +105,10 @@ def scatter(form: Form, fitted: int = 0) -> Scatter:
     is smaller than the m-th power of their mean, by Π k/(k + 2i), i < m. The roots are made up for that.
 
     Args:
-        form: ΩᵀMΩ.
+        entries: Form.entries of ΩᵀMΩ.
         fitted: How many controls were taken out of it.
     """
-    s = form.entries
+    s = entries
     k = s.shape[1]
     pairs = k * (k - 1) / 2.0
     squares = s * s
@@ -179,9 +179,8 @@ def estimate_rho(moments: Moments) -> Estimate:
     """
     unit = moments.unit()
     gram = unit.gram
-    first = gram[:, unit.y, unit.x]
     with np.errstate(all="ignore"):
-        targets = [Form.of(first), Form.of(gram[:, unit.x, unit.x])]
+        targets = [Form.of(gram[:, unit.y, unit.x]), Form.of(gram[:, unit.x, unit.x])]
         controls = [Form.of(gram[:, unit.y, unit.y], unit.delta_squares)]
         if unit.tests:
             controls += _nystrom(unit)
@@ -189,25 +188,19 @@ def estimate_rho(moments: Moments) -> Estimate:
         a, b = rest_a.mean, rest_b.mean
         positive = (a > 0.0) & (b > 0.0)
         per_a, per_b = np.where(positive, 1.0 / a, 0.0), np.where(positive, 1.0 / b, 0.0)
-        ratio = Form(
-            per_a[:, None, None] * rest_a.entries - (0.5 * per_b)[:, None, None] * rest_b.entries,
-            positive * 0.5,
-        )
-        scatters = (
-            scatter(ratio, len(controls)),
-            scatter(Form(per_a[:, None, None] * rest_a.entries, a), len(controls)),
-            scatter(Form(per_b[:, None, None] * rest_b.entries, b), len(controls)),
-        )
+        relative_a = per_a[:, None, None] * rest_a.entries
+        relative_b = per_b[:, None, None] * rest_b.entries
         enough = positive & (unit.columns >= FEWEST_COLUMNS)
         # ‖V‖‖Y‖/‖VᵀY‖ and ‖V‖‖VᵀY‖/‖VVᵀY‖: how much smaller the products are than their factors allow.
         y, z, x = (
             np.sqrt(np.maximum(form.mean, 0.0)) for form in (Form.of(gram[:, unit.y, unit.y]), *targets)
         )
+        log_rho: Floats = np.where(enough, np.log(a) - 0.5 * np.log(b), np.nan)
         return Estimate(
-            log_rho=np.where(enough, np.log(a) - 0.5 * np.log(b), np.nan),
-            ratio=scatters[0],
-            a=scatters[1],
-            b=scatters[2],
+            log_rho=log_rho,
+            ratio=scatter(relative_a - 0.5 * relative_b, len(controls)),
+            a=scatter(relative_a, len(controls)),
+            b=scatter(relative_b, len(controls)),
             rounding=_ROUNDING + _CANCELLATION * (y / z + z / x),
         )
 

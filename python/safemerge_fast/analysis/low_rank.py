@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .blocks import Difference, Matrix, Workspace, open_matrix, read_tensor
+from .chance import chance_spread
 from .device import full_float32
 from .rounding import v_rounding
 from .score import Score, Undefined, signed_cosine
@@ -79,11 +80,11 @@ def score_low_rank(
     v = Difference(workspace, aligned, base, transposed=module.transposed, minuend_norm=True)
     update, undefined = _update(models, module, factors)
     rho: float | None = None
-    rho_null: float | None = None
+    chance: _Chance | None = None
     cosine: float | None = None
     with full_float32(workspace.device):
         if undefined is None:
-            rho, rho_null, cosine = _measure(v, module, update, workspace)
+            rho, chance, cosine = _measure(v, module, update, workspace)
         else:
             _norms_only(v, module, workspace)
     v.release()
@@ -91,7 +92,7 @@ def score_low_rank(
     v_norm, weight_norm = math.sqrt(v.squares), math.sqrt(v.minuend_squares)
     return Score(
         rho=rho if undefined is None else None,
-        rho_null=rho_null if undefined is None else None,
+        rho_null=chance.rho_null if undefined is None and chance is not None else None,
         v_norm=v_norm,
         delta_norm=update.norm,
         weight_norm=weight_norm,
@@ -100,6 +101,7 @@ def score_low_rank(
         nonfinite=undefined is not None and undefined.nonfinite,
         rho_null_estimated=True,
         cos_v_delta=cosine if undefined is None else None,
+        null_sd=chance.null_sd if undefined is None and chance is not None else None,
     )
 
 
@@ -141,8 +143,8 @@ def _update(
 
 def _measure(
     v: Difference, module: Module, update: _Update, workspace: Workspace
-) -> tuple[float, float | None, float | None]:
-    """Computes ρ, estimates ρ_null from Gram matrices of G and H, and computes cos(V, Δ)."""
+) -> tuple[float, _Chance | None, float | None]:
+    """Computes ρ, estimates what chance gives from Gram matrices of G and H, and computes cos(V, Δ)."""
     d_out, d_in = v.shape
     rank = update.columns.shape[1]
     width = rank + PROBES
@@ -162,8 +164,8 @@ def _measure(
     overlap, squares = float(inner.diagonal()[:rank].sum()), float(outer.diagonal()[:rank].sum())
     # G carries the scale once and H once: ‖G‖²/‖H‖ carries it once.
     rho = overlap / math.sqrt(squares * scale_squares) if squares > 0.0 else 0.0
-    null = _null(inner / scale_squares, outer / scale_squares, rank, v)
-    return max(0.0, min(1.0, rho)), null, cosine
+    chance = _chance(inner / scale_squares, outer / scale_squares, rank, v, update)
+    return max(0.0, min(1.0, rho)), chance, cosine
 
 
 @lru_cache(maxsize=4)  # models have few sizes, and the drawing takes longer than what is done with them
@@ -235,17 +237,28 @@ def _gram(matrix: torch.Tensor) -> torch.Tensor:
     return double.T @ double
 
 
-def _null(inner: torch.Tensor, outer: torch.Tensor, rank: int, v: Difference) -> float | None:
-    """Estimates ρ_null.
+@dataclass(frozen=True, slots=True)
+class _Chance:
+    """What a random update would give: ρ_null, and the standard deviation of log ρ."""
+
+    rho_null: float
+    null_sd: float | None
+
+
+def _chance(
+    inner: torch.Tensor, outer: torch.Tensor, rank: int, v: Difference, update: _Update
+) -> _Chance | None:
+    """Estimates what chance gives.
 
     Args:
         inner: ZᵀM Z of all columns Z = [C, probes], with M = V Vᵀ; float64.
         outer: ZᵀM²Z of them; float64.
         rank: How many columns C has.
         v: V, read.
+        update: Δ.
 
     Returns:
-        The estimate; None where M vanishes.
+        The estimates; None where M vanishes.
     """
     lengths = inner.diagonal().clamp_min(0.0).sqrt()
     shrink = torch.where(lengths > 0.0, 1.0 / lengths, torch.zeros_like(lengths))
@@ -272,7 +285,22 @@ def _null(inner: torch.Tensor, outer: torch.Tensor, rank: int, v: Difference) ->
     # A Gram matrix of that trace and size has at least this norm.
     least = v.squares**2 / min(v.shape)
     gram_squares = max(total / PROBES, least)
-    return v.squares / math.sqrt(v.shape[0] * gram_squares) if gram_squares > 0.0 else None
+    if not gram_squares > 0.0:
+        return None
+    rho_null = v.squares / math.sqrt(v.shape[0] * gram_squares)
+    # What all columns together have of M's spectrum, and a flat rest.
+    values, vectors = torch.linalg.eigh(inner)
+    kept = values > _GRAM_NOISE * values[-1]
+    half = vectors[:, kept] / values[kept].sqrt()
+    captured = torch.linalg.eigvalsh(half.T @ outer @ half).clamp_min(0.0)
+    trace = max(v.squares - float(captured.sum()), 0.0)
+    square = max(gram_squares - float(captured.square().sum()), 0.0)
+    level = square / trace if trace > 0.0 else 0.0
+    third = float((captured**3).sum()) + square * level
+    fourth = float((captured**4).sum()) + square * level**2
+    gram = update.columns.T @ update.columns
+    spread = chance_spread((v.squares, gram_squares, third, fourth), v.shape[0], float(gram.square().sum()))
+    return _Chance(rho_null, spread)
 
 
 def _power_of_two(size: float) -> float:

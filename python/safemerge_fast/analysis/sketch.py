@@ -284,12 +284,16 @@ def _together(results: Sequence[_Sketched]) -> Moments:
     columns, tests = first.columns, first.tests
     width = columns + tests
     grams = np.frombuffer(b"".join(result.moments.grams for result in results)).reshape(-1, 3, width, width)
+    cross = np.frombuffer(b"".join(result.moments.cross for result in results)).reshape(-1, tests, columns)
     image = np.frombuffer(b"".join(result.moments.image for result in results)).reshape(-1, tests, tests)
     # [Y | P] and [X | KP] beside each other: the products of K's powers are the blocks of one Gram matrix.
     gram = np.empty((len(results), 2 * width, 2 * width))
     gram[:, :width, :width] = grams[:, 0]
     gram[:, :width, width:] = gram[:, width:, :width] = grams[:, 1]
     gram[:, width:, width:] = grams[:, 2]
+    # KPᵀY of the very KP that the image is made of.
+    gram[:, width + columns :, :columns] = cross
+    gram[:, :columns, width + columns :] = cross.swapaxes(1, 2)
     sums = np.array(
         [
             (m.v_squares, m.delta_squares, m.inner, m.weight_squares)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import _engine
+from .chance import chance_spread
 from .opened import OpenedModule
 from .rounding import v_rounding
 from .score import Score, signed_cosine
@@ -125,30 +126,6 @@ class _Block:
     weight: float
 
 
-def chance_spread(traces: tuple[float, float, float, float], d_out: int, fourth: float) -> float | None:
-    """The standard deviation of log ρ where Δ is rotated at random.
-
-    Under Δ → UΔ with U uniform over all rotations, log ρ has about the variance 2‖G₀‖²‖D₀‖² / ((m-1)(m+2)), with
-    m = d_out, G = K/a - K²/(2b) for a = tr K/m and b = tr K²/m, D = ΔΔᵀ/‖Δ‖², and ₀ for a matrix less its trace part.
-
-    Args:
-        traces: tr K, tr K², tr K³ and tr K⁴ of K = V Vᵀ.
-        d_out: Rows of V.
-        fourth: ‖ΔΔᵀ‖² / ‖Δ‖⁴.
-
-    Returns:
-        None where there is nothing to rotate.
-    """
-    first, second, third, last = traces
-    m = float(d_out)
-    if d_out < 2 or not (first > 0.0 and second > 0.0):
-        return None
-    a, b = first / m, second / m
-    form = second / a**2 - third / (a * b) + last / (4.0 * b**2) - m / 4.0
-    variance = 2.0 * max(form, 0.0) * max(fourth - 1.0 / m, 0.0) / ((m - 1.0) * (m + 2.0))
-    return math.sqrt(variance)
-
-
 def _wide(opened: OpenedModule) -> _Sums:
     """Sums of a module with d_out <= d_in, through K = V Vᵀ: two passes."""
     size = opened.module.shape[0]
@@ -158,6 +135,8 @@ def _wide(opened: OpenedModule) -> _Sums:
         sums.add(block)
         sums.gram += block.v @ block.v.T
         sums.delta_gram += block.delta @ block.delta.T
+    if not math.isfinite(sums.v + sums.delta):
+        return sums
     for block in _blocks(opened, across=not opened.module.transposed):
         image = sums.gram @ block.delta
         sums.overlap += float(np.vdot(block.delta, image))
