@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from .recipes.base import entry
 from .recipes.check import CheckSettings, check_adapter
 from .recipes.fold import FoldSettings
-from .recipes.preview import preview
+from .recipes.preview import Preview
+from .recipes.preview import preview as preview_settings
 from .recipes.resta import RestaSettings
 from .recipes.run import carry_out, run
 from .recipes.safemerge.scoring import analyze_settings
@@ -13,6 +17,7 @@ from .recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
 from .recipes.verify import VerifySettings, verify_output
 from .recipes.wise_ft import WiseFtSettings
 from .report.report import Report
+from .settings import RunSettings
 from .sweeps.keep import KeepSettings, keep_candidate
 from .sweeps.run import run_sweep
 from .sweeps.settings import SweepSettings
@@ -67,6 +72,27 @@ resta = entry(
 wise_ft = entry(
     WiseFtSettings, carry_out, "wise_ft", "Averages a fine-tuned model with the aligned one." + _RETURNS
 )
+
+
+def preview(*args: Any, **kwargs: Any) -> Preview:
+    """Says what merge would do with the same arguments, from headers and given scores alone; writes nothing.
+
+    Args:
+        *args: As of merge; or the settings of any recipe, as one record.
+        **kwargs: As of merge.
+
+    Returns:
+        What would be done.
+
+    Raises:
+        SafemergeError: As merge would raise it for its inputs.
+    """
+    if len(args) == 1 and not kwargs and isinstance(args[0], RunSettings):
+        return preview_settings(args[0])
+    return preview_settings(SafemergeSettings(*args, **kwargs))
+
+
+preview.__signature__ = inspect.signature(SafemergeSettings)  # type: ignore[attr-defined]
 
 analyze = entry(
     AnalysisSettings,

@@ -76,12 +76,15 @@ def test_missing_words_are_usage_errors(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--alpha", "1.5", "alpha should be a finite number from 0 to 1, not 1.5"),
-        ("--alpha", "nan", "a finite number from 0 to 1, not nan"),
+        ("--alpha", "1.5", "alpha should be a finite number from 0 to 1, also by module type as in"),
+        ("--alpha", "nan", "0.8,v_proj=0.5, not nan"),
+        ("--alpha", "0.8,v_proj=x", "a number from 0 to 1, also by module type as in 0.8,v_proj=0.5, not"),
         ("--tau", "inf", "a finite number from 0 to 1, not inf"),
         ("--tau", "1.01", "a finite number from 0 to 1, not 1.01"),
         ("--select", "lowest:-1", "lowest:N"),
         ("--select", "fraction:2", "fraction:F"),
+        ("--select", "null:-1", "null:K (K a number of at least 0)"),
+        ("--select", "z:inf", "z:K (K a number)"),
         ("--select", "best", "select should be"),
         ("--granularity", "tensor", "'module', 'layer'"),
         ("--method", "karcher", "'linear'"),
@@ -286,7 +289,8 @@ def test_analyze_writes_scores_table_and_plot(quartet, tmp_path: Path) -> None:
         table = {line["name"]: float(line["rho"]) for line in csv.DictReader(lines)}
     assert table == {name: score["rho"] for name, score in modules.items()}
     below = sum(score["rho"] < 0.5 for score in modules.values())
-    assert result.stdout.splitlines()[-2].split() == ["all", str(len(modules)), str(below)]
+    (footer,) = [line.split() for line in result.stdout.splitlines() if line.startswith(" all ")]
+    assert footer == ["all", str(len(modules)), str(below)]
     assert files[2].read_text().count('class="below"') == below
 
 

@@ -178,8 +178,6 @@ def test_a_missing_score_is_an_error_that_names_it() -> None:
         {"select": "z:"},
         {"select": "z:nan"},
         {"select": "z:-inf"},
-        {"per_type": True},
-        {"per_type": True, "select": "null:1"},
         {"per_type": True, "select": "lowest:1", "granularity": "layer"},
         {"select": "highest:1"},
         {"granularity": "tensor"},

@@ -25,6 +25,7 @@ PYTHON_STAGES = (
     "patterns",
     "yaml_documents",
     "interruption",
+    "declaration",
     "settings",
     "checkpoint",
     "pairing",

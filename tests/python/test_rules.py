@@ -127,6 +127,18 @@ def test_ranks_per_type_are_of_each_type_alone() -> None:
             assert chosen & set(names) == set(names[: number(len(names))])
 
 
+def test_a_boundary_is_the_same_for_every_type() -> None:
+    rows = [row("a"), row("b", "v_proj")]
+    scores = {"a": score(0.3), "b": score(0.4)}
+    for select in ("threshold", "null:0.7", "z:-1"):
+        alone, by_type = Rule(select=select), Rule(select=select, per_type=True)
+        assert decide(rows, scores, alone) == decide(rows, scores, by_type)
+        assert alone.idle is None
+        assert by_type.idle is not None
+        assert f"select is {select}, which judges each module alone" in by_type.idle
+    assert Rule(select="lowest:1", per_type=True).idle is None
+
+
 def test_more_than_any_type_has_is_refused() -> None:
     rows = [row(f"m{place}", TYPES[place == 0]) for place in range(4)]
     Rule(select="lowest:3", per_type=True).check_units(rows)

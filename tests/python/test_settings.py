@@ -109,12 +109,19 @@ SAFEMERGE = {
     "safe": Known(None, "org/safe", (3, [], True)),
     **RUN,
     "threshold": Known(0.35, 0.5, (-0.01, 1.01, *NUMBERS)),
-    "select": Known("threshold", "fraction:0.5", ("best", "lowest:-1", "lowest:x", "fraction:2", 3, None)),
+    "select": Known(
+        "threshold",
+        "fraction:0.5",
+        ("best", "lowest:-1", "lowest:x", "fraction:2", "null:-1", "z:nan", 3, None),
+    ),
+    "per_type": Known(False, True, FLAG_BAD),
+    "modules": Known(None, "modules.txt", (3, True)),
     "granularity": Known("module", "layer", ("tensor", 1, None)),
     "on_undefined": Known("merge", "keep", ("drop", True, None)),
     "others": Known("keep", "merge", ("drop", True, None)),
     "scores": Known(None, "scores.json", (3, True)),
-    "alpha": Known(0.8, 0.25, (-0.01, 1.01, *NUMBERS)),
+    "alpha": Known(0.8, 0.25, (-0.01, 1.01, "0.8,v_proj", "0.8,v_proj=2", "0.8,a=0,a=1", *NUMBERS)),
+    "alpha_file": Known(None, "alphas.yml", (3, True)),
     "method": Known("linear", "ties", ("karcher", "soup", 1, None)),
     "density": Known(None, 0.5, SHARE),
     "seed": Known(None, 7, (-1, *WHOLE)),
@@ -293,7 +300,7 @@ def test_paths_may_be_path_objects(tmp_path: Path) -> None:
 
 
 # What other settings do not go with.
-ALONE = ("adapter_rank", "resume", "allow_missing")
+ALONE = ("adapter_rank", "resume", "allow_missing", "modules", "per_type")
 
 
 @pytest.mark.parametrize("owner", RECIPES)
@@ -307,7 +314,7 @@ def test_what_decides_the_weights_is_told_from_what_does_not(owner: str) -> None
         }
     )
     left_out = {*RUN, "scores", "device", "force"} - {"allow_nonfinite", "expert_lora_layout"}
-    assert set(made.deciding()) == set(table) - left_out - {"adapter_rank"}
+    assert set(made.deciding()) == set(table) - left_out - {"adapter_rank", "modules"}
     forced = {"force": True} if "force" in table else {}
     assert made.file_fields() == {"recipe": owner, **made.deciding(), **forced}
 
@@ -318,6 +325,15 @@ def test_settings_that_exclude_each_other() -> None:
             recipes()[owner].settings(**needed(table), resume=True, overwrite=True)
     with pytest.raises(SettingError, match="give one of them"):
         recipes()["safemerge"].settings(**needed(SAFEMERGE), adapter_rank=3, compat="peft-linear")
+    for rule in ({"threshold": 0.5}, {"select": "z:0"}, {"per_type": True}, {"granularity": "layer"}):
+        with pytest.raises(SettingError, match=f"{next(iter(rule))} is a rule; give one of them"):
+            recipes()["safemerge"].settings(**needed(SAFEMERGE), modules="list.txt", **rule)
+    with pytest.raises(SettingError, match="a layer has modules of many types"):
+        recipes()["safemerge"].settings(
+            **needed(SAFEMERGE), select="lowest:1", per_type=True, granularity="layer"
+        )
+    with pytest.raises(SettingError, match="and so does alpha_file; give one of them"):
+        recipes()["safemerge"].settings(**needed(SAFEMERGE), alpha="0.8,v_proj=0.5", alpha_file="a.yml")
     with pytest.raises(SettingError, match="an adapter holds sums of products"):
         recipes()["safemerge"].settings(**needed(SAFEMERGE), method="ties", output_format="adapter")
 
@@ -422,7 +438,8 @@ def test_commands_have_an_option_for_each_setting_with_its_default(owner: str) -
     # What there is besides is no setting.
     besides = {"as_json", "quiet", "verbose", "no_progress", "dry_run", "config", "help"}
     if owner == "analyze":
-        besides |= {"threshold", "output", "csv_file", "plot_file"}
+        besides |= {"threshold", "select", "per_type", "granularity", "on_undefined"}
+        besides |= {"output", "csv_file", "plot_file"}
     assert set(options) <= {*COMMANDS[owner], *besides}
 
 

@@ -7,17 +7,21 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from ..documents import RECORD, parse_json, read_text
-from ..errors import AnalysisError
-from .score import SCORE_FIELDS, Score, expect_keys, finite, malformed, read_number, read_score, write_score
+from ..documents import RECORD, parse_json, read_bytes
+from ..errors import AnalysisError, OutputError
+from . import table
+from .score import Score, expect_keys, malformed, read_number, read_score, write_score
 
 if TYPE_CHECKING:
+    import pandas
+    import polars
+
     from ..checkpoint.model import Model
 
 __all__ = [
@@ -26,7 +30,7 @@ __all__ = [
     "VERSION",
     "Scores",
     "describe_source",
-    "read_scores",
+    "require_scores_of",
 ]
 
 VERSION = 2
@@ -44,7 +48,7 @@ _SAMPLED_TENSORS = 256
 _SAMPLED_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Scores:
     """The scores of one analysis and what they were computed from.
 
@@ -61,7 +65,7 @@ class Scores:
     """
 
     modules: Mapping[str, Score]
-    delta_reference: str
+    delta_reference: Literal["aligned", "base"]
     sources: Mapping[str, Mapping[str, Any]]
     device: str
     seconds: float
@@ -73,6 +77,14 @@ class Scores:
     def to_json(self) -> str:
         """Writes the scores as JSON that from_json reads; numbers that are not finite become null."""
         document = {
+            **self._head(),
+            "modules": {name: write_score(score) for name, score in self.modules.items()},
+        }
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def _head(self) -> dict[str, Any]:
+        """All but the modules, as JSON can hold it."""
+        return {
             "version": self.version,
             "delta_reference": self.delta_reference,
             "device": self.device,
@@ -81,9 +93,74 @@ class Scores:
             "failure": self.failure,
             "seed": self.seed,
             "sources": {role: dict(source) for role, source in self.sources.items()},
-            "modules": {name: write_score(score) for name, score in self.modules.items()},
         }
-        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Writes the scores to a file, which merge takes as `scores`.
+
+        Args:
+            file: Its name; one that ends in .parquet is a table (this needs pyarrow or polars), any other is JSON.
+
+        Raises:
+            OutputError: It cannot be written.
+            AnalysisError: What Parquet needs is not installed.
+        """
+        if table.names_parquet(path := Path(file)):
+            table.write_parquet(path, self._head(), self.modules)
+            return
+        try:
+            path.write_text(self.to_json(), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> Scores:
+        """Reads what save wrote; what the file holds counts, not its name.
+
+        Raises:
+            AnalysisError: It cannot be read, or any part of it is not as it should be.
+        """
+        name = os.fspath(file)
+        return cls.from_bytes(
+            read_bytes(name, AnalysisError, limit=RECORD, subject=f"the scores {name}"), name
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> Scores:
+        """As load, of a file's bytes; its name is for messages."""
+        if table.is_parquet(data):
+            document = table.parse_parquet(data, f"the scores {name}")
+            try:
+                return cls.from_document(document)
+            except AnalysisError as error:
+                raise AnalysisError(f"{name}: {error}") from error
+        try:
+            return cls.from_json(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise AnalysisError(f"the scores {name} are not text; write them again with analyze") from error
+        except AnalysisError as error:
+            raise AnalysisError(f"{name}: {error}") from error
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A table with a row for each module: name, layer, module type, all fields of its score, ratio and z.
+
+        Raises:
+            AnalysisError: pandas is not installed.
+        """
+        return table.to_pandas(self.modules)
+
+    def to_polars(self) -> polars.DataFrame:
+        """The same table for polars.
+
+        Raises:
+            AnalysisError: polars is not installed.
+        """
+        return table.to_polars(self.modules)
+
+    def __repr__(self) -> str:
+        rhos = [score.rho for score in self.modules.values() if score.rho is not None]
+        found = f"ρ {min(rhos):.4g} to {max(rhos):.4g}" if rhos else "no ρ"
+        return f"<Scores of {len(self.modules)} modules: {found}, Δ against {self.delta_reference}, {self.estimator}>"
 
     @classmethod
     def from_json(cls, text: str) -> Scores:
@@ -97,6 +174,15 @@ class Scores:
             document = parse_json(text, AnalysisError, subject="the scores", limit=RECORD)
         except AnalysisError as error:
             raise AnalysisError(f"{error}; write them again with analyze") from error
+        return cls.from_document(document)
+
+    @classmethod
+    def from_document(cls, document: Any) -> Scores:
+        """Reads what JSON holds, or what a table and its metadata come to.
+
+        Raises:
+            AnalysisError: Any part of it is not as it should be.
+        """
         expect_keys(
             document,
             "scores",
@@ -136,9 +222,9 @@ class Scores:
         """Writes one line per module under a header line; what is undefined or not finite is left empty."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["name", *SCORE_FIELDS])
-        for name, score in self.modules.items():
-            writer.writerow([name, *(finite(getattr(score, field)) for field in SCORE_FIELDS)])
+        columns = table.columns_of(self.modules)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
         return text.getvalue()
 
     def matches(self, models: Mapping[str, Model]) -> str | None:
@@ -209,6 +295,8 @@ def _sample(model: Model) -> str:
         (tensor for tensor in model.headers.stored_tensors if tensor.shape and tensor.nbytes),
         key=lambda tensor: tensor.name,
     )
+    import numpy as np
+
     step = max(1, math.ceil(len(tensors) / _SAMPLED_TENSORS))
     digest = hashlib.blake2b(digest_size=16)
     # An adapter's update depends on its configuration as much as on its factors.
@@ -223,32 +311,27 @@ def _sample(model: Model) -> str:
     return digest.hexdigest()
 
 
-def read_scores(file: str, models: Mapping[str, Model], delta_reference: str) -> Scores:
-    """Reads scores and refuses those of other models or of another definition of Δ.
+def require_scores_of(
+    scores: Scores, models: Mapping[str, Model], delta_reference: str, subject: str
+) -> None:
+    """Refuses scores of other models or of another definition of Δ.
 
     Args:
-        file: What Scores.to_json was written to.
+        scores: The scores.
         models: The models given, by role.
         delta_reference: What Δ is to be taken against.
+        subject: What messages call the scores.
 
     Raises:
-        AnalysisError: They cannot be read, or are not of these models.
+        AnalysisError: They are not of these models.
     """
-    text = read_text(file, AnalysisError, limit=RECORD, subject=f"the scores {file}")
-    try:
-        scores = Scores.from_json(text)
-    except AnalysisError as error:
-        raise AnalysisError(f"{file}: {error}") from error
     if reason := scores.matches(models):
-        raise AnalysisError(
-            f"the scores {file} are not of these models: {reason}; write them again with analyze"
-        )
+        raise AnalysisError(f"{subject} are not of these models: {reason}; write them again with analyze")
     if scores.delta_reference != delta_reference:
         raise AnalysisError(
-            f"the scores {file} take Δ against the {scores.delta_reference} model, but this merge asks for "
+            f"{subject} take Δ against the {scores.delta_reference} model, but this merge asks for "
             f"{delta_reference}; pass --delta-reference {scores.delta_reference} or write them again"
         )
-    return scores
 
 
 def _read_source(role: str, value: Any) -> dict[str, Any]:

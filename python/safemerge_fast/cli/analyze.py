@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import click
 
-from ..printable import printable
 from ..recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
 from .options import output_file, settings_options, terminal_options
 from .terminal import Terminal
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..analysis.score import Score
-    from ..pairing.row import Row
 
 
 def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -34,9 +25,13 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
 
 @click.command("analyze")
 @settings_options(AnalysisSettings)
-@settings_options(SafemergeSettings, only=("threshold",))
+@settings_options(SafemergeSettings, only=("threshold", "select", "per_type", "granularity", "on_undefined"))
 @click.option(
-    "-o", "--output", type=output_file, metavar="FILE", help="Write the scores as JSON, for merge --scores."
+    "-o",
+    "--output",
+    type=output_file,
+    metavar="FILE",
+    help="Write the scores for merge --scores: as JSON, or as a table if the name ends in .parquet.",
 )
 @click.option("--csv", "csv_file", type=output_file, metavar="FILE", help="Write the scores as a table.")
 @click.option(
@@ -55,25 +50,43 @@ def command(
     csv_file: Path | None,
     plot_file: Path | None,
     threshold: float,
+    select: str,
+    per_type: bool,
+    granularity: Literal["module", "layer"],
+    on_undefined: Literal["merge", "keep"],
     **values: Any,
 ) -> None:
     """Measure how far each module's fine-tuning update left the safety subspace.
 
     ρ is the cosine of V·Vᵀ·Δ and Δ, with V what alignment changed and Δ what fine-tuning changed; low means
-    that the update left the subspace. ρ_null is what a random update would have. The threshold draws the plot's
-    line and counts modules below it in the table.
+    that the update left the subspace. ρ_null is what a random update would have. The rule (--threshold, --select, …)
+    decides nothing yet: the tables say what it would merge, and what others would.
     """
     from ..analysis.rounding import rounding_warning
-    from ..decision import Rule
+    from ..analysis.table import names_parquet, require_parquet
+    from ..decision import uncertified
+    from ..decision.outlook import cautions, outlook
     from ..pairing.coverage import coverage_of
+    from ..pairing.module import modules_of_rows
     from ..pairing.rows import pair
     from ..recipes.role_check import refuse_or_warn
     from ..recipes.roles import access_of, open_roles
+    from ..recipes.safemerge.rule import checked_rule
     from ..recipes.safemerge.scoring import judge_scores, score_models, wrong_before_measuring
+    from ..report.overview import Layers, rule_table, type_table
     from ..report.plot import check_plot, write_plot
 
+    rule = checked_rule(
+        threshold=threshold,
+        select=select,
+        per_type=per_type,
+        granularity=granularity,
+        on_undefined=on_undefined,
+    )
     if plot_file is not None:
         check_plot(plot_file)
+    if output is not None and names_parquet(output):
+        require_parquet()
     for file in (output, csv_file):
         if file is not None:
             _check_directory(file)
@@ -85,21 +98,33 @@ def command(
         wrong_before_measuring(models, pairing, force=settings.force), force=settings.force
     )
     with terminal.progress() as progress:
-        scores = score_models(
-            models, pairing.rows, AnalysisSettings(**values, progress=progress), Rule(threshold=threshold)
-        )
-    for file, write in ((output, scores.to_json), (csv_file, scores.to_csv)):
-        if file is not None:
-            _write(file, write())
+        scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress), rule)
+    if output is not None:
+        scores.save(output)
+    if csv_file is not None:
+        _write(csv_file, scores.to_csv())
     # After the writing: what was measured in an hour is not lost, and merge --scores judges it again.
     found = judge_scores(models, scores.modules, settings.delta_reference)
     warnings += refuse_or_warn(found.wrong, force=settings.force)
     if plot_file is not None:
         write_plot(plot_file, pairing.rows, scores.modules, threshold=threshold)
-    terminal.result(scores.to_json, _table(pairing.rows, scores.modules, threshold))
-    terminal.say_some("note", pairing.notes, rest="-v prints them all")
+    modules = list(modules_of_rows(pairing.rows))
+    found_by_rules = outlook(modules, scores.modules, rule)
+    terminal.result(
+        scores.to_json,
+        type_table(modules, scores.modules, found_by_rules[0]),
+        Layers(modules, scores.modules),
+        rule_table(found_by_rules),
+    )
+    idle = () if rule.idle is None else (rule.idle,)
+    terminal.say_some("note", [*pairing.notes, *idle], rest="-v prints them all")
     rounding = (rounding_warning(name, score) for name, score in scores.modules.items())
-    said = [*(warning.message for warning in warnings), *(text for text in rounding if text is not None)]
+    said = [
+        *(warning.message for warning in warnings),
+        *(text for text in (uncertified(pairing.rows, scores.modules, rule),) if text is not None),
+        *cautions(modules, scores.modules, rule),
+        *(text for text in rounding if text is not None),
+    ]
     terminal.say_some("warning", said, rest="-v prints them all")
     terminal.say(coverage_of(pairing.rows).sentence())
     terminal.say(f"{len(scores.modules)} modules analysed on {scores.device} in {scores.seconds:.1f} s")
@@ -123,49 +148,3 @@ def _write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {file}: {error.strerror}") from error
-
-
-def _table(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float) -> Table:
-    """A line per module type."""
-    from rich import box
-    from rich.table import Table
-
-    from ..pairing.module import modules_of_rows
-
-    groups: dict[str, list[Score]] = {}
-    for module in modules_of_rows(rows):
-        if module.name in scores:
-            groups.setdefault(module.module_type, []).append(scores[module.name])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
-    below = sum(score.rho is not None and score.rho < threshold for score in scores.values())
-    table.add_column("module type", footer="all", no_wrap=True)
-    for title, footer in (
-        ("modules", str(len(scores))),
-        (f"ρ < {threshold:g}", str(below)),
-        ("median ρ", ""),
-        ("lowest", ""),
-        ("highest", ""),
-        ("median ρ_null", ""),
-    ):
-        table.add_column(title, footer=footer, justify="right", no_wrap=True)
-    for module_type, group in groups.items():
-        known = [score.rho for score in group if score.rho is not None]
-        table.add_row(
-            printable(module_type),
-            str(len(group)),
-            str(sum(rho < threshold for rho in known)),
-            _number(statistics.median(known) if known else None),
-            _number(min(known, default=None)),
-            _number(max(known, default=None)),
-            _number(_median(score.rho_null for score in group)),
-        )
-    return table
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"

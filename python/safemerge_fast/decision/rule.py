@@ -30,7 +30,8 @@ class Rule:
         granularity: "module", or "layer": the mean over a layer's modules decides for all of them.
         on_undefined: "merge" or "keep" modules that have no ρ (V or Δ is zero), or no ρ_null or z where those decide.
         others: "keep" or "merge" tensors that are not analysed.
-        per_type: Whether "lowest" and "fraction" are of each module type instead of all modules together.
+        per_type: Whether "lowest" and "fraction" are of each module type instead of all modules together; the others
+            judge each module alone, and nothing changes.
         modules: Exactly the modules that are merged, whatever else is said here but for the others; or None.
 
     Raises:
@@ -55,13 +56,8 @@ class Rule:
         ):
             if value not in allowed:
                 raise AnalysisError(f"{field} should be {allowed[0]} or {allowed[1]}, not {value!r}")
-        selection = self.selection
-        if self.per_type and isinstance(selection, Below):
-            raise AnalysisError(
-                f"per_type ranks modules among those of their type, for lowest:N and fraction:F; {self.select} judges "
-                f"each module alone, so leave it out (null:K and z:K make types comparable)"
-            )
-        if self.per_type and self.granularity == "layer":
+        parse_selection(self.select, self.threshold)
+        if self.per_type and not isinstance(self.selection, Below) and self.granularity == "layer":
             raise AnalysisError(
                 "per_type ranks modules among those of their type, but a layer has modules of many types; "
                 "leave granularity at module"
@@ -71,6 +67,16 @@ class Rule:
     def selection(self) -> Selection:
         """The selection, as data."""
         return parse_selection(self.select, self.threshold)
+
+    @property
+    def idle(self) -> str | None:
+        """What was asked for and changes nothing, in a sentence; None if there is nothing such."""
+        if not self.per_type or not isinstance(self.selection, Below):
+            return None
+        return (
+            f"per_type changes nothing: select is {self.select}, which judges each module alone (null:K and z:K by its "
+            f"own chance)"
+        )
 
     @property
     def is_local(self) -> bool:
@@ -86,6 +92,18 @@ class Rule:
     def verdicts(self, modules: Sequence[Module], scores: Mapping[str, Score]) -> list[Verdict]:
         """What the selection makes of modules that all have a score; a list of modules is not looked at."""
         return judge(self.selection, self.units(modules), scores, per_type=self.per_type)
+
+    def merged(self, modules: Sequence[Module], scores: Mapping[str, Score]) -> set[str]:
+        """Names of the modules that the rule merges; all must have a score, unless it lists modules."""
+        if self.modules is not None:
+            return {module.name for module in modules if module.name in self.modules}
+        undefined = self.on_undefined == "merge"
+        return {
+            module.name
+            for verdict in self.verdicts(modules, scores)
+            if (undefined if verdict.bounds is None else verdict.merge)
+            for module in verdict.unit.members
+        }
 
     def open_modules(self, modules: Sequence[Module], scores: Mapping[str, Score]) -> set[str]:
         """Names of modules whose intervals do not settle what becomes of them; see analysis/question.py.

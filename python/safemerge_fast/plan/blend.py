@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..decision import Decision
 from ..errors import AdapterError, PairingError
@@ -13,7 +13,21 @@ from ..pairing.operand import Operand, Term
 from ..pairing.row import Row
 from .operation import Argument, Operation, combine, parameters_of, weighted_sum
 
-__all__ = ["Blend"]
+__all__ = ["Blend", "Blends", "Composer"]
+
+
+class Composer(Protocol):
+    """Says what tensors and modules are made of."""
+
+    @property
+    def kept(self) -> str:
+        """The role that tensors which are not merged come from, if it has them."""
+
+    def compose(self, subject: Row | Module, decision: Decision) -> Operation:
+        """What one tensor is made of, or one module as a piece of its tensor."""
+
+    def terms(self, subject: Row | Module, *, merge: bool) -> tuple[Term, ...]:
+        """What a tensor is the sum of, for a blend that is a sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +123,38 @@ class Blend:
                 f"one tensor; leave the method at its default, or fold the adapter first (recipe: fold)"
             )
         return terms[0].operand
+
+
+class Blends:
+    """Blends that differ in a number, such as a weight, which depends on the module."""
+
+    def __init__(
+        self, number: Callable[[Row | Module], float], make: Callable[[float], Blend], *, kept: str
+    ) -> None:
+        """Holds how they are made; each is made once.
+
+        Args:
+            number: The number of a module, or of a tensor that is none.
+            make: The blend that a number makes.
+            kept: The role that all of them keep tensors of.
+        """
+        self.kept = kept
+        self._number = number
+        self._make = make
+        self._made: dict[float, Blend] = {}
+
+    def compose(self, subject: Row | Module, decision: Decision) -> Operation:
+        """As Blend.compose, by the blend of that module."""
+        return self._of(self._number(subject)).compose(subject, decision)
+
+    def terms(self, subject: Row | Module, *, merge: bool) -> tuple[Term, ...]:
+        """As Blend.terms, by the blend of that module."""
+        return self._of(self._number(subject)).terms(subject, merge=merge)
+
+    def _of(self, number: float) -> Blend:
+        if number not in self._made:
+            self._made[number] = self._make(number)
+        return self._made[number]
 
 
 def _module(subject: Row | Module) -> Module:

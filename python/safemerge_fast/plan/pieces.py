@@ -10,7 +10,7 @@ from ..decision import Decision
 from ..pairing.module import Module, slices_of
 from ..pairing.row import Row
 from ..pairing.view import View
-from .blend import Blend
+from .blend import Composer
 from .methods import known_methods
 from .operation import Operation
 
@@ -48,7 +48,7 @@ class Pieces:
 
 
 def compose_row(
-    blend: Blend, row: Row, decisions: Mapping[str, Decision] | Callable[[Row], Decision]
+    blend: Composer, row: Row, decisions: Mapping[str, Decision] | Callable[[Row], Decision]
 ) -> Operation | Pieces:
     """Says what a row's tensor is made of.
 

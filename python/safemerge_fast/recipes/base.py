@@ -14,7 +14,7 @@ from ..analysis.score import Score
 from ..checkpoint.model import Model
 from ..decision import Decision
 from ..execution.companions import companion_files, configuration_file
-from ..execution.inputs import job_identity
+from ..execution.inputs import describe_inputs, job_identity
 from ..execution.local import Written, check_plan, execute
 from ..pairing.coverage import Coverage
 from ..pairing.row import Row
@@ -123,6 +123,10 @@ class Job(ABC, Generic[_Settings]):
     def identity(self) -> str:
         """A digest of all that decides the output."""
         return job_identity(self.settings.recipe, self.settings.deciding(), self.models)
+
+    def describe_inputs(self) -> dict[str, dict[str, Any]]:
+        """What the report says of the models, by role."""
+        return describe_inputs(self.models)
 
     def companions(self) -> list[tuple[Path, str]]:
         """Files to copy, and their names in the output."""

@@ -12,7 +12,7 @@ from typing import Any
 from .. import _engine, interruption
 from ..documents import RECORD, read_bytes
 from ..errors import PlanError, SettingError
-from ..execution.inputs import describe_inputs, input_paths, require_unchanged
+from ..execution.inputs import input_paths, require_unchanged
 from ..execution.local import Written
 from ..progress import silent
 from ..report.environment import peak_memory, versions
@@ -206,7 +206,7 @@ def _report(
         output=directory.output,
         configuration=job.settings,
         identity=job.identity(),
-        inputs=describe_inputs(job.models),
+        inputs=job.describe_inputs(),
         versions=versions(),
         device=measurement.device,
         seconds={

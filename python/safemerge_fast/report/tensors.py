@@ -274,7 +274,8 @@ def module_table(counts: Iterable[ModuleCount]) -> Table:
     rest = sum(count.tensors for count in counts) - sum(count.tensors for count in shown)
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
     kept = sum(count.kept for count in counts)
-    table.add_column("module type", footer="all", no_wrap=True)
+    # Where there is no room, names give way, and no number.
+    table.add_column("module type", footer="all", overflow="fold")
     for title, footer in (
         ("analysed", str(sum(count.analysed for count in counts))),
         ("merged", str(sum(count.merged for count in counts))),

@@ -7,7 +7,10 @@ from typing import Any
 
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.model import Model
+from ...decision import Rule
+from ...decision.selection import Below, Fraction, Lowest, Statistic
 from ...plan.methods import known_methods
+from ...printable import markdown
 from ...report.card import (
     count_table,
     display_name,
@@ -18,6 +21,7 @@ from ...report.card import (
     standing,
 )
 from ...report.report import Report
+from .alphas import Alphas
 from .settings import SafemergeSettings
 
 __all__ = ["model_card"]
@@ -51,13 +55,17 @@ threshold selects by module type too. Every tensor's ρ, decision and reason sta
 {settings}"""
 
 
-def model_card(report: Report, settings: SafemergeSettings, models: Mapping[str, Model]) -> str:
+def model_card(
+    report: Report, settings: SafemergeSettings, models: Mapping[str, Model], alphas: Alphas, rule: Rule
+) -> str:
     """Writes the card.
 
     Args:
         report: The report of the merge.
         settings: What was asked for.
         models: The models by role.
+        alphas: α of every module.
+        rule: Which modules are merged.
 
     Returns:
         Markdown with YAML front matter. base_model lists the models whose weights are in the output, as far
@@ -78,8 +86,8 @@ def model_card(report: Report, settings: SafemergeSettings, models: Mapping[str,
         summary=f"Of {len(modules)} matrices that were analysed, {merged} were merged.",
         standing=standing(report),
         reference=settings.delta_reference,
-        rule=_rule(settings),
-        blend=_blend(settings.alpha, blended[1], settings.method),
+        rule=_rule(rule),
+        blend=_blend(alphas, blended[1], settings.method),
         method=settings.method,
         form="" if report.adapter is None else _form(report.adapter),
         roles=roles_table(models),
@@ -111,26 +119,41 @@ def _form(adapter: Mapping[str, Any]) -> str:
     )
 
 
-def _rule(settings: SafemergeSettings) -> str:
+def _rule(rule: Rule) -> str:
     """The rule of the decision in a sentence."""
-    unit = "matrix" if settings.granularity == "module" else "layer, by the mean ρ of its matrices,"
-    kind, _, amount = settings.select.partition(":")
-    match kind:
-        case "lowest":
-            return f"The {amount} of lowest ρ are merged (counted by {settings.granularity})."
-        case "fraction":
-            return f"The share {amount} of lowest ρ is merged (counted by {settings.granularity})."
-        case _:
-            return f"A {unit} with ρ strictly below τ = {settings.threshold:g} is merged."
+    if rule.modules is not None:
+        return f"{len(rule.modules)} matrices that were listed by name are merged; ρ decided nothing."
+    by = "of each module type, " if rule.per_type else ""
+    match rule.selection:
+        case Lowest(number):
+            return f"The {number} of lowest ρ are merged ({by}counted by {rule.granularity})."
+        case Fraction(share):
+            return f"The share {share:g} of lowest ρ is merged ({by}counted by {rule.granularity})."
+        case Below(statistic, boundary):
+            layer = rule.granularity == "layer"
+            unit = f"layer, by the mean {statistic.value} of its matrices," if layer else "matrix"
+            return f"A {unit} with {_NAMES[statistic].format(boundary)} is merged."
 
 
-def _blend(alpha: float, safe_role: str, method: str) -> str:
+_NAMES = {
+    Statistic.RHO: "ρ strictly below τ = {:g}",
+    Statistic.RATIO: "ρ strictly below {:g} times what a random update would have, ρ_null,",
+    Statistic.Z: "z = (log ρ − log ρ_null)/sd, its distance from chance, strictly below {:g}",
+}
+
+
+def _blend(alphas: Alphas, safe_role: str, method: str) -> str:
     known = known_methods()[method]
+    if alphas.others:
+        alpha, rest = "α", "(1 − α)"
+        with_alpha = f", with α = {markdown(alphas.describe())}"
+    else:
+        alpha, rest, with_alpha = f"{alphas.usual:g}", f"{1 - alphas.usual:.6g}", ""
     if known.interpolates:
-        return f"the point at {alpha:g} of the arc from W_{safe_role} to W_finetuned"
+        return f"the point at {alpha} of the arc from W_{safe_role} to W_finetuned{with_alpha}"
     if not known.sums:
         return (
-            f"W_aligned plus what the method makes of its updates in the fine-tuned model, with weight {alpha:g}, and "
-            f"in the {safe_role} model, with weight {1 - alpha:.6g}"
+            f"W_aligned plus what the method makes of its updates in the fine-tuned model, with weight {alpha}, and "
+            f"in the {safe_role} model, with weight {rest}{with_alpha}"
         )
-    return f"{alpha:g} · W_finetuned + {1 - alpha:.6g} · W_{safe_role}"
+    return f"{alpha} · W_finetuned + {rest} · W_{safe_role}{with_alpha}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ... import _engine
@@ -11,18 +13,20 @@ from ...analysis import analyze_rows
 from ...analysis.accelerator import device_name
 from ...analysis.rounding import rounding_warning
 from ...analysis.score import Score
-from ...analysis.scores import Scores, read_scores
+from ...analysis.scores import Scores, describe_source
 from ...checkpoint.adapter import Adapter
 from ...checkpoint.identical import same_weights
 from ...checkpoint.model import Model
-from ...decision import Decision, decide, decision_of
+from ...decision import Decision, decide, decision_of, uncertified
+from ...decision.outlook import outcome, shrinks_all
 from ...errors import AdapterError, AnalysisError, PlanError
 from ...execution.companions import companion_files
-from ...execution.inputs import job_identity
+from ...execution.inputs import describe_inputs, job_identity
 from ...pairing.coverage import coverage_of
 from ...pairing.module import Module, modules_of_rows
 from ...pairing.row import Row
 from ...pairing.rows import Pairing, pair
+from ...plan.blend import Blends, Composer
 from ...plan.checkpoint import plan_checkpoint
 from ...plan.encoding import Encode
 from ...plan.layout import SINGLE_FILE, Shard
@@ -37,9 +41,12 @@ from ..roles import access_of, open_roles, shape_of_repair
 from ..shape import OutputShape
 from .adapter.contents import AdapterContents
 from .adapter.layout import lay_out_adapter, require_linear
+from .alphas import open_alphas
 from .blend import method_parameters, safemerge
 from .card import model_card
 from .evidence import ScoreLog
+from .given import given_scores, name_of_scores
+from .rule import read_modules
 from .scoring import judge_scores, require_finite, wrong_before_measuring
 from .settings import SafemergeSettings, precision_of
 
@@ -57,7 +64,9 @@ class SafemergeJob(Job[SafemergeSettings]):
         pairing: One row per output tensor.
         shape: What a checkpoint's tensors and files are like.
         rule: The rule of the decision.
-        blend: What merged tensors are made of.
+        alphas: α of every module.
+        blend: What merged tensors are made of, with the usual α.
+        composer: What each tensor is made of, with its own.
         scores: Scores to reuse, or None if they are to be computed.
     """
 
@@ -89,19 +98,27 @@ class SafemergeJob(Job[SafemergeSettings]):
         self.coverage = coverage_of(self.pairing.rows)
         self.scores: Scores | None = None
         if settings.scores is not None:
-            self.scores = read_scores(settings.scores, self.models, settings.delta_reference)
+            self.scores = given_scores(settings.scores, self.models, settings.delta_reference)
         self.warnings = refuse_or_warn(
             wrong_before_measuring(self.models, self.pairing, force=settings.force), force=settings.force
         )
         self.rule = settings.rule()
+        if settings.modules is not None:
+            self.rule = replace(self.rule, modules=read_modules(settings.modules, self.pairing.rows))
         self.rule.check_units(self.pairing.rows)
-        self.blend = safemerge(
-            settings.alpha,
+        self.alphas = open_alphas(settings.alpha, settings.alpha_file, self.pairing.rows)
+        make = partial(
+            safemerge,
             safe_role="safe" if "safe" in self.models else "aligned",
             method=settings.method,
             parameters=parameters,
         )
-        self.notes = (*self.pairing.notes, *self._role_notes())
+        self.blend = make(self.alphas.usual)
+        self.composer: Composer = self.blend
+        if self.alphas.others:
+            self.composer = Blends(self.alphas.of, make, kept=self.blend.kept)
+        idle = () if self.rule.idle is None else (self.rule.idle,)
+        self.notes = (*self.pairing.notes, *idle, *self._role_notes())
         self._check_output_format()
         self._check_method()
 
@@ -141,9 +158,22 @@ class SafemergeJob(Job[SafemergeSettings]):
         return {role: model for role, model in found if isinstance(model, Adapter)}
 
     def identity(self) -> str:
-        """A digest of settings, inputs and, where they are given, scores."""
-        extra = None if self.scores is None else self.scores.to_json()
-        return job_identity(self.settings.recipe, self.settings.deciding(), self.models, extra)
+        """A digest of settings, inputs and, where they are given, scores; of what files hold, not of their names."""
+        named = ("modules", "alpha", "alpha_file")
+        deciding = {name: value for name, value in self.settings.deciding().items() if name not in named}
+        extra = {
+            "scores": None if self.scores is None else self.scores.to_json(),
+            "modules": None if self.rule.modules is None else sorted(self.rule.modules),
+            "alpha": self.alphas.to_json(),
+        }
+        return job_identity(self.settings.recipe, deciding, self.models, extra)
+
+    def describe_inputs(self) -> dict[str, dict[str, Any]]:
+        """Also which weights were measured, so that the report's scores can be used again."""
+        described = describe_inputs(self.models)
+        for role in ("base", "aligned", "finetuned"):
+            described[role]["sample"] = describe_source(self.models[role])["sample"]
+        return described
 
     @property
     def keeps_formats(self) -> bool:
@@ -218,12 +248,12 @@ class SafemergeJob(Job[SafemergeSettings]):
         """The output with these decisions, by the names of modules, and of tensors that have none."""
         rows, settings = self.pairing.rows, self.settings
         if self.writes_adapter:
-            layout = lay_out_adapter(rows, decisions, self.blend, self.adapters)
+            layout = lay_out_adapter(rows, decisions, self.composer, self.adapters)
             return AdapterContents(self.models, self.pairing, layout, decisions, settings)
         plan, config = plan_checkpoint(
             self.models,
             rows,
-            lambda row: compose_row(self.blend, row, decisions),
+            lambda row: compose_row(self.composer, row, decisions),
             host=self.host,
             dtype=settings.dtype,
             max_shard_size=self.shape.max_shard_size,
@@ -245,7 +275,7 @@ class SafemergeJob(Job[SafemergeSettings]):
 
     def card(self, report: Report) -> str:
         """The model card."""
-        return model_card(report, self.settings, self.models)
+        return model_card(report, self.settings, self.models, self.alphas, self.rule)
 
     def _reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.
@@ -258,8 +288,8 @@ class SafemergeJob(Job[SafemergeSettings]):
         names = [module.name for module in self.modules]
         if missing := [name for name in names if name not in modules]:
             raise AnalysisError(
-                f"{self.settings.scores} has no score for {missing[0]}; "
-                f"write it again with analyze and the same --include and --exclude"
+                f"{name_of_scores(self.settings.scores or '')} hold no score for {missing[0]}; "
+                f"write them again with analyze and the same --include and --exclude"
             )
         reused = {name: modules[name] for name in names}
         if not self.settings.allow_nonfinite:
@@ -302,8 +332,16 @@ class SafemergeJob(Job[SafemergeSettings]):
         return (
             *refuse_or_warn(found.wrong, force=self.settings.force),
             *(ModuleWarning(None, sentence) for sentence in found.unknown),
+            *self._rule_warnings(scores),
             *(ModuleWarning(name, message) for name, message in rounding if message is not None),
         )
+
+    def _rule_warnings(self, scores: Mapping[str, Score]) -> list[ModuleWarning]:
+        """What intervals do not settle, and a rule that does no more than shrink all of the update."""
+        said = [uncertified(self.pairing.rows, scores, self.rule)]
+        if "safe" not in self.models:
+            said.append(shrinks_all(outcome(self.modules, scores, self.rule)))
+        return [ModuleWarning(None, sentence) for sentence in said if sentence is not None]
 
     def _role_notes(self) -> list[str]:
         if "safe" in self.models and not same_weights(
@@ -313,7 +351,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         given = "the safe model is the aligned one" if "safe" in self.models else None
         return [
             f"{given or 'no safe model was given, so the aligned one plays it'}: merging shrinks a module's update "
-            f"to {self.settings.alpha:g} of itself"
+            f"to {self.alphas.describe()} of itself"
         ]
 
     def _checkpoints(self) -> list[str]:
@@ -358,7 +396,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             trial = build_plan(
                 self.models,
                 [Shard(SINGLE_FILE, rows)],
-                lambda row: compose_row(blend, row, lambda _: merged),
+                lambda row: compose_row(self.composer, row, lambda _: merged),
                 anchor=self.host.role,
                 dtype=self.settings.dtype,
             )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from ...analysis.precision import Precision
+from ...analysis.scores import Scores
 from ...decision import Rule
-from ...errors import SafemergeError, SettingError
+from ...errors import SettingError
 from ...patterns import compile_pattern
 from ...plan.methods import known_methods, summing_method, weighing_methods
 from ...settings import (
@@ -24,19 +25,14 @@ from ...settings import (
 )
 from ..roles import Aligned, Base, Finetuned
 from ..shape import AllowMissing, EncodeAs, FillFrom, OutputShape, Untie
+from .alphas import check_alpha
+from .rule import Granularity, Modules, OnUndefined, PerType, Select, Threshold, checked_rule
 
 __all__ = ["AnalysisSettings", "SafemergeSettings", "precision_of"]
 
 
 def _check_pattern(text: str) -> None:
     compile_pattern("it", text, SettingError)
-
-
-def _check_select(text: str) -> None:
-    try:
-        Rule(select=text)
-    except SafemergeError as error:
-        raise SettingError(str(error)) from error
 
 
 DeltaReference = Annotated[
@@ -146,40 +142,43 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
     recipe: ClassVar[str] = "safemerge"
     command_name: ClassVar[str | None] = "merge"
 
-    threshold: Annotated[
-        float,
-        Setting("τ: modules whose ρ is strictly below it are merged.", least=0.0, most=1.0, names=("--tau",)),
-    ] = 0.35
-    select: Annotated[
-        str,
-        Setting(
-            "Merge by the threshold, or the N (or the share F) of lowest ρ.",
-            metavar="threshold|lowest:N|fraction:F",
-            check=_check_select,
-        ),
-    ] = "threshold"
-    granularity: Annotated[
-        Literal["module", "layer"], Setting("Decide for each module, or for whole layers by their mean ρ.")
-    ] = "module"
-    on_undefined: Annotated[
-        Literal["merge", "keep"],
-        Setting("What to do with modules that have no ρ, because V or Δ is zero."),
-    ] = "merge"
+    threshold: Threshold = 0.35
+    select: Select = "threshold"
+    per_type: PerType = False
+    granularity: Granularity = "module"
+    on_undefined: OnUndefined = "merge"
+    modules: Modules = None
     others: Annotated[Literal["keep", "merge"], Setting("What to do with tensors that are not analysed.")] = (
         "keep"
     )
     scores: Annotated[
-        str | None,
+        str | Scores | None,
         Setting(
-            "Reuse what analyze wrote; torch is then not needed.",
+            "Reuse what analyze wrote, or what an earlier merge's report says; torch is then not needed.",
             kind=Kind.PATH,
             metavar="FILE",
             decides=False,
         ),
     ] = None
     alpha: Annotated[
-        float, Setting("α: weight of the fine-tuned update; the safe one gets 1-α.", least=0.0, most=1.0)
+        float | str,
+        Setting(
+            "α: weight of the fine-tuned update; the safe one gets 1-α. Behind a comma, others by module type.",
+            kind=Kind.WEIGHTS,
+            least=0.0,
+            most=1.0,
+            metavar="NUMBER[,TYPE=NUMBER...]",
+            check=check_alpha,
+        ),
     ] = 0.8
+    alpha_file: Annotated[
+        str | None,
+        Setting(
+            "Other α in YAML or JSON, by module type or by a regular expression on names; the first that fits counts.",
+            kind=Kind.PATH,
+            metavar="FILE",
+        ),
+    ] = None
     method: Annotated[
         str,
         Setting(
@@ -236,6 +235,8 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         RunSettings.__post_init__(self)
         OutputShape.of(self)
+        self.rule()
+        self._check_alternatives()
         if self.output_format == "adapter" and not known_methods()[self.method].sums:
             raise SettingError(
                 f"an adapter holds sums of products, which {self.method} does not make; leave the method at its "
@@ -246,11 +247,28 @@ class SafemergeSettings(_Roles, frozen=True, kw_only=True):
                 "adapter_rank truncates, and compat reproduces what PEFT makes; give one of them"
             )
 
+    def _check_alternatives(self) -> None:
+        """Refuses what is said twice."""
+        if self.modules is not None:
+            for name, usual in (
+                ("threshold", 0.35),
+                ("select", "threshold"),
+                ("per_type", False),
+                ("granularity", "module"),
+            ):
+                if getattr(self, name) != usual:
+                    raise SettingError(
+                        f"modules lists what is merged, and {name} is a rule; give one of them"
+                    )
+        if self.alpha_file is not None and isinstance(self.alpha, str) and "," in self.alpha:
+            raise SettingError("alpha holds others by module type, and so does alpha_file; give one of them")
+
     def rule(self) -> Rule:
-        """The rule of the decision."""
-        return Rule(
+        """The rule of the decision, but for a list of modules."""
+        return checked_rule(
             threshold=self.threshold,
             select=self.select,
+            per_type=self.per_type,
             granularity=self.granularity,
             on_undefined=self.on_undefined,
             others=self.others,

@@ -136,7 +136,7 @@ class AdapterContents:
             if row.name not in spoken_of and not row.analysed:
                 continue
             decision = self.decisions[row.name]
-            operation = self.layout.blend.compose(row, decision)
+            operation = self.layout.composer.compose(row, decision)
             reports.append(
                 tensor_report(
                     row,

@@ -14,7 +14,7 @@ from ....decision import Decision
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Operand, Term
 from ....pairing.row import Row
-from ....plan.blend import Blend
+from ....plan.blend import Composer
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
 
@@ -69,14 +69,14 @@ class AdapterLayout:
     """A merged adapter.
 
     Attributes:
-        blend: What merged tensors are made of, and where the others come from.
+        composer: What merged tensors are made of, and where the others come from.
         weights: The weights with a product, in the order of the rows.
         tensors: The tensors that are stored whole, likewise.
         saved_modules: Modules of which all tensors are stored (modules_to_save), sorted.
         has_biases: Whether biases of other modules are stored (bias="all").
     """
 
-    blend: Blend
+    composer: Composer
     weights: tuple[LowRankWeight, ...]
     tensors: tuple[FullTensor, ...]
     saved_modules: tuple[str, ...]
@@ -113,14 +113,17 @@ def require_linear(rows: Iterable[Row]) -> None:
 
 
 def lay_out_adapter(
-    rows: Sequence[Row], decisions: Mapping[str, Decision], blend: Blend, adapters: Mapping[str, Adapter]
+    rows: Sequence[Row],
+    decisions: Mapping[str, Decision],
+    composer: Composer,
+    adapters: Mapping[str, Adapter],
 ) -> AdapterLayout:
     """Distributes the merged updates over products and full tensors.
 
     Args:
         rows: All rows of the pairing, which are the aligned model's tensors.
         decisions: The decision for every row.
-        blend: What merged tensors are made of, and where the others come from.
+        composer: What merged tensors are made of, and where the others come from.
         adapters: The adapters by role, the one whose names win first.
 
     Returns:
@@ -143,7 +146,7 @@ def lay_out_adapter(
     for row in rows:
         if (module := _module(row, adapters, module_of_key)) is not None:
             modules.setdefault(_parent(row), module)
-        terms = blend.terms(row, merge=decisions[row.name].merge)
+        terms = composer.terms(row, merge=decisions[row.name].merge)
         operand = terms[0].operand
         if len(terms) > 1 or terms[0].weight != 1.0 or operand.source != "aligned":
             whole.append((row, terms))
@@ -154,7 +157,7 @@ def lay_out_adapter(
             assert module is not None
             first = products[0]
             weights.append(LowRankWeight(row, module, first.a, first.b, products, decisions[row.name].merge))
-    layout = _with_whole_modules(rows, blend, weights, whole, modules)
+    layout = _with_whole_modules(rows, composer, weights, whole, modules)
     if not layout.weights:
         raise AdapterError(
             "no low-rank update is left to put into an adapter; pass --output-format checkpoint"
@@ -164,7 +167,7 @@ def lay_out_adapter(
 
 def _with_whole_modules(
     rows: Sequence[Row],
-    blend: Blend,
+    composer: Composer,
     weights: Sequence[LowRankWeight],
     whole: Sequence[tuple[Row, tuple[Term, ...]]],
     modules: Mapping[str, str],
@@ -193,7 +196,7 @@ def _with_whole_modules(
         parameter = row.name.rpartition(".")[2]
         tensors.append(FullTensor(row, module, f"{_PREFIX}{module}{wrapper}.{parameter}", terms))
     return AdapterLayout(
-        blend=blend,
+        composer=composer,
         weights=tuple(weights),
         tensors=tuple(tensors),
         saved_modules=tuple(sorted(modules[parent] for parent in saved)),

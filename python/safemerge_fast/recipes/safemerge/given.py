@@ -1,0 +1,42 @@
+"""Scores that somebody gives: an object, a file of analyze, or the report of an earlier merge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from ...analysis.scores import Scores, require_scores_of
+from ...checkpoint.model import Model
+from ...documents import RECORD, read_bytes
+from ...errors import AnalysisError
+from ...report.evidence import is_report, scores_of_report
+from ...report.report import REPORT_FILE
+
+__all__ = ["given_scores", "name_of_scores"]
+
+
+def name_of_scores(scores: str | Scores) -> str:
+    """What messages call scores."""
+    return f"the scores {scores}" if isinstance(scores, str) else "the scores given"
+
+
+def given_scores(scores: str | Scores, models: Mapping[str, Model], delta_reference: str) -> Scores:
+    """Reads scores and refuses those of other models or of another definition of Δ.
+
+    Args:
+        scores: Scores; or a file that holds them, as JSON or Parquet, or a report, or the directory of a merge.
+        models: The models given, by role.
+        delta_reference: What Δ is to be taken against.
+
+    Raises:
+        AnalysisError: They cannot be read, or are not of these models.
+    """
+    found = scores if isinstance(scores, Scores) else _read(scores)
+    require_scores_of(found, models, delta_reference, name_of_scores(scores))
+    return found
+
+
+def _read(name: str) -> Scores:
+    file = os.path.join(name, REPORT_FILE) if os.path.isdir(name) else name
+    data = read_bytes(file, AnalysisError, limit=RECORD, subject=f"the scores {file}")
+    return scores_of_report(data, file) if is_report(data) else Scores.from_bytes(data, file)
