@@ -259,15 +259,17 @@ def test_only_what_is_to_be_kept_stays(quartet: dict[str, Path], tmp_path: Path)
 def test_a_candidate_is_made_again_with_the_weights_that_were_judged(
     made: tuple[sf.SweepReport, FakeJudge, Path], tmp_path: Path
 ) -> None:
-    _, _, output = made
+    report, _, output = made
+    drawn = [result for result in report.results if result.drawn is not None and result.same_as is None]
     for name in (
         "threshold-0.6-alpha-0.5",
         "resta-gamma-0.5",
         "shrink-alpha-0.8",
         "no-safe-lowest-4-alpha-0.5",
+        drawn[0].name,
     ):
-        report = sf.keep(output, name, tmp_path / name)
-        assert report.output == str(tmp_path / name)
+        kept = sf.keep(output, name, tmp_path / name)
+        assert kept.output == str(tmp_path / name)
         assert weight_files(tmp_path / name) == weight_files(output / "candidates" / name)
         sf.verify(tmp_path / name)
 
@@ -276,10 +278,8 @@ def test_what_cannot_be_made_again_is_refused(
     made: tuple[sf.SweepReport, FakeJudge, Path], tmp_path: Path
 ) -> None:
     _, _, output = made
-    drawn = next(result.name for result in made[0].results if result.drawn is not None)
     for name, message in (
         ("aligned", "aligned was judged as it is, at .*; nothing is to be made"),
-        (drawn, "modules drawn at random, which is not made to be kept"),
         ("lowest-5", "has no model 'lowest-5', like .*lowest-4-alpha-0.[58]"),
     ):
         with pytest.raises(sf.SettingError, match=message):

@@ -337,7 +337,7 @@ def test_links_in_the_directory_are_not_followed(models: dict[str, Path], tmp_pa
         (["--metric", "loss=$.a[:max"], 2, "the path of loss should read like"),
         (["--metric", "a b=$.a:max"], 2, "a name is at most 60 letters"),
         (["--metric", "refusals:max"], 2, "refusals is given twice"),
-        (["--alpha", "0.5,1.5"], 2, "alpha should be a finite number from 0 to 1, not 1.5"),
+        (["--alpha", "0.5,1.5"], 2, "alpha should be a finite number from 0 to 1"),
         (["--select", "lowest"], 2, "select should be"),
         (
             ["--select", "lowest:99"],
@@ -529,3 +529,45 @@ def test_placeholders_are_filled_once() -> None:
     assert _filled("--args=pretrained={model},{out}{name}{other}{}", given) == (
         "--args=pretrained=/a/{out},/b/{model}n{other}{}"
     )
+
+
+def test_all_settings_of_a_rule_can_be_swept(models: dict[str, Path], tmp_path: Path) -> None:
+    judge = FakeJudge(tmp_path / "judge")
+    names = [f"model.layers.0.{part}.weight" for part in ("mlp.up_proj", "self_attn.o_proj")]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    common = words(models, judge, tmp_path / "out")
+    for option in ("--select", "--alpha", "--controls"):
+        place = common.index(option)
+        del common[place : place + 2]
+    result = run(
+        *common,
+        *(
+            "--select",
+            "null:2,z:0,lowest:1,threshold",
+            "--per-type",
+            "false,true",
+            "--alpha",
+            "0.8,v_proj=0.5,0.6",
+        ),
+        *("--modules", tmp_path / "list.txt", "--keep", "all", "--controls", "random", "--json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    entries = {entry["name"]: entry for entry in json.loads(result.stdout)["results"]}
+    candidates = [name for name, entry in entries.items() if "control" not in entry]
+    # Only a rank is taken within types.
+    assert len(candidates) == (4 + 2) * 2
+    assert "lowest-1-per-type-True-alpha-0.8-v_proj-0.5" in candidates
+    listed = entries["modules-list-alpha-0.6"]
+    assert {kind: some for kind, (some, _) in listed["merged"].items() if some} == {"up_proj": 1, "o_proj": 1}
+    assert sum(some for some, _ in entries["lowest-1-per-type-True-alpha-0.6"]["merged"].values()) == 7
+    kept = tmp_path / "out" / "candidates" / "modules-list-alpha-0.6"
+    sf.merge(**models, output=tmp_path / "direct", modules=tmp_path / "list.txt", alpha=0.6)
+    for file in kept.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "direct" / file.name).read_bytes()
+    # Another list under the same name is another candidate.
+    before = len(judge.judged)
+    (tmp_path / "list.txt").write_text(names[0])
+    more = ("--modules", tmp_path / "list.txt", "--alpha", "0.6", "--per-type", "false", "--controls", "none")
+    result = run(*common, *more, "--resume", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert judge.judged[before:] == ["modules-list-alpha-0.6"]

@@ -217,8 +217,15 @@ def _safemerges(values: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]
     rules += [{"modules": value} for value in values.get("modules", ())]
     others = [(name, value) for name, value in values.items() if name not in _RULES]
     for rule in rules or [{}]:
-        for combination in _combinations(others):
+        for combination in _combinations((name, value) for name, value in others if _concerns(name, rule)):
             yield {**rule, **combination}
+
+
+def _concerns(name: str, rule: Mapping[str, Any]) -> bool:
+    """Whether a setting says anything of a rule: ranks are taken within types, and a list of modules has no layers."""
+    if name == "per_type":
+        return str(rule.get("select", "")).startswith(("lowest", "fraction"))
+    return not (name == "granularity" and "modules" in rule)
 
 
 def _combinations(values: Iterable[tuple[str, Sequence[Any]]]) -> Iterator[dict[str, Any]]:

@@ -20,24 +20,11 @@ from ..recipes.safemerge.settings import SafemergeSettings
 from ..settings import RunSettings, fields_of
 from .candidates import Candidate, Control, make_settings, safe_name
 from .settings import SweepSettings
+from .work import SweepDirectory
 
-__all__ = ["DrawnJob", "needs_scores", "with_controls"]
+__all__ = ["needs_scores", "with_controls"]
 
 _INPUTS = ("aligned", "finetuned", "safe")
-
-
-class DrawnJob(SafemergeJob):
-    """A merge of modules that are named one by one."""
-
-    def __init__(self, settings: SafemergeSettings, drawn: tuple[str, ...]) -> None:
-        """Opens the models as any merge does."""
-        super().__init__(settings)
-        self.rule = replace(self.rule, modules=frozenset(drawn))
-        self._drawn = drawn
-
-    def identity(self) -> str:
-        """That of the merge, and the modules."""
-        return f"{super().identity()}-{_digest(self._drawn)}"
 
 
 def needs_scores(candidates: list[Candidate]) -> bool:
@@ -46,7 +33,10 @@ def needs_scores(candidates: list[Candidate]) -> bool:
 
 
 def with_controls(
-    sweep: SweepSettings, candidates: list[Candidate], models: Mapping[str, Model]
+    sweep: SweepSettings,
+    candidates: list[Candidate],
+    models: Mapping[str, Model],
+    directory: SweepDirectory,
 ) -> tuple[list[Candidate], list[str]]:
     """Puts the controls beside the candidates, and finds out what each merges.
 
@@ -54,6 +44,7 @@ def with_controls(
         sweep: The sweep.
         candidates: The candidates; those of SafeMERGE have scores.
         models: The models by role.
+        directory: Gets the lists of random modules.
 
     Returns:
         All that is to be judged, in order, and sentences on what was left out.
@@ -84,7 +75,7 @@ def with_controls(
         if "no-safe" in sweep.controls and settings.safe is not None:
             _attempt(collected, _no_safe(candidate, settings), candidate)
         if "random" in sweep.controls:
-            draws = list(_draws(sweep, candidate, settings, job, merged))
+            draws = list(_draws(sweep, candidate, job, merged, directory))
             for draw in draws:
                 collected.add(draw, _weights(settings, frozenset(draw.drawn or ())))
             if not draws:
@@ -157,8 +148,7 @@ def _no_safe(candidate: Candidate, settings: SafemergeSettings) -> Candidate:
 
 def _shrink(settings: SafemergeSettings) -> Candidate:
     """Every module's update times α: no safe model, and no choice of modules."""
-    defaults = {field.name: field.default for field in fields_of(SafemergeSettings) if field.name in _rules()}
-    changed = _changed(settings, "shrink", **{**defaults, "safe": None, "select": "fraction:1"})
+    changed = _changed(settings, "shrink", **{**_usual_rule(), "safe": None, "select": "fraction:1"})
     own = [
         f"{field.name.replace('_', '-')}-{getattr(changed, field.name)}"
         for field in fields_of(SafemergeSettings)
@@ -177,9 +167,9 @@ def _shrink(settings: SafemergeSettings) -> Candidate:
 def _draws(
     sweep: SweepSettings,
     candidate: Candidate,
-    settings: SafemergeSettings,
     job: SafemergeJob,
     merged: frozenset[str],
+    directory: SweepDirectory,
 ) -> Iterator[Candidate]:
     """Other modules at random, as many of each type as the candidate merges."""
     types: dict[str, list[str]] = {}
@@ -203,7 +193,9 @@ def _draws(
             name,
             "random modules, as many of each type",
             Control.RANDOM,
-            _changed(settings, name),
+            _changed(
+                job.settings, name, **{**_usual_rule(), "modules": directory.write_modules(name, drawn)}
+            ),
             drawn=drawn,
             beside=candidate.name,
         )
@@ -250,14 +242,12 @@ def _rules() -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(Rule) if field.name != "others") | {"modules"}
 
 
+def _usual_rule() -> dict[str, Any]:
+    """The same settings as nobody has touched them."""
+    return {field.name: field.default for field in fields_of(SafemergeSettings) if field.name in _rules()}
+
+
 def _weights(settings: RunSettings, merged: frozenset[str]) -> Any:
     """What two merges have in common if their weights are the same."""
     deciding = {name: value for name, value in settings.deciding().items() if name not in _rules()}
     return tuple(sorted((name, repr(value)) for name, value in deciding.items())), merged
-
-
-def _digest(names: tuple[str, ...]) -> str:
-    import hashlib
-
-    text = "\n".join(names).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=8).hexdigest()

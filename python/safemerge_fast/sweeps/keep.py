@@ -83,10 +83,6 @@ def _settings_of(result: Result, settings: KeepSettings) -> RunSettings:
         raise SettingError(
             f"{result.name} was judged as it is, at {printable(result.model or '')}; nothing is to be made"
         )
-    if result.drawn is not None:
-        raise SettingError(
-            f"{result.name} is a control of modules drawn at random, which is not made to be kept"
-        )
     if result.recipe not in recipes():
         raise PlanError(
             f"{result.name} was made by the recipe {printable(repr(result.recipe), 80)}, which is not known here"

@@ -28,13 +28,13 @@ from ..recipes.roles import access_of, open_roles
 from ..recipes.run import carry_out_job
 from ..recipes.safemerge.job import SafemergeJob
 from ..recipes.safemerge.scoring import judge_scores, score_models
-from ..recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
+from ..recipes.safemerge.settings import AnalysisSettings
 from ..report.report import Report
 from ..settings import fields_of, read_settings
 from ..yaml_documents import read_yaml
 from .candidates import Candidate, list_candidates
 from .command import Judge, JudgeError, read_judge
-from .controls import DrawnJob, needs_scores, with_controls
+from .controls import needs_scores, with_controls
 from .metrics import Metric, MetricError, read_metrics
 from .question import Together
 from .report import SweepReport, best_of
@@ -74,7 +74,7 @@ def run_sweep(
         interruption.expect_job()
         if sweep.scores is None and needs_scores(candidates):
             sweep = msgspec.structs.replace(sweep, scores=_measured(sweep, models, rules, directory))
-        listed, notes = with_controls(sweep, list_candidates(sweep), models)
+        listed, notes = with_controls(sweep, list_candidates(sweep), models, directory)
         work = _Work(sweep, directory, models, judge, metrics)
         tell = sweep.progress or silent
         for number, candidate in enumerate(listed):
@@ -82,6 +82,9 @@ def run_sweep(
             known = directory.results.get(candidate.name)
             if known is not None and known.identity == candidate.identity() and known.failed is None:
                 continue
+            if known is not None and known.identity != candidate.identity():
+                # Another one of that name, kept from an earlier run.
+                directory.remove(candidate.name)
             result = work.judge(candidate)
             if tell_result is not None:
                 tell_result(result, number + 1, len(listed))
@@ -230,9 +233,6 @@ def _steps(clock: list[float]) -> list[float]:
 
 def _open(candidate: Candidate) -> Job[Any]:
     settings = candidate.settings
-    if candidate.drawn is not None:
-        assert isinstance(settings, SafemergeSettings)
-        return DrawnJob(settings, candidate.drawn)
     assert settings is not None
     job: Job[Any] = recipes()[settings.recipe].open(settings)
     return job

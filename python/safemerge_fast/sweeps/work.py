@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ LOG_FILE = "sweep.jsonl"
 
 SCORES_FILE = "scores.json"
 _LOCK_FILE = "lock"
-_CANDIDATES, _RESULTS, _LOGS = "candidates", "results", "logs"
+_CANDIDATES, _RESULTS, _LOGS, _MODULES = "candidates", "results", "logs", "modules"
 
 
 class SweepDirectory:
@@ -112,16 +112,14 @@ class SweepDirectory:
             self._remove_tree(path)
 
     def write_scores(self, text: str) -> None:
-        """Writes the scores: all of them or none."""
-        part = self.path / f".{SCORES_FILE}"
-        try:
-            with open(part, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(self.scores)
-        except OSError as error:
-            raise OutputError(f"cannot write {self.scores}: {error.strerror}") from error
+        """Writes the scores."""
+        _write_whole(self.scores, text)
+
+    def write_modules(self, name: str, modules: Sequence[str]) -> str:
+        """Writes the list of modules of a candidate, for merge --modules; returns its path."""
+        path = self._folder(_MODULES) / f"{name}.json"
+        _write_whole(path, json.dumps(modules, indent=0) + "\n")
+        return str(path)
 
     def _begin(self, head: Mapping[str, Any], resume: bool) -> None:
         file = self.path / LOG_FILE
@@ -174,6 +172,19 @@ class SweepDirectory:
                 shutil.rmtree(path)
         except OSError as error:
             raise OutputError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Writes all of a file or nothing."""
+    part = file.with_name(f".{file.name}")
+    try:
+        with open(part, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror}") from error
 
 
 def read_log(directory: Path) -> tuple[dict[str, Any], list[Result]]:
