@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from .documents import DEPTH, RECIPE, Limit, read_text
@@ -13,6 +14,9 @@ __all__ = ["parse_yaml", "read_yaml"]
 
 # Digits of a whole number; in base 60, which YAML 1.1 has, a few bytes would make numbers without end.
 _MOST_DIGITS = 40
+
+# 1e-6, without a point.
+_EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+\Z")
 
 
 def read_yaml(
@@ -141,4 +145,6 @@ def _loader() -> Any:
             return number
 
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_whole_number)
+    # A number for people and for YAML 1.2, a text for YAML 1.1, which PyYAML reads.
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
     return Loader

@@ -123,8 +123,9 @@ vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fm
 
 /// One module per level: safe entry points for the dispatch table around functions that have the features.
 macro_rules! level {
-    ($level:ident, $features:literal, $vector:ty, $rows:literal, $wide:literal) => {
+    ($level:ident, $features:literal, $vector:ident, $rows:literal, $wide:literal) => {
         pub(super) mod $level {
+            use super::$vector;
             use super::{
                 Code, Cross, F16c, Float, Models, Product, Sums, Thin, codes, generic, thin,
                 updates,
@@ -298,5 +299,5 @@ macro_rules! level {
     };
 }
 
-level!(avx2, "avx2,fma,f16c", super::__m256, 4, 3);
-level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c", super::__m512, 8, 3);
+level!(avx2, "avx2,fma,f16c", __m256, 4, 3);
+level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c", __m512, 8, 3);

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dense import assert_same_bits, load, weight_files
 
-from safemerge_fast import ProgressEvent, merge
+from safemerge_fast import ProgressEvent, analyze, merge
 from safemerge_fast.analysis import analyze_rows
 
 MODULES = 21
@@ -180,3 +181,25 @@ def test_a_finished_job_measures_nothing(
     report = merge(**quartet, output=tmp_path / "out")
     assert merge(**quartet, output=tmp_path / "out", resume=True) == report
     assert len(measured) == MODULES
+
+
+def test_given_scores_are_measured_further_where_they_leave_a_decision_open(
+    quartet: dict[str, Path], tmp_path: Path, measured: list[str]
+) -> None:
+    roles = {role: quartet[role] for role in ("base", "aligned", "finetuned")}
+    exact = analyze(**roles)
+    name, score = min(exact.modules.items(), key=lambda item: item[1].rho or 0.0)
+    assert score.rho is not None
+    wide = replace(score, rho=score.rho + 0.01, rho_low=score.rho - 0.1, rho_high=score.rho + 0.1, columns=32)
+    given = tmp_path / "scores.json"
+    given.write_text(replace(exact, modules={**exact.modules, name: wide}, failure=1e-3, seed=0).to_json())
+    near = merge(**quartet, output=tmp_path / "near", scores=given, threshold=score.rho)
+    assert measured == [name]
+    (report,) = (one for one in near.tensors if one.name == name)
+    assert (report.rho, report.merged) == (score.rho, False)
+    far = merge(**quartet, output=tmp_path / "far", scores=given, threshold=min(1.0, score.rho + 0.2))
+    assert measured == [name], "the interval settles it"
+    (report,) = (one for one in far.tensors if one.name == name)
+    assert (report.rho, report.rho_low, report.merged) == (wide.rho, wide.rho_low, True)
+    merge(**quartet, output=tmp_path / "exact", scores=given, threshold=0.01, estimator="exact")
+    assert measured == [name, name]

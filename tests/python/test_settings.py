@@ -100,6 +100,9 @@ ANALYSED = {
     "delta_reference": Known("aligned", "base", ("safe", 1, None)),
     "include": Known(None, "embed.*weight", ("(", "(?=x)", 1)),
     "exclude": Known(None, "mlp", ("[", r"(a)\1", 1)),
+    "estimator": Known("auto", "sketch", ("guess", 1, None)),
+    "failure": Known(1e-3, 1e-6, (0.0, -0.1, 0.6, *NUMBERS)),
+    "resolution": Known(None, 0.01, (0.0, 0.6, "1%", True)),
     "device": Known("auto", "cpu", (1, None)),
 }
 SAFEMERGE = {
@@ -164,6 +167,7 @@ ANALYSIS = {
     "aligned": MODEL,
     "finetuned": MODEL,
     **ANALYSED,
+    "seed": Known(None, 3, (-1, 1.5, "x", True)),
     **FORCE,
     "read_backend": RUN["read_backend"],
     "expert_lora_layout": RUN["expert_lora_layout"],

@@ -32,6 +32,7 @@ from safemerge_fast.pairing.row import Row
 from safemerge_fast.pairing.view import View
 
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 PLAIN = (Term(Operand("finetuned", WEIGHT)),)
 
 
@@ -135,6 +136,62 @@ def test_moments_of_all_that_a_module_can_be_made_of(tmp_path: Path, form: str, 
     assert found.inner == pytest.approx(
         expected.inner[0], abs=1e-6 * math.sqrt(found.v_squares * found.delta_squares)
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("reference", ["aligned", "base"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_accelerator_gives_the_same_moments(
+    tmp_path: Path, device: str, reference: str, transposed: bool
+) -> None:
+    from safemerge_fast.analysis.sketch_torch import measure
+
+    shape = (130, 270)
+    models = models_of(
+        tmp_path,
+        triple(shape, gauss(*shape, seed=1), gauss(*shape, seed=2)),
+        torch.bfloat16,
+        transposed=transposed,
+    )
+    module = whole(row(shape, PLAIN, transposed=transposed))
+    opened = OpenedModule.of(models, module, reference)
+    columns = _engine.Columns(3)
+    expected = columns.measure(
+        *(opened.roles[role] for role in ("base", "aligned", "finetuned")),
+        look=1, columns=32, tests=16, against_base=reference == "base", transposed=transposed,
+    )  # fmt: skip
+    found = measure(
+        models, module, columns, look=1, columns=32, tests=16, delta_reference=reference, device=device
+    )
+    for part, rows in (("grams", 48), ("cross", 16), ("image", 16)):
+        shape_of = (3, rows, rows) if part == "grams" else (1, rows, -1)
+        left, right = (np.frombuffer(getattr(one, part)).reshape(shape_of) for one in (found, expected))
+        for one, other in zip(left, right, strict=True):
+            assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
+    for sums in ("v_squares", "delta_squares", "weight_squares"):
+        assert getattr(found, sums) == pytest.approx(getattr(expected, sums), rel=1e-6)
+    size = math.sqrt(found.v_squares * found.delta_squares)
+    assert found.inner == pytest.approx(expected.inner, abs=1e-6 * size)
+
+
+def test_scores_from_an_accelerator(spectra: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, with torch's CPU in the place of one."""
+    monkeypatch.setattr(
+        "safemerge_fast.analysis.device_name", lambda spec: "meta-free" if spec == "mps" else "cpu"
+    )
+    real = torch.device
+    monkeypatch.setattr("safemerge_fast.analysis.sketch_torch.torch.device", lambda name: real("cpu"))
+    models, rows, truth = spectra
+    for name, score in analyze_rows(models, rows, device="mps"):
+        assert score.columns == LOOKS[0][0]
+        assert (score.rho_low or 1) <= truth[name] <= (score.rho_high or 0)
+
+
+@CUDA
+def test_scores_from_cuda(spectra: Any) -> None:
+    models, rows, truth = spectra
+    for name, score in analyze_rows(models, rows, device="cuda"):
+        assert (score.rho_low or 1) <= truth[name] <= (score.rho_high or 0)
 
 
 SHAPE = (240, 300)

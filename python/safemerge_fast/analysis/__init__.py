@@ -59,6 +59,8 @@ def analyze_rows(
         if role not in models:
             raise AnalysisError(f"the analysis needs the {role} model; give --{role}")
     analysed = list(modules_of_rows(rows))
+    if precision.estimator == "exact":
+        known = {name: score for name, score in known.items() if not score.columns}
     low_rank, dense = [], []
     for module in analysed:
         update = _low_rank_update(module, delta_reference)

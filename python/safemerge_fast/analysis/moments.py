@@ -25,8 +25,9 @@ Floats = NDArray[np.float64]
 class Moments:
     """The sketches of a batch of N modules, all with as many columns.
 
-    R and KPᵀY must be of one KP, to the last bit of it, and summed in float64: of a steep V the columns of KP are nearly
-    parallel, and what they differ by is what the controls know exactly. The other products may round as float32 does.
+    R and KPᵀY must be of one KP, to the last bit of it, and summed in float64: of a steep V the columns of KP are
+    nearly parallel, and what they differ by is what the controls know exactly. The other products
+    may round as float32 does.
 
     V and Δ of a module may have been multiplied by any factors, if all its numbers are of the same products: what is
     estimated does not depend on the scale of V, of Δ or of W. A module whose numbers are not finite gets no interval.

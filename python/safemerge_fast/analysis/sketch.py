@@ -32,6 +32,7 @@ from .small import score_small
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
     from ..pairing.module import Module
+    from .sketch_torch import TorchMoments
 
 __all__ = ["Sketches"]
 
@@ -55,7 +56,7 @@ class _Sketched:
     """What a look found."""
 
     opened: OpenedModule
-    moments: _engine.SketchMoments
+    moments: _engine.SketchMoments | TorchMoments
 
 
 class Sketches:
@@ -165,7 +166,8 @@ class Sketches:
         waiting = deque(tasks)
         done: SimpleQueue[Future[_Sketched | Score]] = SimpleQueue()
         under_way: dict[Future[_Sketched | Score], _Task] = {}
-        count = min(_processors(), _MOST_THREADS)
+        # torch's precision of products is one for all threads, so an accelerator is used by one.
+        count = min(_processors(), _MOST_THREADS) if self._device == "cpu" else 1
         executor = ThreadPoolExecutor(count, thread_name_prefix="safemerge-sketch")
         wait = True
         try:
@@ -198,6 +200,20 @@ class Sketches:
         if task.look is None:
             return score_small(opened)
         columns, tests = LOOKS[task.look]
+        if self._device != "cpu":
+            from .sketch_torch import measure
+
+            on_device = measure(
+                self._models,
+                task.module,
+                self._columns,
+                look=task.look,
+                columns=columns,
+                tests=tests,
+                delta_reference=self._delta_reference,
+                device=self._device,
+            )
+            return _Sketched(opened, on_device)
         moments = self._columns.measure(
             opened.roles["base"],
             opened.roles["aligned"],

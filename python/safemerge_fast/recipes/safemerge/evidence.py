@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ... import _engine
+from ...analysis.precision import Precision
 from ...analysis.score import Score, read_score, write_score
 from ...checkpoint.model import Model
 from ...errors import AnalysisError
@@ -26,7 +27,12 @@ class ScoreLog:
     """
 
     def __init__(
-        self, directory: _engine.JobDirectory, models: Mapping[str, Model], *, delta_reference: str
+        self,
+        directory: _engine.JobDirectory,
+        models: Mapping[str, Model],
+        *,
+        delta_reference: str,
+        precision: Precision,
     ) -> None:
         """Reads what an earlier run left.
 
@@ -34,11 +40,14 @@ class ScoreLog:
             directory: The job's directory.
             models: base, aligned and finetuned, which the scores depend on.
             delta_reference: What Δ is taken against.
+            precision: How ρ is measured; intervals of another probability, or another seed's, are other scores.
         """
         self._directory = directory
         subject = {
             "version": _engine.__version__,
             "delta_reference": delta_reference,
+            "failure": precision.failure,
+            "seed": precision.seed,
             "models": {role: source_identity(models[role]) for role in ("base", "aligned", "finetuned")},
         }
         text = json.dumps(subject, sort_keys=True, default=str).encode("utf-8", "surrogatepass")

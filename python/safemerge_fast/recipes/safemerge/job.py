@@ -196,10 +196,12 @@ class SafemergeJob(Job[SafemergeSettings]):
         return Measurement(scores, device, time.perf_counter() - started, self._warnings(scores))
 
     def known_measurement(self) -> Measurement | None:
-        """The scores that were given."""
+        """The scores that were given, if they settle all decisions."""
         if self.scores is None:
             return None
         scores = self._reused_scores()
+        if self._wants_more(scores):
+            return None
         return Measurement(scores, self.scores.device, 0.0, self._warnings(scores))
 
     @property
@@ -297,10 +299,21 @@ class SafemergeJob(Job[SafemergeSettings]):
                 require_finite(name, score)
         return reused
 
+    def _wants_more(self, scores: Mapping[str, Score]) -> bool:
+        """Whether given scores do not do: an interval leaves a decision open, or ρ itself was asked for."""
+        if self.settings.estimator == "exact":
+            return any(score.columns for score in scores.values())
+        return self.settings.estimator == "auto" and bool(self.rule.open_modules(self.modules, scores))
+
     def _measured(self, directory: _engine.JobDirectory, tell: ProgressCallback) -> dict[str, Score]:
-        log = ScoreLog(directory, self.models, delta_reference=self.settings.delta_reference)
+        precision = precision_of(self.settings)
+        log = ScoreLog(
+            directory, self.models, delta_reference=self.settings.delta_reference, precision=precision
+        )
         names = [module.name for module in self.modules]
-        scores = {name: log.known[name] for name in names if name in log.known}
+        # What was given, and what an earlier run measured beyond it.
+        scores = {} if self.scores is None else self._reused_scores()
+        scores |= {name: log.known[name] for name in names if name in log.known}
         if not self.settings.allow_nonfinite:
             for name, score in scores.items():
                 require_finite(name, score)
@@ -311,7 +324,7 @@ class SafemergeJob(Job[SafemergeSettings]):
             known=scores,
             delta_reference=self.settings.delta_reference,
             device=self.settings.device,
-            precision=precision_of(self.settings),
+            precision=precision,
             question=self.rule,
         ):
             if not self.settings.allow_nonfinite:
