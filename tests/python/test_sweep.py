@@ -77,7 +77,7 @@ def test_a_candidate_has_the_bytes_of_a_direct_merge(
     sf.merge(**quartet, output=tmp_path / "direct", **CANDIDATES[name])
     assert weight_files(output / "candidates" / name) == weight_files(tmp_path / "direct")
     result = by_name(report)[name]
-    merged = sf.preview(sf_settings(quartet, output / "scores.json", CANDIDATES[name])).merged
+    merged = sf.preview(sf_settings(quartet, output / "scores-0.json", CANDIDATES[name])).merged
     assert result.counts == (merged, 21)
 
 
@@ -437,9 +437,9 @@ def test_one_analysis_settles_the_rules_of_all_candidates(
     asked: list[Any] = []
     real = runs.score_models
 
-    def remember(models: Any, rows: Any, settings: Any, question: Any) -> Any:
+    def remember(models: Any, rows: Any, settings: Any, question: Any, known: Any) -> Any:
         asked.append(question)
-        return real(models, rows, settings, question)
+        return real(models, rows, settings, question, known)
 
     monkeypatch.setattr(runs, "score_models", remember)
     sweep(quartet, FakeJudge(tmp_path / "judge"), tmp_path / "out", controls=["no-safe", "random"])

@@ -14,6 +14,7 @@ from ..checkpoint.adapter import Adapter
 from ..checkpoint.model import Model
 from ..decision import Rule
 from ..errors import SafemergeError, SettingError
+from ..recipes.base import Measurement
 from ..recipes.fold import FoldSettings
 from ..recipes.safemerge.job import SafemergeJob
 from ..recipes.safemerge.settings import SafemergeSettings
@@ -211,17 +212,15 @@ def _changed(settings: SafemergeSettings, name: str, **values: Any) -> Safemerge
 
 
 def _merged(job: SafemergeJob) -> frozenset[str]:
-    measurement = job.known_measurement()
-    assert measurement is not None
-    decisions = job.decisions(measurement)
+    assert job.scores is not None
+    decisions = job.decisions(Measurement(job.scores.modules))
     return frozenset(module.name for module in job.modules if decisions[module.name].merge)
 
 
 def _warnings(job: SafemergeJob) -> list[str]:
     """What a merge would warn of: models and rule as they are; modules in one sentence."""
     measurement = job.known_measurement()
-    assert measurement is not None
-    warnings = (*job.warnings, *measurement.warnings)
+    warnings = (*job.warnings, *(() if measurement is None else measurement.warnings))
     found = [warning.message for warning in warnings if warning.tensor is None]
     of_modules = [warning.message for warning in warnings if warning.tensor is not None]
     if of_modules:

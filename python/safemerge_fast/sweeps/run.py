@@ -14,11 +14,13 @@ from typing import Any
 import msgspec
 
 from .. import _engine, interruption
+from ..analysis.score import Score
 from ..checkpoint.model import Model
 from ..decision import Rule
 from ..documents import RECORD, read_bytes
 from ..errors import AnalysisError, OutputError, PlanError, SafemergeError, SettingError
 from ..execution.inputs import input_paths, job_identity, require_unchanged
+from ..pairing.module import modules_of_rows
 from ..pairing.rows import pair
 from ..progress import ProgressEvent, silent
 from ..recipes import recipes
@@ -26,6 +28,7 @@ from ..recipes.base import Job
 from ..recipes.role_check import refuse_or_warn
 from ..recipes.roles import access_of, open_roles
 from ..recipes.run import carry_out_job
+from ..recipes.safemerge.given import given_scores
 from ..recipes.safemerge.job import SafemergeJob
 from ..recipes.safemerge.scoring import judge_scores, score_models
 from ..recipes.safemerge.settings import AnalysisSettings
@@ -72,7 +75,7 @@ def run_sweep(
     _refuse_inside(Path(sweep.output), models)
     with SweepDirectory(sweep.output, _head(sweep, models), resume=sweep.resume) as directory:
         interruption.expect_job()
-        if sweep.scores is None and needs_scores(candidates):
+        if needs_scores(candidates):
             sweep = msgspec.structs.replace(sweep, scores=_measured(sweep, models, rules, directory))
         listed, notes = with_controls(sweep, list_candidates(sweep), models, directory)
         work = _Work(sweep, directory, models, judge, metrics)
@@ -254,17 +257,27 @@ def _refuse_impossible(candidates: list[Candidate]) -> list[Rule]:
 def _measured(
     sweep: SweepSettings, models: Mapping[str, Model], rules: list[Rule], directory: SweepDirectory
 ) -> str:
-    """The file of scores that all candidates share, measured if it is not there as far as their rules ask for."""
-    if not directory.scores.exists():
-        names = [field.name for field in fields_of(AnalysisSettings)]
-        settings = AnalysisSettings(**{name: getattr(sweep, name) for name in names})
-        roles = {role: model for role, model in models.items() if role != "safe"}
-        pairing = pair(roles, include=sweep.include, exclude=sweep.exclude)
-        scores = score_models(roles, pairing.rows, settings, Together(tuple(rules)))
-        found = judge_scores(roles, scores.modules, sweep.delta_reference)
-        refuse_or_warn(found.wrong, force=sweep.force)
-        directory.write_scores(scores.to_json())
-    return str(directory.scores)
+    """The file of scores that all candidates share: measured until their rules are settled, and no further."""
+    names = [field.name for field in fields_of(AnalysisSettings)]
+    settings = AnalysisSettings(**{name: getattr(sweep, name) for name in names})
+    roles = {role: model for role, model in models.items() if role != "safe"}
+    pairing = pair(roles, include=sweep.include, exclude=sweep.exclude)
+    question = Together(tuple(rules))
+    file = directory.scores or (None if sweep.scores is None else Path(sweep.scores))
+    known: Mapping[str, Score] = {}
+    if file is not None:
+        known = given_scores(str(file), roles, sweep.delta_reference).modules
+        if sweep.estimator == "exact":
+            known = {name: score for name, score in known.items() if not score.columns}
+        modules = list(modules_of_rows(pairing.rows))
+        wanted = question.open_modules(modules, known) if sweep.estimator == "auto" else set()
+        if not wanted and all(module.name in known for module in modules):
+            return str(file)
+    # What was judged by earlier scores was made of those: they stay as they are.
+    scores = score_models(roles, pairing.rows, settings, question, known)
+    found = judge_scores(roles, scores.modules, sweep.delta_reference)
+    refuse_or_warn(found.wrong, force=sweep.force)
+    return directory.write_scores(scores.to_json())
 
 
 def _absolute(settings: SweepSettings) -> SweepSettings:

@@ -23,7 +23,9 @@ __all__ = ["LOG_FILE", "SCORES_FILE", "SweepDirectory", "read_log"]
 LOG_FILE = "sweep.jsonl"
 """Its first line says what is swept, and each further one what came of a model."""
 
-SCORES_FILE = "scores.json"
+SCORES_FILE = "scores-{}.json"
+"""Scores; a number more where rules that came later wanted more."""
+
 _LOCK_FILE = "lock"
 _CANDIDATES, _RESULTS, _LOGS, _MODULES = "candidates", "results", "logs", "modules"
 
@@ -78,9 +80,10 @@ class SweepDirectory:
         self._lock.close()
 
     @property
-    def scores(self) -> Path:
-        """Scores that all candidates share."""
-        return self.path / SCORES_FILE
+    def scores(self) -> Path | None:
+        """The newest scores that all candidates share; None if none are measured yet."""
+        files = [self.path / SCORES_FILE.format(number) for number in range(self._scores_written())]
+        return files[-1] if files else None
 
     def candidate(self, name: str) -> Path:
         """Where a candidate is made."""
@@ -111,9 +114,17 @@ class SweepDirectory:
         for path in (folder / name, folder / f".{name}.safemerge"):
             self._remove_tree(path)
 
-    def write_scores(self, text: str) -> None:
-        """Writes the scores."""
-        _write_whole(self.scores, text)
+    def write_scores(self, text: str) -> str:
+        """Writes scores beside those that there are; returns the path."""
+        path = self.path / SCORES_FILE.format(self._scores_written())
+        _write_whole(path, text)
+        return str(path)
+
+    def _scores_written(self) -> int:
+        number = 0
+        while (self.path / SCORES_FILE.format(number)).exists():
+            number += 1
+        return number
 
     def write_modules(self, name: str, modules: Sequence[str]) -> str:
         """Writes the list of modules of a candidate, for merge --modules; returns its path."""
