@@ -1,7 +1,7 @@
 """Writes checkpoints and adapters with a known model's shapes, without torch and faster than a disk takes them.
 
 python benches/checkpoints.py MODEL DIRECTORY                 random weights, N(0, 0.02²) in bfloat16
-python benches/checkpoints.py MODEL DIRECTORY --finetune N    the same plus updates of their own, N(0, 0.001²)
+python benches/checkpoints.py MODEL DIRECTORY --finetune N …  the same plus updates, each N(0, 0.001²), of these seeds
 python benches/checkpoints.py MODEL DIRECTORY --sparse        holes, which read as zeros and take no room
 python benches/checkpoints.py MODEL DIRECTORY --adapter R     a float32 LoRA adapter of all projections, rank R
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("directory", type=Path)
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--finetune", type=int, metavar="SEED")
+    kind.add_argument("--finetune", type=int, nargs="+", default=[], metavar="SEED")
     kind.add_argument("--sparse", action="store_true")
     kind.add_argument("--adapter", type=int, metavar="RANK")
     parser.add_argument("--seed", type=int, default=0, help="of an adapter")
@@ -64,15 +65,15 @@ def main() -> None:
     (directory / "complete").touch()
 
 
-def weights(finetune: int | None) -> np.ndarray:
-    """Returns BLOCK values as bfloat16 bits: the base model's, or those with an update added to each."""
+def weights(finetune: Sequence[int]) -> np.ndarray:
+    """Returns BLOCK values as bfloat16 bits: the base model's, with an update of each seed added to each."""
     import numpy as np
 
     values = np.random.default_rng(0).standard_normal(BLOCK, dtype=np.float32)
     values *= np.float32(0.02)
     values = (_bfloat16(values).astype(np.uint32) << 16).view(np.float32)
-    if finetune is not None:
-        update = np.random.default_rng(finetune).standard_normal(BLOCK, dtype=np.float32)
+    for seed in finetune:
+        update = np.random.default_rng(seed).standard_normal(BLOCK, dtype=np.float32)
         update *= np.float32(1e-3)
         values += update
     return _bfloat16(values)

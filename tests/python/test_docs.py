@@ -26,11 +26,11 @@ def test_tables_are_what_the_program_declares(page: str) -> None:
 
 def test_a_table_that_is_not_up_to_date_is_found() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert "| `--alpha NUMBER` |" in text
+    assert "| `--density NUMBER` |" in text
     assert "| `alpha` | a finite number from 0 to 1 |" in (ROOT / "docs" / "recipes.md").read_text(
         encoding="utf-8"
     )
-    stale = text.replace("| `--alpha NUMBER` |", "| `--beta NUMBER` |")
+    stale = text.replace("| `--density NUMBER` |", "| `--beta NUMBER` |")
     assert documentation.with_tables(stale) == text
 
 

@@ -264,7 +264,11 @@ def test_open_modules_are_those_that_measuring_can_settle(
     assert found <= unsettled
     said = uncertified(rows, scores, rule)
     assert (said is None) == (not found)
-    assert said is None or said.startswith(f"{len(found)} decisions are not certified, such as {min(found)}")
+    assert said is None or said.startswith(
+        f"{len(found)} decisions are not certified, such as that for {min(found)}, whose ρ"
+        if len(found) > 1
+        else f"not certified is that for {min(found)}, whose ρ"
+    )
 
 
 @settings(max_examples=200, deadline=None)

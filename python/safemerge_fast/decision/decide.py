@@ -81,10 +81,10 @@ def uncertified(rows: Sequence[Row], scores: Mapping[str, Score], rule: Rule) ->
         return None
     first = min(names)
     score = scores[first]
+    many = f"{len(names)} decisions are not certified, such as" if len(names) > 1 else "not certified is"
     return (
-        f"{len(names)} decisions are not certified, such as {first}, whose ρ is only known to lie from "
-        f"{score.rho_low:.4g} to {score.rho_high:.4g}: they were made by its estimate; for certain ones, leave out "
-        f"--scores, or analyse again with the same rule"
+        f"{many} that for {first}, whose ρ is only known to lie from {score.rho_low:.4g} to {score.rho_high:.4g}: the "
+        f"estimate decided; leave out --scores, or analyse again with the same rule, to be certain"
     )
 
 

@@ -272,10 +272,10 @@ def module_table(counts: Iterable[ModuleCount]) -> Table:
     counts = list(counts)
     shown = [count for count in counts if count.analysed or count.merged]
     rest = sum(count.tensors for count in counts) - sum(count.tensors for count in shown)
-    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0))
     kept = sum(count.kept for count in counts)
     # Where there is no room, names give way, and no number.
-    table.add_column("module type", footer="all", overflow="fold")
+    table.add_column("module type", footer="all", overflow="fold", min_width=8)
     for title, footer in (
         ("analysed", str(sum(count.analysed for count in counts))),
         ("merged", str(sum(count.merged for count in counts))),
