@@ -202,3 +202,40 @@ def test_a_list_that_is_wrong_is_refused(
     assert not (tmp_path / "out").exists()
     with pytest.raises(AnalysisError, match="there is no such file"):
         merge(**quartet, output=tmp_path / "out", modules=tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "dbrx"])
+def test_parts_of_an_expert_have_their_own_alpha_and_scores_are_found_in_the_report(
+    tmp_path: Path, family: str
+) -> None:
+    """Experts that lie in one tensor, gate and up in its halves."""
+    from expert_models import matrices
+    from test_expert_merges import quartet as experts
+    from test_expert_merges import version, written
+    from test_experts import ROLES, key_of
+
+    roles: dict[str, Any] = experts(tmp_path, family, ROLES)
+    probe = merge(**roles, output=tmp_path / "probe", threshold=0.75)
+    types = {
+        key: module.module_type
+        for tensor in probe.tensors
+        if tensor.analysed
+        for module in tensor.module_reports()
+        if (key := key_of(module.name)) is not None
+    }
+    kind = sorted(set(types.values()))[-1]
+    merge(
+        **roles,
+        output=tmp_path / "out",
+        threshold=1.0,
+        alpha=f"0.8,{kind}=0.25",
+        scores=tmp_path / "probe",
+    )
+    verify(tmp_path / "out")
+    finetuned, safe = (dict(matrices(version(family, seed))) for seed in (2, 3))
+    found = written(probe, tmp_path / "out")
+    assert found.keys() == types.keys()
+    for key, module_type in types.items():
+        alpha = 0.25 if module_type == kind else 0.8
+        expected = alpha * finetuned[key].detach().double() + (1.0 - alpha) * safe[key].detach().double()
+        assert torch.allclose(found[key].double(), expected, rtol=1e-5, atol=1e-7), key
