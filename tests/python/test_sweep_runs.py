@@ -384,8 +384,13 @@ def test_a_sweep_of_nothing_is_refused(models: dict[str, Path], tmp_path: Path) 
 
 def test_the_command_line_reports(models: dict[str, Path], tmp_path: Path) -> None:
     judge = FakeJudge(tmp_path / "judge", **{NAMES[1]: "fail"})
-    result = run(*words(models, judge, tmp_path / "out"), "--plot", tmp_path / "p.svg")
+    result = run(
+        *words(models, judge, tmp_path / "out"), "--plot", tmp_path / "p.svg", "--html", tmp_path / "p.html"
+    )
     assert result.exit_code == 6
+    page = (tmp_path / "p.html").read_text()
+    assert all(name in page for name in NAMES)
+    assert "the judge's last words" in page
     assert "lowest-2-alpha-0.5" in result.stdout
     assert "failed" in result.stdout
     lines = result.stderr.splitlines()

@@ -155,20 +155,41 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     metavar="FILE",
     help="Draw the first two metrics as .png or .svg (needs matplotlib).",
 )
+@click.option(
+    "--html",
+    "html_file",
+    type=output_file,
+    metavar="FILE",
+    help="Write the results as one page for the browser.",
+)
 @terminal_options
-def command(*, terminal: Terminal, config: Path | None, plot_file: Path | None, **values: Any) -> None:
+def command(
+    *,
+    terminal: Terminal,
+    config: Path | None,
+    plot_file: Path | None,
+    html_file: Path | None,
+    **values: Any,
+) -> None:
     """Make candidates over rules, α and recipes, one at a time, and have each judged by a command.
 
     What is given here wins over the fields of the YAML file CONFIG. Controls are judged beside the candidates: the
     models themselves, the same modules without a safe model, every update shrunk, random modules. Each result is
     appended to DIR/sweep.jsonl, from which --resume goes on. Exits with 6 if a model could not be made or judged.
     """
+    from ..errors import OutputError
+    from ..report.html.page import write_pieces
     from ..sweeps.drawing import check_drawing, write_drawing
+    from ..sweeps.page import report_page
     from ..sweeps.run import read_sweep, run_sweep
     from ..sweeps.table import result_line
 
     if plot_file is not None:
         check_drawing(plot_file)
+    if html_file is not None and not html_file.absolute().parent.is_dir():
+        raise OutputError(
+            f"cannot write {html_file}: the directory {html_file.absolute().parent} does not exist"
+        )
     given = _given(values)
     with terminal.progress() as progress:
         settings = read_sweep(config, {**given, "progress": progress})
@@ -179,6 +200,9 @@ def command(*, terminal: Terminal, config: Path | None, plot_file: Path | None, 
     if plot_file is not None:
         write_drawing(plot_file, report)
         terminal.say(f"wrote {plot_file}")
+    if html_file is not None:
+        write_pieces(html_file, report_page(report))
+        terminal.say(f"wrote {html_file}")
     terminal.result(report.to_json, report.table())
     terminal.say_some("note", report.notes, rest="-v prints them all")
     for remark in report.remarks():
