@@ -2,8 +2,8 @@
 
 python benches/analysis.py [--model qwen2.5-1.5b] [--rounds 3] [--exact] [--threshold 0.35 …] [--directory DIR]
 
-Updates are random and of full rank. `analyze` decides all modules at a threshold; `--exact` lets the exact
-analysis take part in one round. Checkpoints are made where they are missing. Results go into DIR/MODEL/analysis.json and
+Updates are random and of full rank. `analyze` decides all modules at a threshold; `--exact` lets the exact analysis
+take part in one round. Checkpoints are made where they are missing. Results go into DIR/MODEL, analysis.json and
 analysis.md.
 """
 

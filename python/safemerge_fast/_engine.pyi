@@ -183,6 +183,7 @@ class ShardFacts:
         resumed: Whether it had been committed before, so that nothing was done.
         nonfinite_inputs: Input tensors that were merged though they hold NaN or infinity, if that was allowed.
         survival: Of tensors that were quantised again, by name: ‖Q(W') - W‖ / ‖W' - W‖, what is stored of a change.
+        retained: Of the same, by name: ⟨Q(W') - W, W' - W⟩ / ‖W' - W‖², the part of that along the change.
     """
 
     @property
@@ -199,6 +200,8 @@ class ShardFacts:
     def nonfinite_inputs(self) -> list[NonFinite]: ...
     @property
     def survival(self) -> dict[str, float]: ...
+    @property
+    def retained(self) -> dict[str, float]: ...
 
 @final
 class Mismatch:

@@ -73,6 +73,7 @@ pub struct ShardFacts {
     resumed: bool,
     nonfinite_inputs: Vec<NonFinite>,
     survival: BTreeMap<String, f64>,
+    retained: BTreeMap<String, f64>,
 }
 
 impl From<stream::ShardFacts> for ShardFacts {
@@ -81,12 +82,15 @@ impl From<stream::ShardFacts> for ShardFacts {
             path: place.path.to_string_lossy().into_owned(),
             tensor: place.tensor,
         });
-        let survival = facts.changes.into_iter().filter_map(|(tensor, change)| {
-            // Where nothing was to change there is no share of it.
-            (change.wanted > 0.0).then(|| (tensor, (change.stored / change.wanted).sqrt()))
-        });
+        // Where nothing was to change there is no share of it.
+        let mut changes = facts.changes;
+        changes.retain(|_, change| change.wanted > 0.0);
+        let share = |of: fn(&plan::Change) -> f64| {
+            changes.iter().map(|(tensor, change)| (tensor.clone(), rounded(of(change)))).collect()
+        };
         Self {
-            survival: survival.collect(),
+            survival: share(|change| (change.stored / change.wanted).sqrt()),
+            retained: share(|change| change.along / change.wanted),
             file: facts.file,
             bytes_written: facts.bytes_written,
             seconds: facts.seconds,
@@ -95,6 +99,11 @@ impl From<stream::ShardFacts> for ShardFacts {
             nonfinite_inputs: nonfinite_inputs.collect(),
         }
     }
+}
+
+/// A share to nine decimals: workers add up parts of it in any order, which moves the last digits.
+fn rounded(share: f64) -> f64 {
+    (share * 1e9).round() / 1e9
 }
 
 /// The first byte of a tile that differs from the plan.

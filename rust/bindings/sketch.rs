@@ -95,10 +95,14 @@ impl Columns {
         rows: usize,
         look: u32,
         columns: usize,
-    ) -> Bound<'py, PyBytes> {
+    ) -> PyResult<Bound<'py, PyBytes>> {
         let values = py.detach(|| self.of(Draw { rows, look, columns }));
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        PyBytes::new(py, &bytes)
+        PyBytes::new_with(py, values.len() * size_of::<f32>(), |bytes| {
+            for (place, value) in bytes.as_chunks_mut().0.iter_mut().zip(values.iter()) {
+                *place = value.to_le_bytes();
+            }
+            Ok(())
+        })
     }
 }
 
@@ -108,10 +112,15 @@ pub struct SketchMoments {
     inner: sketch::Moments,
 }
 
-fn doubles<'py>(py: Python<'py>, parts: &[&[f64]]) -> Bound<'py, PyBytes> {
-    let values = parts.iter().flat_map(|part| part.iter());
-    let bytes: Vec<u8> = values.flat_map(|value| value.to_le_bytes()).collect();
-    PyBytes::new(py, &bytes)
+fn doubles<'py>(py: Python<'py>, parts: &[&[f64]]) -> PyResult<Bound<'py, PyBytes>> {
+    let count: usize = parts.iter().map(|part| part.len()).sum();
+    PyBytes::new_with(py, count * size_of::<f64>(), |bytes| {
+        let values = parts.iter().flat_map(|part| part.iter());
+        for (place, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+            *place = value.to_le_bytes();
+        }
+        Ok(())
+    })
 }
 
 #[pymethods]
@@ -130,19 +139,19 @@ impl SketchMoments {
 
     /// (3, k + p, k + p): Gram matrices of [Y | P], and of K and K² between them.
     #[getter]
-    fn grams<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+    fn grams<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         doubles(py, &self.inner.grams.each_ref().map(Vec::as_slice))
     }
 
     /// (p, k): QᵀY with Q = KP.
     #[getter]
-    fn cross<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+    fn cross<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         doubles(py, &[&self.inner.cross])
     }
 
     /// (p, p): RᵀR.
     #[getter]
-    fn image<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+    fn image<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
         doubles(py, &[&self.inner.image])
     }
 

@@ -25,6 +25,7 @@ pub(super) struct Requantiser {
     recent: Arc<RecentScales>,
     values: Vec<f32>,
     before: Vec<f32>,
+    wanted: Vec<f32>,
     after: Vec<f32>,
     factors: Vec<f32>,
     codes: Vec<u8>,
@@ -41,6 +42,7 @@ impl Requantiser {
             recent,
             values: Vec::new(),
             before: Vec::new(),
+            wanted: Vec::new(),
             after: Vec::new(),
             factors: Vec::new(),
             codes: Vec::new(),
@@ -158,23 +160,28 @@ impl Requantiser {
             let row_of =
                 |row: usize| (row - part.start) * columns..(row - part.start + 1) * columns;
             self.before.resize(counted.len() * columns, 0.0);
+            self.wanted.resize(counted.len() * columns, 0.0);
             self.after.resize(columns, 0.0);
             let mut change = Change::default();
             let places = self.before.chunks_exact_mut(columns.max(1));
-            for (&row, before) in counted.iter().zip(places) {
+            let differences = self.wanted.chunks_exact_mut(columns.max(1));
+            for ((&row, before), wanted) in counted.iter().zip(places).zip(differences) {
                 let place = Place::new(0, Part::Matrix);
                 let elements = row * columns..(row + 1) * columns;
                 self.reader.load_codes(place, &target.codes, &target.like, elements, before)?;
-                self.after.copy_from_slice(&values[row_of(row)]);
-                change.wanted += distance(&self.kernels, &mut self.after, before);
+                wanted.copy_from_slice(&values[row_of(row)]);
+                change.wanted += distance(&self.kernels, wanted, before);
             }
             let width = quantised.row_bytes();
             let codes = &mut out[(part.start - rows.start) * width..][..part.len() * width];
             quantised.write(&self.kernels, values, &self.factors, codes);
-            for (&row, before) in counted.iter().zip(self.before.chunks_exact(columns.max(1))) {
+            let places = self.before.chunks_exact(columns.max(1));
+            let differences = self.wanted.chunks_exact(columns.max(1));
+            for ((&row, before), wanted) in counted.iter().zip(places).zip(differences) {
                 let codes = &codes[(row - part.start) * width..][..width];
                 quantised.decode(&self.kernels, codes, &self.factors, &mut self.after);
                 change.stored += distance(&self.kernels, &mut self.after, before);
+                change.along += self.kernels.dot(&self.after, wanted);
             }
             match self.changes.get_mut(&target.name.1) {
                 Some(total) => total.add(change),

@@ -89,6 +89,8 @@ pub struct Change {
     pub wanted: f64,
     /// `‖Q(W′) - W‖²`: what is stored now, less what stood there.
     pub stored: f64,
+    /// `⟨Q(W′) - W, W′ - W⟩`: what is stored of it, along it.
+    pub along: f64,
 }
 
 impl Change {
@@ -96,6 +98,7 @@ impl Change {
     pub fn add(&mut self, other: Self) {
         self.wanted += other.wanted;
         self.stored += other.stored;
+        self.along += other.along;
     }
 }
 

@@ -10,81 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import gemma3n, qwen2_5_vl, qwen2_vl, zamba2
 
 from safemerge_fast import merge
 from safemerge_fast.recipes.safemerge.adapter.settings import target_modules
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-TEXT = {
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 61,
-}
-VISION = {
-    "depth": 1,
-    "num_heads": 2,
-    "patch_size": 4,
-    "spatial_merge_size": 1,
-    "temporal_patch_size": 2,
-    "in_channels": 3,
-}
-MROPE = {"rope_type": "default", "mrope_section": [1, 1, 1], "rope_theta": 10000.0}
-
-
-def qwen2_vl() -> Any:
-    config = transformers.Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE},
-        vision_config={**VISION, "embed_dim": 16, "hidden_size": 24, "mlp_ratio": 2},
-    )
-    return transformers.Qwen2VLForConditionalGeneration(config)
-
-
-def qwen2_5_vl() -> Any:
-    vision = {"hidden_size": 16, "intermediate_size": 20, "out_hidden_size": 24, "window_size": 8}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": MROPE},
-        vision_config={**VISION, **vision, "fullatt_block_indexes": [0]},
-    )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def gemma3n() -> Any:
-    config = transformers.Gemma3nTextConfig(
-        **{**TEXT, "num_hidden_layers": 4},
-        head_dim=6,
-        vocab_size_per_layer_input=61,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        num_kv_shared_layers=0,
-        layer_types=["sliding_attention"] * 3 + ["full_attention"],
-        activation_sparsity_pattern=[0.0] * 4,
-    )
-    return transformers.Gemma3nForCausalLM(config)
-
-
-def zamba2() -> Any:
-    config = transformers.Zamba2Config(
-        vocab_size=61,
-        hidden_size=16,
-        num_hidden_layers=4,
-        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
-        mamba_d_state=8,
-        mamba_ngroups=1,
-        n_mamba_heads=4,
-        intermediate_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_mem_blocks=2,
-        use_shared_attention_adapter=True,
-        adapter_rank=4,
-        chunk_size=8,
-    )
-    return transformers.Zamba2ForCausalLM(config)
 
 
 def adapter(path: Path, model: Any, seed: int) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from dense import linear, load, rho
 from expert_models import make, matrices, save
+from invoke import run
+from rich.console import Console
 from test_experts import ROLES, key_of
 from torch import Tensor
 
@@ -121,6 +125,30 @@ def test_the_report_is_read_back_and_counts_experts(tmp_path: Path) -> None:
             below,
             6 - below,
         )
+
+
+@pytest.mark.parametrize("stacked", [(), ROLES])
+def test_tables_have_a_line_for_the_experts_of_each_layer(tmp_path: Path, stacked: tuple[str, ...]) -> None:
+    paths = quartet(tmp_path, "qwen3_moe", stacked)
+    report = merged(paths, tmp_path / "out")
+    wanted = expected("qwen3_moe")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.table())
+    card = (tmp_path / "out" / "README.md").read_text()
+    roles = {role: paths[role] for role in ("base", "aligned", "finetuned")}
+    measured = run("analyze", *(f"--{role}={path}" for role, path in roles.items()), f"--threshold={TAU}")
+    assert measured.exit_code == 0, measured.output
+    layers = sorted({layer for layer, _, _ in wanted})
+    assert len(layers) == 2
+    for layer in layers:
+        rhos = [cosine for (own, _, _), (cosine, _) in wanted.items() if own == layer]
+        below = sum(cosine < TAU for cosine in rhos)
+        name, median = f"experts, layers.{layer.removesuffix('.mlp')}", f"{statistics.median(rhos):.3f}"
+        (line,) = [line.split() for line in console.export_text(clear=False).splitlines() if name in line]
+        assert line[2:6] == [f"({len(rhos)})", f"({below})", f"({len(rhos) - below})", median]
+        assert f"| {name} | {len(rhos)} | {below} | {len(rhos) - below} | {median} |" in card
+        (line,) = [line.split() for line in measured.output.splitlines() if name in line]
+        assert line[2:6] == [f"({len(rhos)})", f"({below})", f"{min(rhos):.3f}", median]
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "slerp"])

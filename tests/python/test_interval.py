@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -17,6 +20,7 @@ from sketches import KINDS, Floats
 from safemerge_fast.analysis.interval import Form, estimate_rho, scatter
 from safemerge_fast.analysis.moments import Moments
 from safemerge_fast.analysis.quantiles import chi_square_low, student_high
+from safemerge_fast.analysis.schedule import LOOKS
 
 SHAPES = [(96, 250), (250, 96)]
 
@@ -100,6 +104,16 @@ def test_estimates_are_near_dense_ones(kind: str, looks: tuple[int, int]) -> Non
             assert known.all() or kind in ("orthogonal", "sparse", "cauchy", "heavy")
             # Far narrower than what is asked for here, but for those that are hard.
             assert np.median(width) < 0.2 or kind in ("orthogonal", "sparse", "cauchy", "heavy")
+
+
+@pytest.mark.parametrize("look", range(len(LOOKS)))
+def test_every_look_is_near_the_dense_value(look: int) -> None:
+    """And narrower than the one before: three times the columns leave less than 0.6 of the width."""
+    v, delta = sketches.pair("realistic", 300, 320)
+    estimate = estimate_rho(sketches.batch([(v, delta)], *LOOKS[look]))
+    width = estimate.half_width(1e-6)[0]
+    assert abs(estimate.log_rho[0] - math.log(sketches.dense(v, delta).rho)) <= width
+    assert width < 0.08 * 0.6**look
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,3 +247,15 @@ def test_nothing_gives_nothing() -> None:
         )
     }
     assert estimate_rho(replace(moments, **arrays)).half_width(1e-6).shape == (0,)
+
+
+@pytest.mark.parametrize("what", ["spectra", "modules"])
+def test_the_simulation_of_the_coverage_runs(what: str) -> None:
+    """Too short to say anything: a fraction of what `docs/estimator.md` tells of."""
+    script = Path(__file__).parents[1] / "soak" / "coverage.py"
+    words = [what, "--look", "0", "--draws", "1", "--only", "^(1|1/i)$"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=True)
+    title, case, worst = done.stdout.splitlines()
+    assert "32 + 16 columns" in title
+    assert case.split()[0] == ("1" if what == "spectra" else "1/i")
+    assert worst.startswith("worst:")

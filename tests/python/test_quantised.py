@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -105,13 +105,54 @@ def test_the_report_says_what_survives(quartets: Callable[[str], Quartet], tmp_p
         assert tensor.encoding == (form.words if tensor.name in quartet.roles["finetuned"].forms else None)
         if tensor.name not in expected:
             assert tensor.survival is None
+            assert tensor.retained is None
             continue
         now, was = form.decode(tensor.name, found), before[tensor.name]
-        share = np.linalg.norm(now - was) / np.linalg.norm(expected[tensor.name].double().numpy() - was)
-        assert tensor.survival == pytest.approx(share, rel=1e-4)
+        stored, wanted = now - was, expected[tensor.name].double().numpy() - was
+        assert tensor.survival == pytest.approx(np.linalg.norm(stored) / np.linalg.norm(wanted), rel=1e-4)
+        share = (stored * wanted).sum() / (wanted**2).sum()
+        assert tensor.retained == pytest.approx(share, rel=1e-4, abs=1e-5)
+        assert abs(tensor.retained) <= tensor.survival + 1e-9, "a part is no longer than the whole"
         shares[tensor.name] = share
     warnings = [str(warning) for warning in report.warnings if "quantised again" in str(warning)]
     assert bool(warnings) == any(share < 0.5 for share in shares.values())
+
+
+def served_with(changed: set[str], among: Iterable[str]) -> set[str]:
+    """Tensors that servers load into one module with one of the changed ones, these included."""
+    together = ("qkv", ("gate", "up"))
+
+    def module(name: str) -> str:
+        parent, _, leaf = name.removesuffix("_proj.weight").rpartition(".")
+        return next((f"{parent}.{leaves}" for leaves in together if leaf in leaves), name)
+
+    modules = {module(name) for name in changed}
+    return {name for name in among if module(name) in modules}
+
+
+@pytest.mark.parametrize(
+    ("only", "lost"), [("k_proj", "qkv"), ("up_proj", ("gate", "up")), ("down_proj", ("down",))]
+)
+def test_what_servers_load_as_one_module_is_dequantised_together(
+    tmp_path: Path, only: str, lost: Iterable[str]
+) -> None:
+    """vLLM fuses q, k and v, and gate and up, and takes all or none of them for quantised."""
+    quartet = llama_quartet(tmp_path, FORMS["block fp8"])
+    others = "|".join({*"qkvo", "gate", "up", "down"} - {only.removesuffix("_proj")})
+    report = merged(
+        quartet, tmp_path / "out", threshold=1.0, exclude=rf"layers\.0\.|\.({others})_proj", encode="bfloat16"
+    )
+    (changed,) = touched(report)
+    parent = changed.removesuffix(".weight").rpartition(".")[0]
+    expected = {f"{parent}.{leaf}_proj" for leaf in lost}
+    assert f"{parent}.{only}" in expected
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    listed = set(config["quantization_config"]["modules_to_not_convert"])
+    assert listed - {"model.embed_tokens"} == expected
+    found, numbers = load(tmp_path / "out"), quartet.roles["finetuned"].single()
+    for name in (f"{module}.weight" for module in expected):
+        assert found[name].dtype == torch.bfloat16
+        assert name == changed or same_bytes(found[name], bfloat16(numbers[name]))
 
 
 @pytest.mark.parametrize("encode", ["bfloat16", "all"])
@@ -122,7 +163,7 @@ def test_dequantised_tensors_are_the_merge_rounded_once(
     quartet, form = quartets(name), FORMS[name]
     report = merged(quartet, tmp_path / "out", encode=encode)
     changed, finetuned = touched(report), quartet.roles["finetuned"]
-    lost = changed if encode == "bfloat16" else set(finetuned.forms)
+    lost = served_with(changed, finetuned.forms) if encode == "bfloat16" else set(finetuned.forms)
     numbers, found, before = finetuned.single(), load(tmp_path / "out"), finetuned.stored
     expected = {tensor: bfloat16(numbers[tensor]) for tensor in lost}
     expected |= {tensor: bfloat16(value) for tensor, value in quartet.merged(changed).items()}

@@ -31,12 +31,16 @@ def test_tiles_that_cut_bands_change_no_bit_and_no_share(tmp_path: Path, name: s
     report = merged(llama_quartet(tmp_path, FORMS[name]), tmp_path / "out")
     plan = _engine.Plan((tmp_path / "out" / "safemerge_plan.json").read_bytes())
     expected = {tensor.name: tensor.survival for tensor in report.tensors if tensor.survival is not None}
+    along = {tensor.name: tensor.retained for tensor in report.tensors if tensor.retained is not None}
     assert expected
+    assert along.keys() == expected.keys()
     for tile_bytes, threads in ((4096, 1), (12288, 3)):
         job = _engine.JobDirectory(tmp_path / f"tiles-{threads}", identity="tiles")
         facts = plan.execute(job, tile_bytes=tile_bytes, threads=threads)
         survival = {key: share for fact in facts for key, share in fact.survival.items()}
         assert survival == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        retained = {key: share for fact in facts for key, share in fact.retained.items()}
+        assert retained == pytest.approx(along, rel=1e-9, abs=1e-12)
         for file in plan.shards:
             assert (Path(job.files) / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
         job.close()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safemerge_fast.analysis.question import Question
@@ -56,11 +56,15 @@ def open_names(rows: list[Row], scores: dict[str, Score], rule: Rule) -> set[str
     return set(question.open_modules(list(modules_of_rows(rows)), scores))
 
 
+# The first draw of a process may take seconds where the machine is busy.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 RATIOS = st.lists(
     st.tuples(st.floats(0, 1), st.floats(0.01, 1), st.floats(0.001, 1)), min_size=1, max_size=12
 )
 
 
+@patient
 @given(RATIOS, st.floats(0, 3))
 def test_null_compares_with_chance(modules: list[tuple[float, float, float]], limit: float) -> None:
     rows = [row(f"m{place}") for place in range(len(modules))]
@@ -69,6 +73,7 @@ def test_null_compares_with_chance(modules: list[tuple[float, float, float]], li
     assert merged(rows, scores, Rule(select=f"null:{limit!r}")) == expected
 
 
+@patient
 @given(RATIOS, st.floats(-5, 5))
 def test_z_counts_standard_deviations(modules: list[tuple[float, float, float]], limit: float) -> None:
     rows = [row(f"m{place}") for place in range(len(modules))]
@@ -235,7 +240,7 @@ def truths(scores: dict[str, Score], generator: random.Random, count: int) -> It
         yield exact
 
 
-@settings(max_examples=300, deadline=None)
+@settings(patient, max_examples=300)
 @given(measured(), RULES, st.integers(0, 1000))
 def test_what_is_settled_is_what_the_exact_rule_says(
     made: tuple[list[Row], dict[str, Score]], rule: Rule, seed: int
@@ -250,7 +255,7 @@ def test_what_is_settled_is_what_the_exact_rule_says(
             assert said[name].merge == decisions[name].merge, name
 
 
-@settings(max_examples=300, deadline=None)
+@settings(patient, max_examples=300)
 @given(measured(), RULES)
 def test_open_modules_are_those_that_measuring_can_settle(
     made: tuple[list[Row], dict[str, Score]], rule: Rule
@@ -271,7 +276,7 @@ def test_open_modules_are_those_that_measuring_can_settle(
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(patient, max_examples=200)
 @given(measured(), RULES, st.integers(0, 1000))
 def test_what_is_open_could_go_either_way(
     made: tuple[list[Row], dict[str, Score]], rule: Rule, seed: int

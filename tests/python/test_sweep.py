@@ -153,7 +153,7 @@ def test_shrinking_everything_is_one_control_for_each_alpha(
 ) -> None:
     report, _, output = made
     expected = dense_merge(quartet, set(cosines(quartet)), alpha=alpha, safe="aligned")
-    name = f"shrink-alpha-{alpha}"
+    name = f"shrink-only-alpha-{alpha}"
     assert_same_bits(load(output / "candidates" / name), expected)
     assert by_name(report)[name].counts == (21, 21)
     assert by_name(report)[name].beside is None
@@ -264,7 +264,7 @@ def test_a_candidate_is_made_again_with_the_weights_that_were_judged(
     for name in (
         "threshold-0.6-alpha-0.5",
         "resta-gamma-0.5",
-        "shrink-alpha-0.8",
+        "shrink-only-alpha-0.8",
         "no-safe-lowest-4-alpha-0.5",
         drawn[0].name,
     ):
@@ -336,7 +336,7 @@ def test_adapters(quartet: dict[str, Path], tmp_path: Path, output_format: str) 
         assert float((found - wanted).norm() / wanted.norm()) < 4e-3
     sf.merge(**models, output=tmp_path / "direct", select="lowest:2", alpha=0.5, output_format=output_format)
     assert weight_files(kept / "lowest-2-alpha-0.5") == weight_files(tmp_path / "direct")
-    assert results["shrink-alpha-0.5"].counts == (3, 3)
+    assert results["shrink-only-alpha-0.5"].counts == (3, 3)
 
 
 # --- the Pareto set and what controls say ----------------------------------------------------------

@@ -12,6 +12,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import (
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    fused_qwen3_moe,
+    gpt_oss,
+    gpt_oss_square,
+    jetmoe,
+    llama4,
+    llama4_square,
+    mixtral,
+    qwen3_moe,
+)
 from tiny_adapter import PREFIX, write_adapter, write_aligned
 
 from safemerge_fast import fold, merge
@@ -22,100 +35,8 @@ from safemerge_fast.pairing.operand import Operand
 from safemerge_fast.pairing.view import View
 
 peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
-HIDDEN, INNER, EXPERTS = 24, 16, 3
-
-
-def mixtral() -> Any:
-    """Experts of their own on disk, under another name than in the loaded model."""
-    config = transformers.MixtralConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=61,
-        num_local_experts=EXPERTS,
-    )
-    return transformers.MixtralForCausalLM(config)
-
-
-def qwen3_moe() -> Any:
-    """Experts of their own on disk, under the loaded model's name."""
-    config = transformers.Qwen3MoeConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=20,
-        moe_intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        vocab_size=61,
-        num_experts=EXPERTS,
-        num_experts_per_tok=2,
-    )
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-def gpt_oss(inner: int = INNER) -> Any:
-    """Experts in one tensor, stored as (in, out)."""
-    config = transformers.GptOssConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=inner,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        vocab_size=61,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        layer_types=["full_attention", "full_attention"],
-    )
-    return transformers.GptOssForCausalLM(config)
-
-
-def gpt_oss_square() -> Any:
-    """The same with squares, whose shapes do not say how they are stored."""
-    return gpt_oss(HIDDEN)
-
-
-def llama4() -> Any:
-    config = transformers.Llama4TextConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        intermediate_size_mlp=20,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        vocab_size=61,
-        num_local_experts=EXPERTS,
-        interleave_moe_layer_step=1,
-    )
-    return transformers.Llama4ForCausalLM(config)
-
-
-def fused_qwen3_moe() -> Any:
-    """Experts in one tensor, stored as (out, in)."""
-    return qwen3_moe()
-
-
-def jetmoe() -> Any:
-    """Experts in a module's own weight."""
-    config = transformers.JetMoeConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INNER,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        kv_channels=6,
-        vocab_size=61,
-        num_local_experts=EXPERTS,
-    )
-    return transformers.JetMoeForCausalLM(config)
-
-
-FAMILIES = [mixtral, qwen3_moe, gpt_oss, gpt_oss_square, llama4, fused_qwen3_moe]
+FAMILIES = [mixtral, qwen3_moe, gpt_oss, gpt_oss_square, llama4, llama4_square, fused_qwen3_moe]
 
 
 def save(path: Path, make: Any, **settings: Any) -> dict[str, torch.Tensor]:

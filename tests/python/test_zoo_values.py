@@ -9,74 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from dense import rho
+from small_models import bert_and_gpt2, bert_with_a_head, ctrl, gpt2, lfm2, t5
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from safemerge_fast import analyze
 
 IN_LAYER = re.compile(r"\.\d+\.")
-
-
-def gpt2() -> Any:
-    config = transformers.GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=53, n_positions=16)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def bert_and_gpt2() -> Any:
-    """Linear modules in the encoder, Conv1D in the decoder; both square and not."""
-    encoder = transformers.BertConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, vocab_size=53
-    )
-    decoder = transformers.GPT2Config(
-        n_embd=24,
-        n_layer=1,
-        n_head=2,
-        vocab_size=53,
-        n_positions=16,
-        add_cross_attention=True,
-        is_decoder=True,
-    )
-    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-    return transformers.EncoderDecoderModel(config)
-
-
-def lfm2() -> Any:
-    config = transformers.Lfm2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=48,
-        vocab_size=53,
-        layer_types=["conv", "full_attention"],
-    )
-    return transformers.Lfm2ForCausalLM(config)
-
-
-def t5() -> Any:
-    config = transformers.T5Config(
-        d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3, vocab_size=53, tie_word_embeddings=False
-    )
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def bert_with_a_head() -> Any:
-    config = transformers.BertConfig(
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=40,
-        vocab_size=53,
-        tie_word_embeddings=False,
-    )
-    return transformers.BertForMaskedLM(config)
-
-
-def ctrl() -> Any:
-    config = transformers.CTRLConfig(n_embd=24, n_layer=1, n_head=2, dff=40, vocab_size=53, n_positions=16)
-    return transformers.CTRLLMHeadModel(config)
 
 
 def moved(model: Any, seed: int, size: float) -> None:

@@ -15,6 +15,7 @@ mod kernels;
 mod merge;
 mod methods;
 mod plan;
+mod quantised;
 mod requantising;
 mod sketch;
 mod views;

@@ -47,7 +47,7 @@ class Score:
         rho_low: Lower end of the interval that holds ρ, but for the analysis' failure probability; ρ where it is exact.
         rho_high: Upper end of it.
         columns: Random columns that ρ was estimated from; 0 where it is exact.
-        null_sd: Standard deviation of log ρ over random rotations of Δ, good to about 40 %; None where undefined,
+        null_sd: Standard deviation of log ρ over random rotations of Δ, good to about a third; None where undefined,
             and in scores of early versions.
     """
 

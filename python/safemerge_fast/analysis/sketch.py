@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import ChainMap, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,10 @@ __all__ = ["Sketches"]
 
 # Each holds a module's thin products, and pages of its inputs.
 _MOST_THREADS = 16
+# Modules that are measured or wait for it, for each thread.
+_UNDER_WAY = 16
+# Seconds that the statistics wait for company.
+_PATIENCE = 0.002
 
 # Of a module of which nothing is known yet.
 _ANYTHING = Score(0.5, None, 0.0, 0.0, 0.0, 0.0, None, rho_low=0.0, rho_high=1.0, columns=1)
@@ -172,12 +177,14 @@ class Sketches:
         wait = True
         try:
             while waiting or under_way:
-                while waiting and len(under_way) < 2 * count:
+                while waiting and len(under_way) < _UNDER_WAY * count:
                     task = waiting.popleft()
                     future = executor.submit(self._work, task)
                     under_way[future] = task
                     future.add_done_callback(done.put)
                 ready = [done.get()]
+                # Small modules come in quick succession, and cost less together.
+                time.sleep(_PATIENCE)
                 while not done.empty():
                     ready.append(done.get())
                 settled = [(under_way.pop(future), future.result()) for future in ready]

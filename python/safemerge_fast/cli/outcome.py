@@ -77,7 +77,7 @@ def preview_lines(outlook: Preview) -> Iterator[Any]:
 
     known = outlook.merged is not None
     if known:
-        yield module_table(outlook.counts)
+        yield module_table(outlook.counts, outlook.experts)
     else:
         types = ", ".join(
             f"{count.analysed} {printable(count.module_type)}" for count in outlook.counts if count.analysed

@@ -84,7 +84,7 @@ def uncertified(rows: Sequence[Row], scores: Mapping[str, Score], rule: Rule) ->
     many = f"{len(names)} decisions are not certified, such as" if len(names) > 1 else "not certified is"
     return (
         f"{many} that for {first}, whose ρ is only known to lie from {score.rho_low:.4g} to {score.rho_high:.4g}: the "
-        f"estimate decided; leave out --scores, or analyse again with the same rule, to be certain"
+        f"estimate decided; --estimator auto without --resolution measures on until it is certain"
     )
 
 

@@ -53,12 +53,14 @@ class Written:
         bytes_read: Bytes that were read of all models, less those of files that were there already.
         seconds: How long it took.
         survival: Of tensors that were quantised again, by name: ‖Q(W') - W‖ / ‖W' - W‖, what is stored of a change.
+        retained: Of the same: ⟨Q(W') - W, W' - W⟩ / ‖W' - W‖², the part of that which lies along the change.
     """
 
     shards: tuple[WrittenShard, ...]
     bytes_read: int
     seconds: float
     survival: Mapping[str, float] = field(default_factory=dict)
+    retained: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bytes_written(self) -> int:
@@ -138,8 +140,9 @@ def execute(
         for fact in facts
     )
     survival = {name: share for fact in facts for name, share in fact.survival.items()}
+    retained = {name: share for fact in facts for name, share in fact.retained.items()}
     seconds = time.perf_counter() - started
-    return Written(tuple(shards), 0 if resumed else checked.bytes_read, seconds, survival)
+    return Written(tuple(shards), 0 if resumed else checked.bytes_read, seconds, survival, retained)
 
 
 def watch(work: Callable[[], _Result], counters: _engine.Progress, say: Callable[[], None]) -> _Result:

@@ -27,7 +27,7 @@ HALVES = frozenset(
 """Families whose fused experts transformers 5 computes with: the first half of the outputs is the gate."""
 # Families in which gate and up alternate.
 _ALTERNATING = frozenset({"gpt_oss"})
-_ALTERNATING_LEAVES = frozenset({"w13_weight"})
+_ALTERNATING_LEAVES = frozenset({"w13_weight", "shared_w13_weight"})
 
 # Families whose stacked experts are (in, out); only asked where shapes say nothing.
 _TRANSPOSED = frozenset({"aria", "gpt_oss", "llama4", "openai_privacy_filter"})

@@ -32,6 +32,7 @@ _STACKED = {
     "gate_up_proj": Kind.GATE_UP,
     "w13_weight": Kind.GATE_UP,
     "w13": Kind.GATE_UP,
+    "shared_w13_weight": Kind.GATE_UP,
     "fc1": Kind.FIRST,
     "input_linear": Kind.FIRST,
     "gate_and_up_projs": Kind.FIRST,
@@ -44,6 +45,7 @@ _STACKED = {
     "down_projs": Kind.DOWN,
     "w2": Kind.DOWN,
     "w2_weight": Kind.DOWN,
+    "shared_w2_weight": Kind.DOWN,
     "fc2": Kind.DOWN,
     "output_linear": Kind.DOWN,
 }
@@ -69,7 +71,9 @@ _IN_ROWS = tuple(f".experts.mlp.{leaf}{ending}" for leaf in ("w1", "v1", "w2") f
 # Blocks of one kind that transformers and the authors of a model call differently.
 _FEED_FORWARD = frozenset({"mlp", "ffn", "feed_forward", "block_sparse_moe", "moe", "mixer"})
 # Wrappers that a name may have in front, or not.
-_WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "backbone", "base_model"})
+_WRAPPERS = frozenset(
+    {"model", "language_model", "text_model", "transformer", "backbone", "base_model", "llm"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from ..checkpoint.model import ExpertLayout
 from .operand import LowRank, Operand, Term
 from .view import View
 
-__all__ = ["ExpertPiece", "StackedUpdate", "Stored"]
+__all__ = ["ExpertPiece", "Place", "StackedUpdate", "Stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,21 @@ class ExpertPiece:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Which part of which expert's product two views of the stored factors mean.
+
+    Attributes:
+        expert: The expert.
+        outputs: Which rows of its B.
+        inputs: Which columns of its A.
+    """
+
+    expert: int
+    outputs: slice
+    inputs: slice
+
+
+@dataclass(frozen=True, slots=True)
 class StackedUpdate:
     """The update of one parameter.
 
@@ -69,6 +84,7 @@ class StackedUpdate:
         transposed: Whether an expert's matrix is stored as (in, out).
         inputs: Columns of A.
         outputs: Rows of B.
+        is_swapped: Whether PEFT before 0.19 made it, which calls inputs what PEFT calls outputs now.
         layout: How the columns of B are ordered.
         stored: Where the parameter is.
     """
@@ -80,6 +96,7 @@ class StackedUpdate:
     transposed: bool
     inputs: int
     outputs: int
+    is_swapped: bool
     layout: ExpertLayout
     stored: Stored
 
@@ -95,6 +112,23 @@ class StackedUpdate:
         if self.layout == "peft":
             return a, View(expert, (self.outputs, rank), (width, self.experts))
         return a, View(expert * rank, (self.outputs, rank), (width, 1))
+
+    def place(self, a: View | None, b: View | None) -> Place:
+        """What parts of the factors mean that pieces gives, or parts of these.
+
+        Args:
+            a: The part of the stored A; None for all of it.
+            b: The part of the stored B, likewise.
+        """
+        if a is None or b is None:
+            return Place(0, slice(0, self.outputs, 1), slice(0, self.inputs, 1))
+        expert, first = divmod(a.start, self.rank * self.inputs)
+        width = self.rank * self.experts
+        return Place(
+            expert,
+            _slice(b.start // width, b.shape[0], b.strides[0] // width),
+            _slice(first, a.shape[1], a.strides[1]),
+        )
 
     def pieces(self, role: str, model_role: str) -> Iterator[ExpertPiece]:
         """Every expert's matrices with their updates.
@@ -136,3 +170,7 @@ class StackedUpdate:
         return ExpertPiece(
             expert, tensor, view, Term(Operand(model_role, tensor, low_rank=(product,), view=view))
         )
+
+
+def _slice(first: int, count: int, step: int) -> slice:
+    return slice(first, first + (count - 1) * step + 1, step)

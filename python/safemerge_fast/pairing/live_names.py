@@ -24,6 +24,9 @@ __all__ = ["LiveNames", "Made", "live_names"]
 
 _OLDEST = (5, 0)
 _MOST_LAYERS = 2000
+# What becomes of a tensor that holds several parameters' rows: one after the other, or in turn.
+_CHUNKS = ("Chunk(dim=0)",)
+_ALTERNATING = ("Interleave(dim=0)", *_CHUNKS)
 _INSTALL = (
     "its keys are probably those of a model that transformers 5 loaded, which names tensors in its own way; "
     "pip install 'transformers>=5', whose table says which is which"
@@ -37,10 +40,29 @@ class Made:
     Attributes:
         sources: The tensors it is made of; those of one pattern in one tuple, in the order of the experts.
         operations: The operations by transformers' names, such as "Concatenate(dim=1)".
+        index: Which of the results it is, where one tensor becomes several.
+        results: How many they are.
     """
 
     sources: tuple[tuple[str, ...], ...]
     operations: tuple[str, ...]
+    index: int = 0
+    results: int = 1
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """(which, of how many) where it is rows of one tensor: every so manieth; None otherwise."""
+        return self._share if self.operations == _ALTERNATING and self.results == 2 else None
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """(which, of how many) where it is one of equal parts of the rows of one tensor; None otherwise."""
+        return self._share if self.operations == _CHUNKS else None
+
+    @property
+    def _share(self) -> tuple[int, int] | None:
+        single = len(self.sources) == 1 and len(self.sources[0]) == 1
+        return (self.index, self.results) if single and self.results > 1 else None
 
     def describe(self) -> str:
         """What it is made of, for messages."""
@@ -144,17 +166,20 @@ def _made(
     made = {}
     for live, (converter, groups) in collected.items():
         sources = tuple(tuple(groups[pattern]) for pattern in converter.source_patterns if pattern in groups)
-        operations = tuple(
-            f"{type(operation).__name__}(dim={operation.dim})"
-            if hasattr(operation, "dim")
-            else type(operation).__name__
-            for operation in converter.operations
-        )
+        operations = tuple(map(_described, converter.operations))
         # Where one tensor becomes several, loading collects it under the first of them.
-        first = converter.target_patterns[0]
-        for target in converter.target_patterns:
-            made[live.replace(first, target, 1)] = Made(sources, operations)
+        targets = converter.target_patterns
+        for index, target in enumerate(targets):
+            made[live.replace(targets[0], target, 1)] = Made(sources, operations, index, len(targets))
     return made
+
+
+def _described(operation: Any) -> str:
+    """An operation by its name and what it is told."""
+    name = type(operation).__name__
+    if not hasattr(operation, "dim"):
+        return name
+    return f"{name}(dim={operation.dim}{', inverse' if getattr(operation, 'inverse', False) else ''})"
 
 
 def _without_weights(transformers: Any, config: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ from .modules import (
     module_type,
 )
 from .names import match_names
-from .operand import Term
+from .operand import Operand, Term
 from .orientation import Orientations
 from .row import Row, SameName, Shared
 from .selection import Selection
@@ -128,7 +128,7 @@ def pair(
     }
     matches: dict[str, Counterparts] = {}
     for role, model in others.items():
-        matches[role], found = counterparts(anchor.headers, model)
+        matches[role], found = counterparts(anchor.headers, model, anchor.config)
         notes += found
     structure = structure_of(anchor, (model for role, model in models.items() if role != anchor.role))
     classify, orientations = Classifier(anchor, structure), Orientations(anchor, structure)
@@ -138,6 +138,8 @@ def pair(
     unfit: list[str] = []
     misfits: list[str] = []
     kept: list[str] = []
+    # Tensors of other roles that hold rows of several of the anchor's, by role.
+    split: dict[str, set[str]] = {}
     for tensor in tensors:
         own = tensor.name
         kind = classify(tensor)
@@ -155,7 +157,11 @@ def pair(
         faults = []
         for role, model in others.items():
             name = matches[role].get(own)
-            fault = "missing" if name is None else _difference(tensor, model.headers.tensor(name))
+            fault = (
+                matches[role].why_missing(own)
+                if name is None
+                else _difference(tensor, model.headers.tensor(name))
+            )
             if experts is not None:
                 part = _among_experts(experts, tensor, slices, role, name if fault is None else None)
                 if isinstance(part, str):
@@ -166,6 +172,11 @@ def pair(
                 elif part is not None:
                     elsewhere[role] = part
                     continue
+            if name is None and (rows_of := matches[role].part(own, tensor.shape)) is not None:
+                held, view = rows_of
+                parts[role] = (Term(Operand(role, held, view=view)),)
+                split.setdefault(role, set()).add(held)
+                continue
             if name is None or fault is not None:
                 faults.append(f"{fault} in {role}")
             else:
@@ -199,7 +210,7 @@ def pair(
         more = f" (and {len(unfit) - 1} more tensors do not fit)" if len(unfit) > 1 else ""
         way_out = ", or leave such tensors out with --exclude REGEX" if analyse else ""
         raise PairingError(f"{unfit[0]}{more}; give models of one architecture{way_out}")
-    unused = {**_unused(rows, others, experts), **adapted.unused(rows)}
+    unused = {**_unused(rows, others, experts, split), **adapted.unused(rows)}
     notes += [] if experts is None else experts.notes()
     config: Mapping[str, Any] | None = None
     if "aligned" in others:
@@ -259,7 +270,9 @@ def _lacking(
     """What the output lacks of the aligned model; most have all, and that is seen at once."""
     if not unused:
         return Lacking()
-    met = {name for row in rows if (name := found.get(row.name)) is not None}
+    met = {name for row in rows for name in found.held_in(row.name)}
+    # What is a part of others, or has others as parts, is not lacking either.
+    met |= {*aligned.headers.names} - {*unused}
     return lacking_tensors(anchor, aligned, met)
 
 
@@ -282,7 +295,10 @@ def _shape(tensor: TensorInfo) -> str:
 
 
 def _unused(
-    rows: Iterable[Row], others: Mapping[str, Model], experts: Experts | None
+    rows: Iterable[Row],
+    others: Mapping[str, Model],
+    experts: Experts | None,
+    split: Mapping[str, set[str]],
 ) -> dict[str, tuple[str, ...]]:
     """Lists what no row uses, by role."""
     rows = list(rows)
@@ -290,7 +306,7 @@ def _unused(
     for role, model in others.items():
         plain = sum(row.is_plain(role) for row in rows)
         used = {row.names[role] for row in rows if role in row.names} if plain < len(model.headers) else set()
-        used |= set() if experts is None else experts.used(role)
+        used |= split.get(role, set()) | (set() if experts is None else experts.used(role))
         unused[role] = tuple(
             name for name in (model.headers.names if plain < len(model.headers) else ()) if name not in used
         )

@@ -29,8 +29,10 @@ _PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "down_proj": (("down_proj",), ("w2",)),
 }
 _STACKING = ("MergeModulelist(dim=0)", "Concatenate(dim=1)")
-# Model types whose experts are stored as (in, out), where shapes leave that open.
-_TRANSPOSED_MODEL_TYPES = frozenset({"aria", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
+# Model types whose experts say of themselves that they are stored as (in, out), which is what PEFT goes by.
+_TRANSPOSED_MODEL_TYPES = frozenset({"aria", "gpt_oss", "openai_privacy_filter"})
+# Those whose experts are stored so and do not say it: PEFT adds B·A to them as it is.
+_SILENT_MODEL_TYPES = frozenset({"llama4", "llama4_text"})
 _INNER_PROJECTION = re.compile(r"down|w2|out")
 
 
@@ -130,14 +132,17 @@ class StackedParameters:
                     f"{adapter.role}: {adapter.path} adapts {tensor.name}, which is {tensor.dtype} in "
                     f"{self._model.path}; give the full-precision checkpoint"
                 )
+        transposed = self._is_transposed(group, stored, name, outputs, inputs)
+        says_so = bool(self._types() & _TRANSPOSED_MODEL_TYPES)
         return StackedUpdate(
             parameter=name,
             factors=factors,
             rank=adapter.settings.rank(name),
             scale=adapter.settings.scale(name),
-            transposed=self._is_transposed(group, stored, name, outputs, inputs),
+            transposed=transposed,
             inputs=inputs,
             outputs=outputs,
+            is_swapped=transposed and adapter.settings.swaps_stacked and not says_so,
             layout=adapter.expert_layout,
             stored=stored,
         )
@@ -155,15 +160,20 @@ class StackedParameters:
             return True
         if stored.rows:
             return False
+        if self._types() & _SILENT_MODEL_TYPES:
+            return False
         if (found := self._by_neighbours(stored)) is not None:
             return found
-        types = {part.get("model_type") for part in _parts(self._model.config)}
-        if types & _TRANSPOSED_MODEL_TYPES:
+        if self._types() & _TRANSPOSED_MODEL_TYPES:
             return True
         raise AdapterError(
             f"{self._adapter.role}: {name} consists of square matrices, and neither its neighbours nor the hidden_size "
             f"of {self._model.path} say whether they are stored as (out, in) or (in, out)"
         )
+
+    def _types(self) -> set[Any]:
+        """The model types that the configuration and its parts name."""
+        return {part.get("model_type") for part in _parts(self._model.config)}
 
     def _by_neighbours(self, stored: Stored) -> bool | None:
         """What the other parameters of the same experts say, of which one side is the hidden size."""

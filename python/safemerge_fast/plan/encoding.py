@@ -30,6 +30,17 @@ class Encode(Enum):
 _LISTS = ("modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
 _USUAL = {"compressed-tensors": "ignore", "modelopt": "ignore"}
 
+# Modules of one parent that servers (vLLM, SGLang) load as one, which is quantised or is not.
+_ONE_WHEN_SERVED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+_SERVED = {leaf: leaves[0] for leaves in _ONE_WHEN_SERVED for leaf in leaves}
+
 
 def output_rows(
     rows: Sequence[Row], encode: Encode, touched: Callable[[Row], bool], host: str, config: Mapping[str, Any]
@@ -45,7 +56,8 @@ def output_rows(
 
     Returns:
         The rows, in their order. A module of several quantised parameters is dequantised as a whole, and so are all
-        experts of a layer, stacked or not: loaders know them as one module, which is quantised or is not.
+        experts of a layer, stacked or not: loaders know them as one module, which is quantised or is not. So do servers
+        with q, k and v of a layer, and with gate and up.
     """
     if not any(row.encoded is not None for row in rows):
         return list(rows)
@@ -57,8 +69,8 @@ def output_rows(
         ]
     if encode is Encode.KEEP:
         return list(rows)
-    lost = {_module(row) for row in rows if row.encoded is not None and touched(row)}
-    return [_dequantised(row) if _module(row) in lost else row for row in rows]
+    lost = {_served(row) for row in rows if row.encoded is not None and touched(row)}
+    return [_dequantised(row) if _served(row) in lost else row for row in rows]
 
 
 def encoded_config(config: Mapping[str, Any], rows: Sequence[Row], host: str) -> dict[str, Any] | None:
@@ -131,6 +143,13 @@ def _module(row: Row) -> str:
     """The module that a loader knows a tensor as a part of: one of that name, or the experts of a layer."""
     expert = single(row.name)
     return row.name.rpartition(".")[0] if expert is None else expert.prefix
+
+
+def _served(row: Row) -> str:
+    """The module that servers know a tensor as a part of, by a name of its own."""
+    module = _module(row)
+    parent, _, leaf = module.rpartition(".")
+    return f"{parent}.{_SERVED.get(leaf, leaf)}"
 
 
 def _dequantised(row: Row) -> Row:

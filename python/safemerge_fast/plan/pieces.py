@@ -14,7 +14,7 @@ from .blend import Composer
 from .methods import known_methods
 from .operation import Operation
 
-__all__ = ["Piece", "Pieces", "compose_row"]
+__all__ = ["Piece", "Pieces", "compose_row", "decided_modules"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,7 @@ def compose_row(
     slices = row.slices
     if slices is None:
         return blend.compose(row, decisions[row.name] if isinstance(decisions, Mapping) else decisions(row))
-    if isinstance(decisions, Mapping) and row.analysed:
-        chosen = [(module, decisions[module.name]) for module in slices_of(row)]
-    else:
-        decision = decisions[row.name] if isinstance(decisions, Mapping) else decisions(row)
-        chosen = [(module, decision) for module in slices_of(row)]
+    chosen = decided_modules(row, decisions)
     if not any(decision.merge for _, decision in chosen) and row.is_plain(blend.kept):
         return blend.compose(row, chosen[0][1])
     parts = len(slices.stack.parts)
@@ -79,6 +75,21 @@ def compose_row(
     if len(pieces) == 1 and pieces[0].view.size == math.prod(row.shape) and _joins(pieces[0].operation):
         return pieces[0].operation
     return Pieces(pieces)
+
+
+def decided_modules(
+    row: Row, decisions: Mapping[str, Decision] | Callable[[Row], Decision]
+) -> list[tuple[Module, Decision]]:
+    """The matrices that a row consists of, with what was decided of each: of one, or of all of them.
+
+    Args:
+        row: The row.
+        decisions: As for compose_row.
+    """
+    if isinstance(decisions, Mapping) and row.analysed:
+        return [(module, decisions[module.name]) for module in slices_of(row)]
+    decision = decisions[row.name] if isinstance(decisions, Mapping) else decisions(row)
+    return [(module, decision) for module in slices_of(row)]
 
 
 def _view(module: Module) -> View:

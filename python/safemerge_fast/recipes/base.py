@@ -284,6 +284,7 @@ class CheckpointContents:
                     decision=self.decisions(row),
                     score=scores.get(row.name),
                     survival=None if written is None else written.survival.get(row.name),
+                    retained=None if written is None else written.retained.get(row.name),
                     modules=module_records(row, self.module_decisions, scores),
                 )
 

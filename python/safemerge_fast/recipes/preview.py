@@ -13,7 +13,7 @@ import msgspec
 
 from ..execution.inputs import input_paths
 from ..pairing.coverage import Coverage
-from ..report.tensors import ModuleCount, count_modules
+from ..report.tensors import ModuleCount, count_experts, count_modules
 from ..settings import RunSettings
 from . import recipes
 from .base import Job, Measurement
@@ -43,6 +43,7 @@ class Preview:
         notes: What a person should know.
         coverage: How much of the model is or would be analysed; None where nothing is measured.
         warnings: What to mistrust, as far as it is known.
+        experts: Counts of experts per layer, likewise.
     """
 
     output: str
@@ -59,12 +60,14 @@ class Preview:
     notes: tuple[str, ...]
     coverage: Coverage | None = None
     warnings: tuple[str, ...] = ()
+    experts: tuple[ModuleCount, ...] = ()
 
     def to_json(self) -> str:
         """Writes the preview as JSON."""
         document = {
             **asdict(self),
             "counts": [msgspec.to_builtins(count) for count in self.counts],
+            "experts": [msgspec.to_builtins(count) for count in self.experts],
             "coverage": msgspec.to_builtins(self.coverage),
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -104,6 +107,7 @@ def preview(settings: RunSettings) -> Preview:
         memory_bytes=_PYTHON_BYTES + max(contents.memory(settings), analysis_memory),
         free_bytes=free,
         notes=(*job.notes, *_obstacles(settings, input_paths(job.models), output, written, free)),
+        experts=count_experts(tensors),
         coverage=job.coverage,
         warnings=tuple(
             warning.message

@@ -26,7 +26,7 @@ __all__ = ["carry_out", "carry_out_job", "read_recipe", "read_report", "run"]
 
 _OVERWRITING = "overwriting"
 
-_SURVIVAL = 0.5
+_RETAINED = 0.5
 """A share of a change that is stored below which a tensor is warned about."""
 
 
@@ -229,7 +229,7 @@ def _report(
 
 def _lost(written: Written) -> tuple[ModuleWarning, ...]:
     """What little is left of changes where tensors were quantised again."""
-    lost = sorted((share, name) for name, share in written.survival.items() if share < _SURVIVAL)
+    lost = sorted((share, name) for name, share in written.retained.items() if share < _RETAINED)
     if not lost:
         return ()
     share, name = lost[0]
@@ -237,7 +237,7 @@ def _lost(written: Written) -> tuple[ModuleWarning, ...]:
         ModuleWarning(
             None,
             f"of {len(lost)} tensors that were quantised again less than half of the change is stored, such as "
-            f"{share:.1%} of {name}; pass --encode bfloat16 to keep all of it",
+            f"{max(share, 0.0):.1%} of {name}; pass --encode bfloat16 to keep all of it",
         ),
     )
 

@@ -122,10 +122,17 @@ def display_name(model: Model, *, in_table: bool = False) -> str:
     return code(model.path.name, in_table=in_table)
 
 
-def count_table(counts: Iterable[ModuleCount]) -> str:
-    """Counts per module type as a Markdown table."""
+def count_table(counts: Iterable[ModuleCount], experts: Iterable[ModuleCount] = ()) -> str:
+    """Counts per module type as a Markdown table, and below it those of experts per layer, folded."""
+    table = _count_table("module type", counts)
+    if not (lines := list(experts)):
+        return table
+    return f"{table}\n\n<details><summary>Experts by layer</summary>\n\n{_count_table('layer', lines)}\n\n</details>"
+
+
+def _count_table(title: str, counts: Iterable[ModuleCount]) -> str:
     lines = [
-        "| module type | analysed | merged | kept | median ρ | median ρ_null |",
+        f"| {title} | analysed | merged | kept | median ρ | median ρ_null |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for count in counts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..analysis.score import Score
 from ..pairing.module import Module
 
-__all__ = ["ExpertLine", "lines"]
+__all__ = ["ExpertLine", "expert_label", "is_of_expert", "lines"]
 
 _EXPERTS = "experts."
 
@@ -55,17 +55,27 @@ class ExpertLine:
         )
 
 
+def is_of_expert(module_type: str) -> bool:
+    """Whether a type of modules is one that experts have."""
+    return module_type.startswith(_EXPERTS)
+
+
+def expert_label(layer: str) -> str:
+    """A short name for all experts of a layer, for a line of a table: `experts, layers.3`."""
+    return f"experts, {'.'.join(layer.split('.')[-2:])}"
+
+
 def lines(modules: Iterable[Module], scores: Mapping[str, Score]) -> Iterator[Module | ExpertLine]:
     """The modules that have a score, in their order; experts of one layer and kind where the first of them stands."""
     found = [module for module in modules if module.name in scores]
     experts: dict[tuple[str | None, str], list[Score]] = {}
     for module in found:
-        if module.module_type.startswith(_EXPERTS):
+        if is_of_expert(module.module_type):
             experts.setdefault((module.layer, module.module_type), []).append(scores[module.name])
     for module in found:
         key = (module.layer, module.module_type)
         if key not in experts:
-            if not module.module_type.startswith(_EXPERTS):
+            if not is_of_expert(module.module_type):
                 yield module
             continue
         group = experts.pop(key)

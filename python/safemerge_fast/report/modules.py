@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -12,25 +14,39 @@ from ..decision import Decision
 from ..pairing.module import modules_of
 from ..pairing.row import Row
 
-__all__ = ["NOT_MEASURED", "ModuleRecords", "ModuleReport", "measured", "module_records"]
-
-Column = tuple[float | None, ...]
-Measured = tuple[
-    float | None,
-    float | None,
-    float | None,
-    float | None,
-    float | None,
-    float | None,
-    float | None,
-    float | None,
-    float | None,
-    int | None,
-    float | None,
+__all__ = [
+    "NOT_MEASURED",
+    "Measured",
+    "ModuleRecords",
+    "ModuleReport",
+    "measured",
+    "measurements",
+    "module_records",
 ]
 
-NOT_MEASURED: Measured = (None, None, None, None, None, None, None, None, None, None, None)
-"""What measured gives, of what was not."""
+Column = tuple[float | None, ...]
+
+
+class Measured(NamedTuple):
+    """What was measured of a module: fields of its score, of its record, and columns of many, all in this order."""
+
+    rho: float | None
+    rho_null: float | None
+    v_norm: float | None
+    delta_norm: float | None
+    weight_norm: float | None
+    v_rounding: float | None
+    cos_v_delta: float | None
+    rho_low: float | None
+    rho_high: float | None
+    columns: int | None
+    null_sd: float | None
+
+
+NOT_MEASURED = Measured(*(None,) * len(Measured._fields))
+"""That nothing was."""
+
+_values = attrgetter(*Measured._fields)
 
 
 class ModuleReport(msgspec.Struct, frozen=True, gc=False):
@@ -116,19 +132,7 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     def reports(self, layer: str | None) -> Iterator[ModuleReport]:
         """The modules one by one; they belong to the tensor's layer."""
-        columns = (
-            self.rho,
-            self.rho_null,
-            self.v_norm,
-            self.delta_norm,
-            self.weight_norm,
-            self.v_rounding,
-            self.cos_v_delta,
-            self.rho_low,
-            self.rho_high,
-            self.columns,
-            self.null_sd,
-        )
+        columns = _values(self)
         for place, (merged, reason) in enumerate(zip(self.merged, self.reason, strict=True)):
             expert, part = divmod(place, len(self.parts))
             yield ModuleReport(
@@ -137,7 +141,7 @@ class ModuleRecords(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
                 layer,
                 merged,
                 reason,
-                *(column[place] if column else None for column in columns),  # type: ignore[arg-type]
+                *(column[place] if column else None for column in columns),
             )
 
 
@@ -172,21 +176,14 @@ def module_records(
 
 
 def measured(score: Score) -> Measured:
-    """The fields of a report that a score fills; JSON has no NaN and no infinity, so both become None."""
-    return (
-        _finite(score.rho),
-        _finite(score.rho_null),
-        _finite(score.v_norm),
-        _finite(score.delta_norm),
-        _finite(score.weight_norm),
-        _finite(score.v_rounding),
-        _finite(score.cos_v_delta),
-        _finite(score.rho_low),
-        _finite(score.rho_high),
-        score.columns,
-        _finite(score.null_sd),
-    )
+    """What a score says of a module; JSON has no NaN and no infinity, so both become None."""
+    return Measured(*map(_finite, _values(score)))
 
 
-def _finite(value: float | None) -> float | None:
+def measurements(record: object) -> Measured:
+    """What a record that has these fields says of a module."""
+    return Measured(*_values(record))
+
+
+def _finite(value: Any) -> Any:
     return value if value is not None and math.isfinite(value) else None

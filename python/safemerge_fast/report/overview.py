@@ -12,6 +12,7 @@ from ..analysis.score import Score
 from ..decision.outlook import Outcome
 from ..pairing.module import Module
 from ..printable import printable
+from .expert_lines import expert_label, is_of_expert
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -26,7 +27,7 @@ _LONGEST = 24
 
 
 def type_table(modules: Sequence[Module], scores: Mapping[str, Score], chosen: Outcome) -> Table:
-    """A line per module type.
+    """A line per module type, and one for the experts of each layer.
 
     Args:
         modules: The modules, all of which have a score.
@@ -37,6 +38,10 @@ def type_table(modules: Sequence[Module], scores: Mapping[str, Score], chosen: O
     groups: dict[str, list[Module]] = {}
     for module in modules:
         groups.setdefault(module.module_type, []).append(module)
+    experts: dict[str, list[Module]] = {}
+    for module in modules:
+        if module.layer is not None and is_of_expert(module.module_type):
+            experts.setdefault(expert_label(module.layer), []).append(module)
     title = f"ρ < {chosen.rule.threshold:g}" if chosen.rule.select == "threshold" else "merged"
     table = _table("module type", footer="all")
     for name, footer in (
@@ -48,12 +53,14 @@ def type_table(modules: Sequence[Module], scores: Mapping[str, Score], chosen: O
         ("ρ_null", ""),
     ):
         table.add_column(name, footer=footer, justify="right", no_wrap=True)
-    for module_type, group in groups.items():
+    for name, group in (*groups.items(), *experts.items()):
         rhos = _known(scores[module.name].rho for module in group)
+        counts = len(group), sum(module.name in merged for module in group)
+        # Experts by layer in brackets, since the types' lines have counted them already.
+        cells = (f"({count})" if name in experts else str(count) for count in counts)
         table.add_row(
-            printable(module_type),
-            str(len(group)),
-            str(sum(module.name in merged for module in group)),
+            printable(name),
+            *cells,
             _number(min(rhos, default=None)),
             _number(statistics.median(rhos) if rhos else None),
             _number(max(rhos, default=None)),

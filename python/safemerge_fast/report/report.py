@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..execution.local import WrittenShard
 from ..pairing.coverage import Coverage
 from ..settings import Settings
-from .tensors import ModuleCount, TensorReport, count_modules
+from .tensors import ModuleCount, TensorReport, count_experts, count_modules
 
 __all__ = ["CARD_FILE", "REPORT_FILE", "ModuleWarning", "OutputFile", "Report"]
 
@@ -137,6 +137,11 @@ class Report:
         return count_modules(self.tensors)
 
     @property
+    def experts(self) -> tuple[ModuleCount, ...]:
+        """Counts of the experts' matrices that were analysed, per layer."""
+        return count_experts(self.tensors)
+
+    @property
     def merged(self) -> int:
         """How many tensors were merged."""
         return sum(tensor.merged for tensor in self.tensors)
@@ -147,10 +152,10 @@ class Report:
         return sum(tensor.merged or not tensor.copied for tensor in self.tensors)
 
     def table(self) -> Any:
-        """The counts per module type as a rich table."""
+        """The counts per module type, and of experts per layer, as a rich table."""
         from .tensors import module_table
 
-        return module_table(self.counts)
+        return module_table(self.counts, self.experts)
 
     def to_json(self) -> str:
         """Writes the report as JSON that from_json reads; a line per tensor."""

@@ -15,12 +15,21 @@ from ..pairing.row import Row
 from ..plan.operation import Operation
 from ..plan.pieces import Pieces
 from ..printable import printable
-from .modules import NOT_MEASURED, ModuleRecords, ModuleReport, measured
+from .expert_lines import expert_label, is_of_expert
+from .modules import NOT_MEASURED, ModuleRecords, ModuleReport, measured, measurements
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ModuleCount", "TensorReport", "TensorReports", "count_modules", "module_table", "tensor_report"]
+__all__ = [
+    "ModuleCount",
+    "TensorReport",
+    "TensorReports",
+    "count_experts",
+    "count_modules",
+    "module_table",
+    "tensor_report",
+]
 
 
 class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -51,8 +60,10 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         columns: Random columns that ρ was estimated from; 0 where it is exact, None where not analysed.
         null_sd: Standard deviation of log ρ by chance; None where not analysed or undefined.
         encoding: How it is stored, in words, if it is quantised.
-        survival: Of a tensor that was quantised again, the share of its change that is stored,
-            ‖Q(W') - W‖ / ‖W' - W‖; None where nothing was, or nothing was to change.
+        survival: Of a tensor that was quantised again, how large a change is stored, against the one that was
+            asked for, ‖Q(W') - W‖ / ‖W' - W‖; None where nothing was, or nothing was to change.
+        retained: How much of the change is stored: the part of that which lies along it,
+            ⟨Q(W') - W, W' - W⟩ / ‖W' - W‖²; None likewise.
         modules: The same of each expert, of a tensor that holds many and was analysed; else None.
     """
 
@@ -80,6 +91,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     null_sd: float | None = None
     encoding: str | None = None
     survival: float | None = None
+    retained: float | None = None
     modules: ModuleRecords | None = None
 
     def module_reports(self) -> Iterator[ModuleReport]:
@@ -90,22 +102,7 @@ class TensorReport(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 
     def _as_module(self) -> ModuleReport:
         return ModuleReport(
-            self.name,
-            self.module_type,
-            self.layer,
-            self.merged,
-            self.reason,
-            self.rho,
-            self.rho_null,
-            self.v_norm,
-            self.delta_norm,
-            self.weight_norm,
-            self.v_rounding,
-            self.cos_v_delta,
-            self.rho_low,
-            self.rho_high,
-            self.columns,
-            self.null_sd,
+            self.name, self.module_type, self.layer, self.merged, self.reason, *measurements(self)
         )
 
 
@@ -181,6 +178,7 @@ def tensor_report(
     decision: Decision,
     score: Score | None,
     survival: float | None = None,
+    retained: float | None = None,
     modules: ModuleRecords | None = None,
 ) -> TensorReport:
     """Joins what the stages found out about one tensor.
@@ -193,7 +191,8 @@ def tensor_report(
         description: operation.describe(), which many tensors share.
         decision: What was decided, and why.
         score: Its score, or None.
-        survival: What is stored of its change, if it was quantised again.
+        survival: How large a change is stored, if it was quantised again.
+        retained: How much of its change is, likewise.
         modules: The experts that it holds, or None.
     """
     return TensorReport(
@@ -209,9 +208,10 @@ def tensor_report(
         operation.is_copy,
         row.analysed,
         *(NOT_MEASURED if score is None else measured(score)),
-        row.encoded.format if row.encoded is not None and row.encoded.kept else None,
-        survival,
-        modules,
+        encoding=row.encoded.format if row.encoded is not None and row.encoded.kept else None,
+        survival=survival,
+        retained=retained,
+        modules=modules,
     )
 
 
@@ -225,6 +225,25 @@ def count_modules(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
         for module in tensor.modules.reports(tensor.layer):
             _group(groups, module.module_type).add(module, analysed=True)
     return tuple(group.count(module_type) for module_type, group in groups.items())
+
+
+def count_experts(tensors: Iterable[TensorReport]) -> tuple[ModuleCount, ...]:
+    """Counts the experts' matrices that were analysed, per layer, in the order of first appearance.
+
+    A model may have a hundred thousand of them, so that counts per module type say little of any one layer.
+    """
+    groups: dict[str, _Group] = {}
+    for tensor in tensors:
+        if not tensor.analysed or tensor.layer is None:
+            continue
+        if tensor.modules is None:
+            if is_of_expert(tensor.module_type):
+                _group(groups, tensor.layer).add(tensor, analysed=True)
+            continue
+        for module in tensor.modules.reports(tensor.layer):
+            if is_of_expert(module.module_type):
+                _group(groups, tensor.layer).add(module, analysed=True)
+    return tuple(group.count(expert_label(layer)) for layer, group in groups.items())
 
 
 class _Group:
@@ -264,8 +283,13 @@ def _group(groups: dict[str, _Group], module_type: str) -> _Group:
     return groups[module_type]
 
 
-def module_table(counts: Iterable[ModuleCount]) -> Table:
-    """Makes a rich table: a line per module type that was analysed or merged, one for the rest, the sum."""
+def module_table(counts: Iterable[ModuleCount], experts: Iterable[ModuleCount] = ()) -> Table:
+    """Makes a rich table: a line per module type that was analysed or merged, one for the rest, the sum.
+
+    Args:
+        counts: Counts per module type.
+        experts: Those of count_experts, which are among the others; their lines follow on the types'.
+    """
     from rich import box
     from rich.table import Table
 
@@ -285,17 +309,25 @@ def module_table(counts: Iterable[ModuleCount]) -> Table:
     ):
         table.add_column(title, footer=footer, justify="right", no_wrap=True)
     for count in shown:
-        table.add_row(
-            printable(count.module_type),
-            str(count.analysed),
-            str(count.merged),
-            str(count.kept),
-            _three_digits(count.median_rho),
-            _three_digits(count.median_rho_null),
-        )
+        table.add_row(*_cells(count))
     if rest:
         table.add_row("not analysed", "0", "0", str(rest), "", "", style="dim")
+    for count in experts:
+        # In brackets, since the types' lines have counted them already.
+        name, *numbers = _cells(count)
+        table.add_row(name, *(f"({number})" for number in numbers[:3]), *numbers[3:])
     return table
+
+
+def _cells(count: ModuleCount) -> tuple[str, ...]:
+    return (
+        printable(count.module_type),
+        str(count.analysed),
+        str(count.merged),
+        str(count.kept),
+        _three_digits(count.median_rho),
+        _three_digits(count.median_rho_null),
+    )
 
 
 def _median(values: Sequence[float]) -> float | None:

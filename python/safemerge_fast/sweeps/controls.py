@@ -93,15 +93,18 @@ class _Collected:
     def __init__(self) -> None:
         self.found: list[Candidate] = []
         self.notes: list[str] = []
-        self._names: set[str] = set()
+        self._names: dict[str, str] = {}
         self._weights: dict[Any, str] = {}
 
     def add(self, candidate: Candidate, weights: Any = None) -> str | None:
         """Adds one, unless it is there already; returns the name of what has the same weights."""
         first = None if weights is None else self._weights.get(weights)
-        if candidate.name in self._names:
+        identity = candidate.identity()
+        if (known := self._names.get(candidate.name)) is not None:
+            if known != identity:
+                raise SettingError(f"two models would be called {candidate.name}; leave one of them out")
             return first
-        self._names.add(candidate.name)
+        self._names[candidate.name] = identity
         if weights is not None and first is None:
             self._weights[weights] = candidate.name
         self.found.append(replace(candidate, same_as=first))
@@ -156,7 +159,7 @@ def _shrink(settings: SafemergeSettings) -> Candidate:
         if field.name in ("alpha", "method", "density", "seed", "parameters", "adapter_rank", "compat")
         and (field.name == "alpha" or getattr(changed, field.name) != field.default)
     ]
-    name = safe_name("-".join(["shrink", *own]))
+    name = safe_name("-".join(["shrink-only", *own]))
     return Candidate(
         name,
         "the update of every module shrunk by α; no safe model",

@@ -91,7 +91,7 @@ def model_card(
         method=settings.method,
         form="" if report.adapter is None else _form(report.adapter),
         roles=roles_table(models),
-        counts=count_table(report.counts),
+        counts=count_table(report.counts, report.experts),
         plan="; what each is made of, in `safemerge_plan.json`" if report.adapter is None else "",
         settings=settings_blocks(report, models),
     )
@@ -113,9 +113,12 @@ def _form(adapter: Mapping[str, Any]) -> str:
         )
     else:
         made = "Updates are added up exactly, by concatenation of their factors."
+    modules, parameters = adapter["modules"], len(adapter.get("parameters", ()))
+    matrices = f"{modules} matrices" if modules or not parameters else ""
+    experts = f"each expert of {parameters} stacked parameters" if parameters else ""
     return (
         f"\n\nThis is a LoRA adapter of the aligned model: it adds B·A, of rank {adapter['rank']} (padded with zeros) "
-        f"and with scale 1, to {adapter['modules']} matrices. {made}"
+        f"and with scale 1, to {' and to '.join(filter(None, (matrices, experts)))}. {made}"
     )
 
 

@@ -40,6 +40,7 @@ from ..role_check import refuse_or_warn
 from ..roles import access_of, open_roles, shape_of_repair
 from ..shape import OutputShape
 from .adapter.contents import AdapterContents
+from .adapter.experts import require_parameters
 from .adapter.layout import lay_out_adapter, require_linear
 from .alphas import open_alphas
 from .blend import method_parameters, safemerge
@@ -250,8 +251,11 @@ class SafemergeJob(Job[SafemergeSettings]):
         """The output with these decisions, by the names of modules, and of tensors that have none."""
         rows, settings = self.pairing.rows, self.settings
         if self.writes_adapter:
-            layout = lay_out_adapter(rows, decisions, self.composer, self.adapters)
-            return AdapterContents(self.models, self.pairing, layout, decisions, settings)
+            adapters = self.adapters
+            layout = lay_out_adapter(rows, decisions, self.composer, adapters, self.models["aligned"])
+            return AdapterContents(
+                self.models, self.pairing, [*adapters.values()], layout, decisions, settings
+            )
         plan, config = plan_checkpoint(
             self.models,
             rows,
@@ -384,12 +388,7 @@ class SafemergeJob(Job[SafemergeSettings]):
                 if getattr(settings, name) not in (None, False):
                     raise PlanError(f"{name} is for checkpoints, but the output is an adapter; leave it out")
             require_linear(self.pairing.rows)
-            stacked = (row for row in self.pairing.rows if any(map(row.is_elsewhere, self.adapters)))
-            if (row := next(stacked, None)) is not None:
-                raise AdapterError(
-                    f"the adapters adapt the experts of {row.name} one by one (target_parameters), and experts of "
-                    f"different ranks make no such adapter; pass --output-format checkpoint"
-                )
+            require_parameters(self.adapters, self.models["aligned"], compat=settings.compat)
             return
         for name in ("adapter_rank", "compat"):
             if getattr(settings, name) is not None:

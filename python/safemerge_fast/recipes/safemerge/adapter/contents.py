@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from .... import _engine
 from ....analysis.score import Score
-from ....checkpoint.adapter import ADAPTER_WEIGHTS
+from ....checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from ....checkpoint.adapter_config import ADAPTER_CONFIG
 from ....checkpoint.model import Model
-from ....decision import Decision
+from ....decision import Decision, decision_of
 from ....execution.local import Written, WrittenShard
 from ....pairing.rows import Pairing
+from ....plan.pieces import compose_row
 from ....progress import ProgressCallback, ProgressEvent
+from ....report.modules import module_records
 from ....report.tensors import TensorReport, tensor_report
 from ....settings import DTYPES, RunSettings
 from ..settings import SafemergeSettings
@@ -38,13 +40,15 @@ class AdapterContents:
     Attributes:
         models: The models by role.
         pairing: The rows of the aligned model.
+        adapters: Those that are merged, the fine-tuned one first.
         layout: What the adapter consists of.
-        decisions: The decision for every row, by name.
+        decisions: The decision for every module, and for every row that has none, by name.
         settings: What was asked for.
     """
 
     models: Mapping[str, Model]
     pairing: Pairing
+    adapters: Sequence[Adapter]
     layout: AdapterLayout
     decisions: Mapping[str, Decision]
     settings: SafemergeSettings
@@ -59,24 +63,39 @@ class AdapterContents:
     def bytes_read(self) -> int:
         """Bytes of the tensors that the adapter is made from."""
         layout = self.layout
-        read = {
-            (product.source, key)
-            for weight in layout.weights
-            for product in weight.products
-            for key in (product.a, product.b)
-        } | {(term.operand.source, term.operand.tensor) for tensor in layout.tensors for term in tensor.terms}
+        read = (
+            {
+                (product.source, key)
+                for weight in layout.weights
+                for product in weight.products
+                for key in (product.a, product.b)
+            }
+            | {
+                (share.product.source, key)
+                for weight in layout.stacked
+                for share in weight.shares
+                for key in (share.product.a, share.product.b)
+            }
+            | {
+                (term.operand.source, term.operand.tensor)
+                for tensor in layout.tensors
+                for term in tensor.terms
+            }
+        )
         return sum(self.models[source].headers.tensor(key).nbytes for source, key in read)
 
     @property
     def bytes_written(self) -> int:
         """Bytes of the tensors of the merged adapter; its header is not counted."""
         layout, settings = self.layout, self.settings
-        rank = max(weight.rank for weight in layout.weights)
+        ranks = [weight.rank for weight in layout.weights] + [weight.rank for weight in layout.stacked]
+        rank = max(ranks)
         if settings.compat is not None:
             rank = max(product.rank for weight in layout.weights for product in weight.products)
         elif settings.adapter_rank is not None:
             rank = min(rank, settings.adapter_rank)
         elements = rank * sum(sum(weight.row.shape) for weight in layout.weights)
+        elements += rank * sum(weight.experts * (weight.inputs + weight.outputs) for weight in layout.stacked)
         elements += sum(math.prod(tensor.row.shape) for tensor in layout.tensors)
         return elements * (2 if settings.dtype in ("bfloat16", "float16") else 4)
 
@@ -122,7 +141,7 @@ class AdapterContents:
         # All modules of the aligned model, by the names that PEFT knows the adapted ones by.
         known = {weight.row.name: weight.module for weight in self.layout.weights}
         modules = [known.get(row.name, row.name.rpartition(".")[0]) for row in self.pairing.rows]
-        settings = adapter_settings(self.models["finetuned"].config, self.layout, rank, modules)
+        settings = adapter_settings(self.adapters, self.layout, rank, modules)
         return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
     def tensors(
@@ -135,8 +154,7 @@ class AdapterContents:
         for row in self.pairing.rows:
             if row.name not in spoken_of and not row.analysed:
                 continue
-            decision = self.decisions[row.name]
-            operation = self.layout.composer.compose(row, decision)
+            operation = compose_row(self.layout.composer, row, self.decisions)
             reports.append(
                 tensor_report(
                     row,
@@ -144,8 +162,9 @@ class AdapterContents:
                     dtype=dtype,
                     operation=operation,
                     description=operation.describe(),
-                    decision=decision,
+                    decision=decision_of(row, self.decisions),
                     score=scores.get(row.name),
+                    modules=module_records(row, self.decisions, scores),
                 )
             )
         return tuple(reports)
@@ -157,8 +176,10 @@ class AdapterContents:
             "combination": self.settings.compat or "concatenation",
             "rank": made.rank,
             "modules": len(self.layout.weights),
+            "parameters": [weight.parameter for weight in self.layout.stacked],
             "full_tensors": [tensor.key for tensor in self.layout.tensors],
-            "ranks": {weight.row.name: weight.rank for weight in self.layout.weights},
+            "ranks": {weight.row.name: weight.rank for weight in self.layout.weights}
+            | {weight.parameter: weight.rank for weight in self.layout.stacked},
             "relative_errors": dict(made.errors),
         }
 
@@ -167,6 +188,11 @@ class AdapterContents:
         notes = []
         if not any(decision.merge for decision in self.decisions.values()):
             notes.append("no tensor was merged: the output is the fine-tuned adapter in another form")
+        if self.layout.stacked and any(adapter.expert_layout != "peft" for adapter in self.adapters):
+            notes.append(
+                "the output's LoRA of fused experts is laid out as PEFT does it, whatever the inputs' layout: "
+                "read it with no other expert_lora_layout"
+            )
         errors = self._made[-1].errors if self._made else {}
         if self.settings.compat is not None and errors:
             notes.append(
@@ -174,8 +200,9 @@ class AdapterContents:
                 f"runs: its cross terms make it differ from α·Δ_finetuned + (1-α)·Δ_safe by {_percent(errors.values())}"
             )
         elif errors:
+            count = len(self.layout.weights) + len(self.layout.stacked)
             notes.append(
-                f"{len(errors)} of {len(self.layout.weights)} modules were truncated to rank "
+                f"{len(errors)} of {count} modules were truncated to rank "
                 f"{self.settings.adapter_rank}, with errors of {_percent(errors.values())}; safemerge_report.json "
                 f"lists them"
             )

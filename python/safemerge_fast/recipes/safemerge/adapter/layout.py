@@ -10,11 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ....checkpoint.adapter import Adapter
+from ....checkpoint.model import Model
 from ....decision import Decision
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Operand, Term
 from ....pairing.row import Row
 from ....plan.blend import Composer
+from .experts import ExpertUpdates, StackedWeight
 
 __all__ = ["AdapterLayout", "FullTensor", "LowRankWeight", "lay_out_adapter", "require_linear"]
 
@@ -32,6 +34,7 @@ class LowRankWeight:
         b: The key of B.
         products: What the update is the sum of, scaled.
         merged: Whether it is merged, not kept from the fine-tuned adapter.
+        is_parameter: Whether PEFT adapts it as a bare parameter (target_parameters), not as its module's.
     """
 
     row: Row
@@ -40,6 +43,7 @@ class LowRankWeight:
     b: str
     products: tuple[LowRank, ...]
     merged: bool
+    is_parameter: bool = False
 
     @property
     def rank(self) -> int:
@@ -71,20 +75,24 @@ class AdapterLayout:
     Attributes:
         composer: What merged tensors are made of, and where the others come from.
         weights: The weights with a product, in the order of the rows.
+        stacked: The parameters with a product for each expert.
         tensors: The tensors that are stored whole, likewise.
         saved_modules: Modules of which all tensors are stored (modules_to_save), sorted.
         has_biases: Whether biases of other modules are stored (bias="all").
+        parameters: All bare parameters that some of the adapters adapts.
     """
 
     composer: Composer
     weights: tuple[LowRankWeight, ...]
+    stacked: tuple[StackedWeight, ...]
     tensors: tuple[FullTensor, ...]
     saved_modules: tuple[str, ...]
     has_biases: bool
+    parameters: frozenset[str]
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The rows that the adapter changes."""
+        """The rows that the adapter changes, but for those of stacked parameters."""
         return (*(weight.row for weight in self.weights), *(tensor.row for tensor in self.tensors))
 
 
@@ -117,14 +125,16 @@ def lay_out_adapter(
     decisions: Mapping[str, Decision],
     composer: Composer,
     adapters: Mapping[str, Adapter],
+    aligned: Model,
 ) -> AdapterLayout:
     """Distributes the merged updates over products and full tensors.
 
     Args:
         rows: All rows of the pairing, which are the aligned model's tensors.
-        decisions: The decision for every row.
+        decisions: The decision for every module, and for every row that has none.
         composer: What merged tensors are made of, and where the others come from.
         adapters: The adapters by role, the one whose names win first.
+        aligned: The model that they adapt.
 
     Returns:
         The layout.
@@ -143,7 +153,15 @@ def lay_out_adapter(
     weights: list[LowRankWeight] = []
     whole: list[tuple[Row, tuple[Term, ...]]] = []
     modules: dict[str, str] = {}
+    experts = ExpertUpdates(adapters, aligned)
+    parameters = _bare_weights(adapters)
     for row in rows:
+        if row in experts:
+            experts.add(row, decisions, composer)
+            continue
+        if row.slices is not None:
+            # No adapter changes its experts.
+            continue
         if (module := _module(row, adapters, module_of_key)) is not None:
             modules.setdefault(_parent(row), module)
         terms = composer.terms(row, merge=decisions[row.name].merge)
@@ -156,9 +174,11 @@ def lay_out_adapter(
         elif products := tuple(product for product in operand.low_rank if product.scale != 0.0):
             assert module is not None
             first = products[0]
-            weights.append(LowRankWeight(row, module, first.a, first.b, products, decisions[row.name].merge))
-    layout = _with_whole_modules(rows, composer, weights, whole, modules)
-    if not layout.weights:
+            merged, is_parameter = decisions[row.name].merge, module in parameters
+            weights.append(LowRankWeight(row, module, first.a, first.b, products, merged, is_parameter))
+    names = {*experts.parameters, *(f"{module}.weight" for module in parameters)}
+    layout = _with_whole_modules(rows, composer, weights, experts, whole, modules, names)
+    if not layout.weights and not layout.stacked:
         raise AdapterError(
             "no low-rank update is left to put into an adapter; pass --output-format checkpoint"
         )
@@ -169,13 +189,16 @@ def _with_whole_modules(
     rows: Sequence[Row],
     composer: Composer,
     weights: Sequence[LowRankWeight],
+    experts: ExpertUpdates,
     whole: Sequence[tuple[Row, tuple[Term, ...]]],
     modules: Mapping[str, str],
+    parameters: Iterable[str],
 ) -> AdapterLayout:
     """Gives full tensors their keys, and adds the unchanged tensors of modules that PEFT stores whole."""
     saved = {_parent(row) for row, _ in whole if not row.name.endswith(".bias")}
     low_rank = {_parent(weight.row) for weight in weights}
-    for parent in sorted(saved & low_rank):
+    stacked = {_parent(row) for row in rows if row in experts}
+    for parent in sorted(saved & (low_rank | stacked)):
         raise AdapterError(
             f"{parent} is both adapted and replaced, which PEFT cannot store in one module; "
             f"pass --output-format checkpoint"
@@ -198,9 +221,11 @@ def _with_whole_modules(
     return AdapterLayout(
         composer=composer,
         weights=tuple(weights),
+        stacked=experts.weights(),
         tensors=tuple(tensors),
         saved_modules=tuple(sorted(modules[parent] for parent in saved)),
         has_biases=any(_parent(tensor.row) not in saved for tensor in tensors),
+        parameters=frozenset(parameters),
     )
 
 
@@ -215,6 +240,16 @@ def _module(row: Row, adapters: Mapping[str, Adapter], module_of_key: Mapping[st
                 if key in module_of_key:
                     return module_of_key[key]
     return None
+
+
+def _bare_weights(adapters: Mapping[str, Adapter]) -> set[str]:
+    """Modules whose weight some adapter adapts as a bare parameter, as PEFT must where a module is no Linear."""
+    return {
+        module.name
+        for adapter in adapters.values()
+        for module in adapter.modules.values()
+        if module.a is not None and adapter.settings.targets_parameter(f"{module.name}.weight")
+    }
 
 
 def _parent(row: Row) -> str:

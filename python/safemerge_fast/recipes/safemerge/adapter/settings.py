@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ....checkpoint.adapter import Adapter
 from .layout import AdapterLayout
 
 __all__ = ["adapter_settings", "target_modules"]
@@ -48,12 +49,12 @@ _EVERY_VERSION = frozenset(
 
 
 def adapter_settings(
-    finetuned: Mapping[str, Any], layout: AdapterLayout, rank: int, modules: Iterable[str]
+    adapters: Sequence[Adapter], layout: AdapterLayout, rank: int, modules: Iterable[str]
 ) -> dict[str, Any]:
     """Writes the configuration: the fine-tuned adapter's, with scale 1, one rank and no patterns.
 
     Args:
-        finetuned: The fine-tuned adapter's configuration.
+        adapters: The adapters that were merged, the fine-tuned one first.
         layout: What the merged adapter consists of.
         rank: The rank of all its modules.
         modules: All modules of the aligned model that have tensors.
@@ -61,7 +62,7 @@ def adapter_settings(
     Returns:
         The document, by sorted names.
     """
-    document = dict(finetuned)
+    document = dict(adapters[0].config)
     document |= {
         name: value for name, value in _CLEARED.items() if name in document or name in _EVERY_VERSION
     }
@@ -70,9 +71,36 @@ def adapter_settings(
         "lora_alpha": rank,
         "modules_to_save": list(layout.saved_modules) or None,
         "r": rank,
-        "target_modules": target_modules([weight.module for weight in layout.weights], modules),
+        "target_modules": target_modules(
+            [weight.module for weight in layout.weights if not weight.is_parameter], modules
+        ),
     }
+    if parameters := _target_parameters(adapters, layout):
+        document["target_parameters"] = parameters
+        if layout.stacked and adapters[0].settings.swaps_stacked:
+            # What wrote it says what its factors mean, and these are in the form of the adapter that has any.
+            document |= _version(adapters)
     return dict(sorted(document.items()))
+
+
+def _target_parameters(adapters: Sequence[Adapter], layout: AdapterLayout) -> list[str]:
+    """Names the adapted parameters so that PEFT adapts exactly these: as the adapters do, or else in full."""
+    chosen = {weight.parameter for weight in layout.stacked}
+    chosen |= {f"{weight.module}.weight" for weight in layout.weights if weight.is_parameter}
+    names, named = set(), set()
+    for target in {target for adapter in adapters for target in adapter.settings.target_parameters}:
+        meant = {name for name in layout.parameters if name == target or name.endswith(f".{target}")}
+        if meant and meant <= chosen:
+            names.add(target)
+            named |= meant
+    return sorted(names | (chosen - named))
+
+
+def _version(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The version of PEFT that wrote the first adapter whose experts are laid out as they are now."""
+    newer = (adapter for adapter in adapters if adapter.parameters and not adapter.settings.swaps_stacked)
+    found = next(newer, None)
+    return {} if found is None else {"peft_version": found.config["peft_version"]}
 
 
 def target_modules(adapted: Sequence[str], modules: Iterable[str]) -> list[str]:

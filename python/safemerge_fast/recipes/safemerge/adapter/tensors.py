@@ -12,6 +12,8 @@ from ....analysis.blocks import Composed, read_tensor
 from ....checkpoint.model import Model
 from ....errors import AdapterError
 from ....pairing.operand import LowRank, Term
+from .expert_tensors import ExpertFactors, make_factors, stacked, truncated
+from .experts import StackedWeight
 from .layout import AdapterLayout, FullTensor, LowRankWeight
 
 __all__ = ["AdapterTensors", "make_tensors", "relative_error"]
@@ -32,8 +34,9 @@ class AdapterTensors:
     Attributes:
         rank: The rank of all its products, of which the smaller ones are padded with zeros.
         tensors: The tensors by key.
-        errors: ‖B·A - Σ w·s·B·A‖ / ‖Σ w·s·B·A‖ (Frobenius) by the weight's name, where that is not just
-            rounding: for truncated products and for those of PEFT's linear combination.
+        errors: ‖B·A - Σ w·s·B·A‖ / ‖Σ w·s·B·A‖ (Frobenius) by the weight's name, of a stacked parameter that of all
+            experts together, where it is not just rounding: for truncated products and for those of PEFT's linear
+            combination.
     """
 
     rank: int
@@ -78,16 +81,30 @@ def make_tensors(
             errors[weight.row.name] = relative_error((a, b), exact)
         elif adapter_rank is not None and a.shape[0] > adapter_rank:
             exact = a, b
-            a, b = _truncate(weight, a, b, adapter_rank)
+            a, b = _truncate(weight.row.name, a, b, adapter_rank)
             errors[weight.row.name] = relative_error((a, b), exact)
         made.append((weight, a, b))
-    rank = max(a.shape[0] for _, a, _ in made)
+    experts: list[tuple[StackedWeight, ExpertFactors]] = []
+    for parameter in layout.stacked:
+        factors_of_all = make_factors(
+            models, parameter, lambda model, key, values: _check_finite(model, key, values, allow_nonfinite)
+        )
+        if adapter_rank is not None and parameter.rank > adapter_rank:
+            exact_of_all = factors_of_all
+            factors_of_all = _truncate_experts(parameter, exact_of_all, adapter_rank)
+            errors[parameter.parameter] = _error_of_experts(factors_of_all, exact_of_all)
+        experts.append((parameter, factors_of_all))
+    rank = max([a.shape[0] for _, a, _ in made] + [factors[0].shape[1] for _, factors in experts])
     stored = _DTYPES[dtype]
     tensors: dict[str, torch.Tensor] = {}
     for weight, a, b in made:
         missing = rank - a.shape[0]
         tensors[weight.a] = torch.nn.functional.pad(a, (0, 0, 0, missing)).to(stored)
         tensors[weight.b] = torch.nn.functional.pad(b, (0, missing)).to(stored)
+    for parameter, factors_of_all in experts:
+        tensors[parameter.a], tensors[parameter.b] = (
+            factor.to(stored) for factor in stacked(factors_of_all, rank)
+        )
     for tensor in layout.tensors:
         tensors[tensor.key] = _full(models, tensor, None if dtype == "auto" else stored, allow_nonfinite)
     return AdapterTensors(rank, tensors, errors)
@@ -133,15 +150,30 @@ def _peft_linear(weight: LowRankWeight, factors: Sequence[_Factors]) -> _Factors
     return a.sum(dim=0), b.sum(dim=0)
 
 
-def _truncate(weight: LowRankWeight, a: torch.Tensor, b: torch.Tensor, rank: int) -> _Factors:
+def _truncate(name: str, a: torch.Tensor, b: torch.Tensor, rank: int) -> _Factors:
     """The best approximation of B·A of a lower rank: QR of both factors, then SVD of a matrix of their rank."""
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"{weight.row.name} cannot be truncated: its factors hold NaN or infinity")
+        raise AdapterError(f"{name} cannot be truncated: its factors hold NaN or infinity")
     left, left_triangle = torch.linalg.qr(b.double())
     right, right_triangle = torch.linalg.qr(a.double().T)
     u, values, vt = torch.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
     root = values[:rank].sqrt()
     return ((vt[:rank].T * root).T @ right.T).float(), (left @ (u[:, :rank] * root)).float()
+
+
+def _truncate_experts(weight: StackedWeight, factors: ExpertFactors, rank: int) -> ExpertFactors:
+    """Every expert's product, truncated where its rank is higher."""
+    return truncated(factors, rank, lambda a, b: _truncate(weight.parameter, a, b, rank))
+
+
+def _error_of_experts(found: ExpertFactors, exact: ExpertFactors) -> float:
+    """relative_error of all experts' products as one vector."""
+    pairs = [zip(*factors, strict=True) for factors in (found, exact)]
+    differences, norms = zip(
+        *(_difference(one, other) for one, other in zip(*pairs, strict=True)), strict=True
+    )
+    norm = math.hypot(*norms)
+    return math.hypot(*differences) / norm if norm > 0.0 else 0.0
 
 
 def relative_error(found: _Factors, exact: _Factors) -> float:
@@ -153,12 +185,17 @@ def relative_error(found: _Factors, exact: _Factors) -> float:
         found: A' (r', d_in) and B' (d_out, r').
         exact: A (r, d_in) and B (d_out, r).
     """
+    difference, norm = _difference(found, exact)
+    return difference / norm if norm > 0.0 else 0.0
+
+
+def _difference(found: _Factors, exact: _Factors) -> tuple[float, float]:
+    """‖B'A' - BA‖ and ‖BA‖ in float64."""
     difference = _product_norm(
         torch.cat([found[0].double(), exact[0].double()]),
         torch.cat([found[1].double(), -exact[1].double()], dim=1),
     )
-    norm = _product_norm(exact[0].double(), exact[1].double())
-    return difference / norm if norm > 0.0 else 0.0
+    return difference, _product_norm(exact[0].double(), exact[1].double())
 
 
 def _product_norm(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ....report.report import Report
 from ..job import SafemergeJob
 from ..settings import SafemergeSettings
 from .contents import AdapterContents
+from .experts import StackedWeight
 
 __all__ = ["verify_adapter"]
 
@@ -44,6 +45,12 @@ def verify_adapter(directory: Path, report: Report) -> int:
     """
     job = _open_job(report)
     decisions = {tensor.name: Decision(tensor.merged, tensor.reason) for tensor in report.tensors}
+    decisions |= {
+        module.name: Decision(module.merged, module.reason)
+        for tensor in report.tensors
+        if tensor.modules is not None
+        for module in tensor.module_reports()
+    }
     # Tensors that the report does not name are the aligned model's own.
     for row in job.pairing.rows:
         decisions.setdefault(row.name, Decision(False, row.reason))
@@ -54,9 +61,12 @@ def verify_adapter(directory: Path, report: Report) -> int:
     # Written by this program, so that no limit but its own size applies.
     found = path.read_bytes()
     if found != expected:
-        truncated = [weight for weight in contents.layout.weights if weight.row.name in made.errors]
-        products = [(weight.a, weight.b) for weight in truncated] if job.settings.compat is None else []
-        _compare(path, found, made.tensors, products)
+        layout, compares = contents.layout, job.settings.compat is None
+        products = [(weight.a, weight.b, None) for weight in layout.weights if weight.row.name in made.errors]
+        stacks = [
+            (weight.a, weight.b, weight) for weight in layout.stacked if weight.parameter in made.errors
+        ]
+        _compare(path, found, made.tensors, [*products, *stacks] if compares else [])
     _compare_settings(directory, contents.configuration(made.rank))
     return len(found)
 
@@ -102,12 +112,18 @@ def _compare_settings(directory: Path, expected: bytes) -> None:
             raise VerificationError(f"{path} should set {name} to {value!r}; merge again with --overwrite")
 
 
-def _compare(path: Path, found: bytes, expected: Mapping[str, Any], products: list[tuple[str, str]]) -> None:
+def _compare(
+    path: Path,
+    found: bytes,
+    expected: Mapping[str, Any],
+    products: Sequence[tuple[str, str, StackedWeight | None]],
+) -> None:
     """Raises VerificationError if tensors differ, other than truncated factors whose products agree."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    from .expert_tensors import unstacked
     from .tensors import relative_error
 
     try:
@@ -120,15 +136,17 @@ def _compare(path: Path, found: bytes, expected: Mapping[str, Any], products: li
         raise VerificationError(
             f"{path} and its report disagree on {missing[0]}; merge again with --overwrite"
         )
-    approximate = {key for pair in products for key in pair}
+    approximate = {key for a, b, _ in products for key in (a, b)}
     for key, tensor in expected.items():
         same = tensors[key].shape == tensor.shape and tensors[key].dtype == tensor.dtype
         if not same or (key not in approximate and not torch.equal(tensors[key], tensor)):
             raise VerificationError(
                 f"tensor {key} of {path} differs from what the report says; merge again with --overwrite"
             )
-    for a, b in products:
-        difference = relative_error((tensors[a], tensors[b]), (expected[a], expected[b]))
+    for a, b, stack in products:
+        pairs = [(tensors[a], tensors[b]), (expected[a], expected[b])]
+        factors = [[pair] if stack is None else [*unstacked(stack, *pair)] for pair in pairs]
+        difference = max(relative_error(one, other) for one, other in zip(*factors, strict=True))
         if not difference <= _TRUNCATION_TOLERANCES[str(expected[a].dtype)]:
             raise VerificationError(
                 f"the product of {b} and its lora_A in {path} differs from what the report says; "
