@@ -19,6 +19,7 @@ import pytest
 from conftest import write_quartet
 from forking import Done, Run, Server
 from lora import write_lora
+from pages import Parsed
 
 __all__ = [
     "Case",
@@ -34,10 +35,11 @@ __all__ = [
 
 Files = dict[str, bytes]
 
-REPORT = "safemerge_report.json"
+REPORT, PAGE = "safemerge_report.json", "safemerge_report.html"
 # What a run measures of itself, and how it was asked to treat what stood there.
 _OF_THE_RUN = ("seconds", "peak_memory_bytes", "bytes_read", "bytes_written", "output")
 _FLAGS = ("output", "resume", "overwrite", "threads")
+_PAGE_OF_THE_RUN = ("facts", "title", "command", "repeat", "settings")
 
 _Item = TypeVar("_Item")
 
@@ -278,6 +280,11 @@ def comparable(files: Files) -> dict[str, Any]:
         result[REPORT] = {name: value for name, value in report.items() if name not in _OF_THE_RUN}
         configuration = report["configuration"]
         result[REPORT]["configuration"] = {n: v for n, v in configuration.items() if n not in _FLAGS}
+        # The page has a digest as its bytes are, and they hold times.
+        result[REPORT]["files"] = [file for file in report["files"] if file["name"] != PAGE]
+    if PAGE in files:
+        page = Parsed(files[PAGE].decode())
+        result[PAGE] = {name: value for name, value in page.data.items() if name not in _PAGE_OF_THE_RUN}
     return result
 
 

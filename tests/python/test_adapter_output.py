@@ -385,6 +385,7 @@ def test_dtype_and_files_beside(tmp_path: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "safemerge_report.html",
         "safemerge_report.json",
         "tokenizer_config.json",
     }

@@ -269,7 +269,7 @@ def test_the_families_are_those_of_transformers() -> None:
 
 
 def test_the_experts_of_a_layer_are_one_line(tmp_path: Path) -> None:
-    """In the page of a plot, single or stacked; other modules have a line each."""
+    """Single or stacked; other modules have a line each."""
     from safemerge_fast.analysis.score import Score
     from safemerge_fast.report.expert_lines import ExpertLine, lines
 

@@ -350,7 +350,7 @@ def test_companions_come_from_the_finetuned_model(
     for name in (*wanted, "tokenizer_config.json", "generation_config.json", "config.json"):
         assert (output / name).read_bytes() == (source / name).read_bytes(), name
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
-    ours = {"README.md", "safemerge_plan.json", "safemerge_report.json"}
+    ours = {"README.md", "safemerge_plan.json", "safemerge_report.html", "safemerge_report.json"}
     weights = {*weight_files(source)}
     assert found == {
         *wanted,

@@ -22,6 +22,7 @@ from safemerge_fast._engine import file_digest
 from safemerge_fast.analysis.score import Score
 from safemerge_fast.checkpoint.model import open_model
 from safemerge_fast.documents import write_document
+from safemerge_fast.pairing.row import Row
 from safemerge_fast.pairing.rows import pair
 from safemerge_fast.recipes import recipes
 from safemerge_fast.recipes.run import read_report
@@ -217,25 +218,59 @@ class TestPlot:
         assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
         assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
-    def test_html_stands_alone_and_holds_every_score(
-        self, rows, scores: dict[str, Score], tmp_path: Path
+    def test_shows_each_type_by_layer_with_interval_chance_and_decision(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        write_plot(tmp_path / "p.html", rows, scores, threshold=0.35)
-        page = (tmp_path / "p.html").read_text()
-        table = page[page.index("<tbody>") : page.index("</tbody>")]
-        lines = [line for line in table.splitlines() if line.startswith("<tr")]
-        assert len(lines) == len(scores)
-        for line, (name, score) in zip(lines, scores.items(), strict=True):
-            assert f"<td>{name}</td>" in line
-            assert (f"<td>{score.rho:.4f}</td>" if score.rho is not None else "V is zero") in line
-            assert ('class="below"' in line) == (score.rho is not None and score.rho < 0.35)
-        assert page.count("<svg") == 1
-        assert not [word for word in ("src=", "<link", "<script", "@import") if word in page]
+        """Layers stand in the order of their numbers; what is below τ is told apart from the rest."""
+        figure_module = pytest.importorskip("matplotlib.figure")
+        drawn: list[Any] = []
+        monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+        modules = [
+            Row(
+                name=f"model.layers.{layer}.{kind}.weight",
+                file="f",
+                dtype="BF16",
+                shape=(2, 2),
+                names={},
+                module_type=kind,
+                layer=f"model.layers.{layer}",
+                analysed=True,
+                transposed=False,
+                reason="projection",
+            )
+            for layer in (0, 1, 10, 11, 2)
+            for kind in ("v_proj", "q_proj")
+        ]
+        scores = {
+            row.name: Score(
+                0.1 + 0.05 * place, 0.5, 1.0, 1.0, 1.0, 0.0, None, rho_low=0.05 * place, rho_high=0.9
+            )
+            for place, row in enumerate(modules)
+        }
+        write_plot(tmp_path / "p.png", modules, scores, threshold=0.35)
+        (figure,) = drawn
+        q, v = (panel for panel in figure.axes if panel.axison)
+        assert q.get_title(loc="left").startswith("q_proj   2 of 5")
+        assert v.get_title(loc="left").startswith("v_proj   3 of 5")
+        assert [label.get_text() for label in v.get_xticklabels()] == ["0", "1", "2", "10", "11"]
+        points = {
+            round(line.get_xdata()[0]): (line.get_ydata()[0], line.get_color())
+            for line in v.lines
+            if line.get_marker() in ("o", "s")
+        }
+        by_layer = {layer: scores[f"model.layers.{layer}.v_proj.weight"] for layer in (0, 1, 2, 10, 11)}
+        assert [points[place][0] for place in range(5)] == [score.rho for score in by_layer.values()]
+        colours = {(score.rho or 0) < 0.35: points[place][1] for place, score in enumerate(by_layer.values())}
+        assert len(set(colours.values())) == 2
+        intervals = {tuple(path.vertices[:, 1]) for lines in v.collections for path in lines.get_paths()}
+        for score in by_layer.values():
+            assert (score.rho_low, score.rho_high) in intervals
+        assert any(list(line.get_ydata()) == [0.5] * 5 for line in v.lines)
 
     def test_refuses_other_extensions_and_missing_directories(
         self, rows, scores: dict[str, Score], tmp_path: Path
     ) -> None:
-        with pytest.raises(OutputError, match=r"\.png, \.svg or \.html"):
+        with pytest.raises(OutputError, match=r"\.png or \.svg"):
             write_plot(tmp_path / "p.pdf", rows, scores, threshold=0.35)
         with pytest.raises(OutputError, match="does not exist"):
             write_plot(tmp_path / "no" / "p.png", rows, scores, threshold=0.35)

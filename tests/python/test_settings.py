@@ -443,7 +443,7 @@ def test_commands_have_an_option_for_each_setting_with_its_default(owner: str) -
     besides = {"as_json", "quiet", "verbose", "no_progress", "dry_run", "config", "help"}
     if owner == "analyze":
         besides |= {"threshold", "select", "per_type", "granularity", "on_undefined"}
-        besides |= {"output", "csv_file", "plot_file"}
+        besides |= {"output", "csv_file", "html_file", "plot_file"}
     assert set(options) <= {*COMMANDS[owner], *besides}
 
 

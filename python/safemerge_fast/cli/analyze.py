@@ -16,7 +16,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     """Refuses an extension that no plot has."""
     from ..report.plot import FORMATS
 
-    if value is not None and value.suffix.lstrip(".").lower() not in FORMATS:
+    if value is not None and value.suffix.lstrip(".").lower() not in (*FORMATS, "html"):
         raise click.BadParameter(
             f"the name should end in .png, .svg or .html, not {value.suffix or 'nothing'!r}"
         )
@@ -33,6 +33,13 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     metavar="FILE",
     help="Write the scores for merge --scores: as JSON, or as a table if the name ends in .parquet.",
 )
+@click.option(
+    "--html",
+    "html_file",
+    type=output_file,
+    metavar="FILE",
+    help="Write the report as one HTML file: figures, a slider for the rule, all modules; needs no network.",
+)
 @click.option("--csv", "csv_file", type=output_file, metavar="FILE", help="Write the scores as a table.")
 @click.option(
     "--plot",
@@ -40,7 +47,7 @@ def _plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
     type=output_file,
     callback=_plot_file,
     metavar="FILE",
-    help="Draw ρ per layer and module type as .png, .svg or .html (needs matplotlib).",
+    help="Draw ρ per layer and module type as .png or .svg (needs matplotlib); .html is what --html writes.",
 )
 @terminal_options
 def command(
@@ -48,6 +55,7 @@ def command(
     terminal: Terminal,
     output: Path | None,
     csv_file: Path | None,
+    html_file: Path | None,
     plot_file: Path | None,
     threshold: float,
     select: str,
@@ -73,6 +81,8 @@ def command(
     from ..recipes.roles import access_of, open_roles
     from ..recipes.safemerge.rule import checked_rule
     from ..recipes.safemerge.scoring import judge_scores, score_models, wrong_before_measuring
+    from ..report.html.analysis import AnalysisPage
+    from ..report.html.page import write_pieces
     from ..report.overview import Layers, rule_table, type_table
     from ..report.plot import check_plot, write_plot
 
@@ -83,11 +93,12 @@ def command(
         granularity=granularity,
         on_undefined=on_undefined,
     )
+    html_file, plot_file = _page_and_plot(html_file, plot_file)
     if plot_file is not None:
         check_plot(plot_file)
     if output is not None and names_parquet(output):
         require_parquet()
-    for file in (output, csv_file):
+    for file in (output, csv_file, html_file):
         if file is not None:
             _check_directory(file)
     settings = AnalysisSettings(**values)
@@ -125,12 +136,24 @@ def command(
         *cautions(modules, scores.modules, rule),
         *(text for text in rounding if text is not None),
     ]
+    if html_file is not None:
+        page = AnalysisPage(models, pairing, scores, settings, rule, SafemergeSettings, said, output)
+        write_pieces(html_file, page.pieces())
     terminal.say_some("warning", said, rest="-v prints them all")
     terminal.say(coverage_of(pairing.rows).sentence())
     terminal.say(f"{len(scores.modules)} modules analysed on {scores.device} in {scores.seconds:.1f} s")
-    for file in (output, csv_file, plot_file):
+    for file in (output, csv_file, html_file, plot_file):
         if file is not None:
             terminal.say(f"wrote {file}")
+
+
+def _page_and_plot(html_file: Path | None, plot_file: Path | None) -> tuple[Path | None, Path | None]:
+    """The report and the plot to write; a plot that ends in .html is the report."""
+    if plot_file is None or plot_file.suffix.lower() != ".html":
+        return html_file, plot_file
+    if html_file is not None:
+        raise click.UsageError("--plot with a name in .html is the same as --html; give one of them")
+    return plot_file, None
 
 
 def _check_directory(file: Path) -> None:

@@ -53,16 +53,17 @@ def _sentence(report: Report) -> str:
 
 def _next_steps(report: Report) -> list[tuple[str, str]]:
     """What one does with an output: a word, and what to type."""
-    from ..report.report import REPORT_FILE
+    from ..report.report import HTML_FILE, REPORT_FILE
 
     output = report.output
+    page = any(file.name == HTML_FILE for file in report.files)
     load = (
         f'AutoModelForCausalLM.from_pretrained("{output}")'
         if report.adapter is None
         else f'PeftModel.from_pretrained(aligned_model, "{output}")'
     )
     return [
-        ("report", f"{output}/{REPORT_FILE}"),
+        ("report", f"{output}/{HTML_FILE if page else REPORT_FILE}"),
         ("verify", f"safemerge-fast verify {output}"),
         ("load", load),
         ("publish", f"hf upload YOUR_NAME/YOUR_MODEL {output}"),

@@ -163,6 +163,10 @@ class Job(ABC, Generic[_Settings]):
     def card(self, report: Report) -> str:
         """The model card, README.md."""
 
+    def page(self, report: Report) -> Iterable[bytes] | None:
+        """The report as an HTML file, in pieces; None where nothing is decided by measurements."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe(Generic[_Settings]):

@@ -16,7 +16,7 @@ from ..execution.inputs import input_paths, require_unchanged
 from ..execution.local import Written
 from ..progress import silent
 from ..report.environment import peak_memory, versions
-from ..report.report import CARD_FILE, REPORT_FILE, ModuleWarning, OutputFile, Report
+from ..report.report import CARD_FILE, HTML_FILE, REPORT_FILE, ModuleWarning, OutputFile, Report
 from ..settings import RunSettings, Settings, fields_of, read_settings
 from ..yaml_documents import read_yaml
 from . import recipes
@@ -82,6 +82,8 @@ def carry_out_job(job: Job[Any], started: float) -> Report:
             directory.write_pieces(name, pieces)
         report = _report(job, directory, contents, measurement, written, started)
         directory.write_file(CARD_FILE, job.card(report).encode())
+        if (page := job.page(report)) is not None:
+            directory.write_pieces(HTML_FILE, page)
         report = replace(report, files=_files(directory))
         directory.write_pieces(REPORT_FILE, report.pieces())
         require_unchanged(job.models)

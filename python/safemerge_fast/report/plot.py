@@ -1,11 +1,11 @@
-"""Draws ρ per layer and module type, with threshold and ρ_null: PNG, SVG or one self-contained HTML page."""
+"""Draws ρ per layer and module type beside chance, with intervals, threshold and decisions: PNG or SVG."""
 
 from __future__ import annotations
 
 import io
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,45 +14,22 @@ from ..analysis.score import Score
 from ..errors import AnalysisError, OutputError
 from ..pairing.module import modules_of_rows
 from ..pairing.row import Row
-from ..printable import plot_label, printable
-from .expert_lines import ExpertLine, lines
+from ..printable import plot_label
+from .order import natural, ordered_types
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["FORMATS", "check_plot", "write_plot"]
 
-FORMATS = ("png", "svg", "html")
+FORMATS = ("png", "svg")
 """File name extensions that a plot can have."""
 
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font-family: system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-svg {{ width: 100%; height: auto; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 0.9rem; }}
-th, td {{ padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
-tr.below td {{ background: #fdecea; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{figure}
-<table>
-<thead><tr><th>module</th><th>module type</th><th>ρ</th><th>ρ_null</th><th>‖V‖</th><th>‖Δ‖</th></tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-</body>
-</html>
-"""
+_MERGED, _KEPT, _CHANCE, _INK = "#b4470f", "#4a6d8c", "#8b9098", "#1d1f23"
+
+# More panels than this are no figure any more; the types with the most modules are drawn.
+_MOST_PANELS = 20
 
 
 def check_plot(path: str | Path) -> None:
@@ -64,7 +41,7 @@ def check_plot(path: str | Path) -> None:
     """
     path = Path(path)
     if path.suffix.lstrip(".").lower() not in FORMATS:
-        raise OutputError(f"cannot plot to {path}: its name should end in .png, .svg or .html")
+        raise OutputError(f"cannot plot to {path}: its name should end in .png or .svg")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"cannot plot to {path}: the directory {path.absolute().parent} does not exist")
     if find_spec("matplotlib") is None:
@@ -94,12 +71,7 @@ def write_plot(
     """
     check_plot(path)
     path = Path(path)
-    figure = _figure(rows, scores, threshold, title)
-    kind = path.suffix.lstrip(".").lower()
-    if kind == "html":
-        data = _page(rows, scores, threshold, title, _render(figure, "svg").decode()).encode()
-    else:
-        data = _render(figure, kind)
+    data = _render(_figure(rows, scores, threshold, title), path.suffix.lstrip(".").lower())
     try:
         path.write_bytes(data)
     except OSError as error:
@@ -107,59 +79,160 @@ def write_plot(
 
 
 def _figure(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, title: str) -> Figure:
-    """One line per module type over the layers, its ρ_null as short bars, the threshold dashed."""
+    """A panel per module type, all with the same axes."""
     # The object interface: pyplot would choose a display and keep global state.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    series: dict[str, list[tuple[int, float, float | None]]] = {}
-    order: dict[str, int] = {}
+    types: dict[str, dict[str | None, list[Score]]] = {}
+    undefined = 0
     for module in modules_of_rows(rows):
         score = scores.get(module.name)
         if score is None or score.rho is None:
+            undefined += score is not None
             continue
-        layer = _layer_number(module.layer, order)
-        series.setdefault(module.module_type, []).append((layer, score.rho, score.rho_null))
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    axes = figure.subplots()
-    markers = "osD^v<>pPX*h"
-    for number, (module_type, points) in enumerate(series.items()):
-        points.sort()
-        layers = [point[0] for point in points]
-        (line,) = axes.plot(
-            layers,
-            [point[1] for point in points],
-            marker=markers[number % len(markers)],
-            # The experts of one layer are points above each other, which no line can join.
-            linestyle="-" if len(set(layers)) == len(layers) else "none",
-            linewidth=1,
-            markersize=5,
-            label=plot_label(module_type),
+        types.setdefault(module.module_type, {}).setdefault(module.layer, []).append(score)
+    layers = _layers(types)
+    types = {name: types[name] for name in ordered_types(types)}
+    drawn = types
+    if len(types) > _MOST_PANELS:
+        counts = {name: sum(map(len, groups.values())) for name, groups in types.items()}
+        most = set(sorted(types, key=lambda name: -counts[name])[:_MOST_PANELS])
+        drawn = {name: groups for name, groups in types.items() if name in most}
+    columns = min(4, max(1, len(drawn)))
+    lines = max(1, math.ceil(len(drawn) / columns))
+    figure = Figure(figsize=(max(6.0, 3.0 * columns), 1.2 + 2.1 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    for panel in panels[len(drawn) :]:
+        panel.set_axis_off()
+    for number, (name, groups) in enumerate(drawn.items()):
+        _draw_panel(panels[number], groups, layers, threshold)
+        count = [score for group in groups.values() for score in group]
+        below = sum(score.rho is not None and score.rho < threshold for score in count)
+        panels[number].set_title(
+            f"{plot_label(name)}   {below} of {len(count)} below τ", fontsize=8.5, loc="left", color=_INK
         )
-        known = [(layer, null) for layer, _, null in points if null is not None]
-        axes.plot(
-            [layer for layer, _ in known],
-            [null for _, null in known],
-            linestyle="none",
-            marker="_",
-            markersize=10,
-            color=line.get_color(),
-            alpha=0.6,
-        )
-    axes.plot([], [], linestyle="none", marker="_", markersize=10, color="grey", label="ρ_null")
-    axes.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"τ = {threshold:g}")
-    axes.set(title=plot_label(title), xlabel="layer", ylabel="ρ", ylim=(0, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(visible=True, alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+    if drawn:
+        _label_axes(panels, layers, columns, len(drawn))
+        _legend(figure, threshold, columns=4 if columns > 2 else 2)
+    left_out = [
+        *([f"{len(types) - len(drawn)} module types"] if len(drawn) < len(types) else []),
+        *([f"{undefined} modules without ρ"] if undefined else []),
+    ]
+    heading = plot_label(title) + (f" (not drawn: {', '.join(left_out)})" if left_out else "")
+    figure.suptitle(heading, fontsize=11, x=0.01, ha="left", color=_INK)
     return figure
 
 
-def _layer_number(layer: str | None, order: dict[str, int]) -> int:
-    """The number in a layer's name; layers without one follow in the order of appearance."""
-    name = layer or ""
-    match = re.search(r"(\d{1,9})$", name)
-    return int(match[1]) if match else order.setdefault(name, len(order))
+def _layers(types: Mapping[str, Mapping[str | None, Sequence[Score]]]) -> dict[str | None, int]:
+    """The place of each layer on the axis, in the order of the numbers in their names; no layer comes last."""
+    names = {layer for groups in types.values() for layer in groups}
+    ordered: list[str | None] = [*sorted((name for name in names if name is not None), key=natural)]
+    return {name: place for place, name in enumerate([*ordered, *([None] if None in names else [])])}
+
+
+def _draw_panel(
+    axes: Axes,
+    groups: Mapping[str | None, Sequence[Score]],
+    layers: Mapping[str | None, int],
+    threshold: float,
+) -> None:
+    """One point per layer with its interval; of several modules in a layer the median, and all as a line."""
+    chance = sorted(
+        (layers[layer], statistics.median(known))
+        for layer, group in groups.items()
+        if (known := [score.rho_null for score in group if score.rho_null is not None])
+    )
+    axes.plot(
+        [place for place, _ in chance], [null for _, null in chance], color=_CHANCE, linewidth=1.1, zorder=1
+    )
+    axes.plot(
+        [place for place, _ in chance],
+        [null for _, null in chance],
+        "_",
+        color=_CHANCE,
+        markersize=7,
+        zorder=1,
+    )
+    axes.axhline(threshold, color=_INK, linestyle=(0, (4, 3)), linewidth=0.8, zorder=1)
+    for layer, group in groups.items():
+        place = layers[layer]
+        rhos = [score.rho for score in group if score.rho is not None]
+        middle = statistics.median(rhos)
+        if len(group) == 1:
+            low, high = group[0].rho_low, group[0].rho_high
+            assert low is not None
+            assert high is not None
+        else:
+            low, high = min(rhos), max(rhos)
+        # Of a line through several modules, the part below the threshold is what is merged.
+        split = min(max(threshold, low), high) if len(group) > 1 else (high if middle < threshold else low)
+        axes.vlines(place, low, split, color=_MERGED, linewidth=1.2, alpha=0.8, zorder=2)
+        axes.vlines(place, split, high, color=_KEPT, linewidth=1.2, alpha=0.8, zorder=2)
+        merged = middle < threshold
+        axes.plot(
+            place,
+            middle,
+            "o" if merged else "s",
+            color=_MERGED if merged else _KEPT,
+            markersize=3.6,
+            markeredgewidth=0,
+            zorder=3,
+        )
+
+
+def _label_axes(panels: Any, layers: Mapping[str | None, int], columns: int, drawn: int) -> None:
+    names = list(layers)
+    step = max(1, math.ceil(len(names) / 8))
+    places = range(0, len(names), step)
+    numbers = [_number(names[place]) for place in places]
+    for number, panel in enumerate(panels[:drawn]):
+        panel.set_ylim(0, 1.02)
+        panel.set_xlim(-0.7, len(names) - 0.3)
+        panel.set_xticks(list(places), numbers)
+        panel.tick_params(labelsize=7.5, length=2.5, color=_CHANCE)
+        panel.grid(visible=True, axis="y", color="#ececea", linewidth=0.6)
+        panel.set_axisbelow(True)
+        for side, spine in panel.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(_CHANCE)
+        if number % columns == 0:
+            panel.set_ylabel("ρ", fontsize=9)
+        if number + columns >= drawn:
+            # Shared axes have numbers in the last line only, which may be short.
+            panel.tick_params(labelbottom=True)
+            panel.set_xlabel("layer", fontsize=8.5)
+
+
+def _number(layer: str | None) -> str:
+    if layer is None:
+        return "–"
+    digits = len(layer) - len(layer.rstrip("0123456789"))
+    return layer[len(layer) - digits :][-6:] if digits else plot_label(layer[-8:])
+
+
+def _legend(figure: Figure, threshold: float, *, columns: int) -> None:
+    from matplotlib.lines import Line2D
+
+    figure.legend(
+        handles=[
+            Line2D(
+                [],
+                [],
+                marker="o",
+                color=_MERGED,
+                linewidth=1.2,
+                markersize=4,
+                label="ρ < τ, interval or range",
+            ),
+            Line2D([], [], marker="s", color=_KEPT, linewidth=1.2, markersize=4, label="ρ ≥ τ, likewise"),
+            Line2D([], [], marker="_", color=_CHANCE, linewidth=1.1, label="ρ_null, a random update"),
+            Line2D([], [], color=_INK, linestyle=(0, (4, 3)), linewidth=0.8, label=f"τ = {threshold:g}"),
+        ],
+        loc="outside lower left",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+    )
 
 
 def _render(figure: Any, kind: str) -> bytes:
@@ -168,45 +241,5 @@ def _render(figure: Any, kind: str) -> bytes:
     data = io.BytesIO()
     # Text as paths and no date: the same scores give the same picture on every machine with these fonts.
     with matplotlib.rc_context({"svg.hashsalt": "safemerge-fast"}):
-        figure.savefig(data, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(data, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
     return data.getvalue()
-
-
-def _page(rows: Sequence[Row], scores: Mapping[str, Score], threshold: float, title: str, svg: str) -> str:
-    """The drawing and a table of all scores in one file that loads nothing else."""
-    table = []
-    for line in lines(modules_of_rows(rows), scores):
-        if isinstance(line, ExpertLine):
-            table.append(_expert_line(line, threshold))
-            continue
-        score = scores[line.name]
-        below = score.rho is not None and score.rho < threshold
-        rho = f"{score.rho:.4f}" if score.rho is not None else _cell(score.undefined or "")
-        null = f"{score.rho_null:.4f}" if score.rho_null is not None else ""
-        cells = (
-            _cell(line.name),
-            _cell(line.module_type),
-            rho,
-            null,
-            f"{score.v_norm:.4g}",
-            f"{score.delta_norm:.4g}",
-        )
-        table.append(_line(cells, below=below))
-    # Only the element itself: the XML declaration and doctype may not stand within a page.
-    return _PAGE.format(title=_cell(title), figure=svg[svg.index("<svg") :], rows="\n".join(table))
-
-
-def _expert_line(line: ExpertLine, threshold: float) -> str:
-    """The experts of a layer in one line of the table; it is marked if any of them lies below the threshold."""
-    null = "" if line.median_null is None else f"{line.median_null:.4f}"
-    cells = (_cell(line.name), _cell(line.module_type), _cell(line.describe(threshold)), null, "", "")
-    return _line(cells, below=any(rho < threshold for rho in line.rhos))
-
-
-def _line(cells: Iterable[str], *, below: bool) -> str:
-    opening = '<tr class="below">' if below else "<tr>"
-    return opening + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _cell(text: str) -> str:
-    return escape(printable(text))

@@ -14,7 +14,7 @@ from ..pairing.coverage import Coverage
 from ..settings import Settings
 from .tensors import ModuleCount, TensorReport, count_experts, count_modules
 
-__all__ = ["CARD_FILE", "REPORT_FILE", "ModuleWarning", "OutputFile", "Report"]
+__all__ = ["CARD_FILE", "HTML_FILE", "REPORT_FILE", "ModuleWarning", "OutputFile", "Report"]
 
 VERSION = 2
 """Version of the JSON that Report.to_json writes."""
@@ -24,6 +24,9 @@ REPORT_FILE = "safemerge_report.json"
 
 CARD_FILE = "README.md"
 """Name of the model card."""
+
+HTML_FILE = "safemerge_report.html"
+"""Name of the report as a page."""
 
 
 _PIECE = 1 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -282,6 +282,12 @@ class SafemergeJob(Job[SafemergeSettings]):
     def card(self, report: Report) -> str:
         """The model card."""
         return model_card(report, self.settings, self.models, self.alphas, self.rule)
+
+    def page(self, report: Report) -> Iterable[bytes]:
+        """The report as an HTML file."""
+        from ...report.html.merge import report_page
+
+        return report_page(report, self.models, self.rule)
 
     def _reused_scores(self) -> dict[str, Score]:
         """Those of the given scores that this job needs; the file may hold more.
