@@ -45,7 +45,7 @@ def _candidate(result: Result, pareto: bool) -> Candidate:
 
 def _command(result: Result) -> str | None:
     """What makes it again with the sweep out of the way, if a command does."""
-    if result.settings is None or result.recipe not in recipes():
+    if result.settings is None or result.recipe is None or result.recipe not in recipes():
         return None
     settings = recipes()[result.recipe].settings.from_dict({**result.settings, "output": "OUT"})
     return str(settings.command()) if settings.command_name is not None else None
