@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         analyze,
         check,
         fold,
+        keep,
         lox,
         merge,
         preview,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         safe_lora,
         safety_vector,
         shrink,
+        sweep,
         verify,
         wise_ft,
     )
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .recipes.preview import Preview
     from .recipes.verify import VerifyReport
     from .report.report import Report
+    from .sweeps.report import SweepReport
 
 __all__ = [
     "AdapterError",
@@ -73,11 +76,13 @@ __all__ = [
     "Score",
     "Scores",
     "SettingError",
+    "SweepReport",
     "VerificationError",
     "VerifyReport",
     "analyze",
     "check",
     "fold",
+    "keep",
     "lox",
     "merge",
     "preview",
@@ -86,6 +91,7 @@ __all__ = [
     "safe_lora",
     "safety_vector",
     "shrink",
+    "sweep",
     "verify",
     "wise_ft",
 ]
@@ -99,6 +105,7 @@ _HOMES = {
     "Report": "report.report",
     "Score": "analysis.score",
     "Scores": "analysis.scores",
+    "SweepReport": "sweeps.report",
     "VerifyReport": "recipes.verify",
 }
 

@@ -22,6 +22,9 @@ from .recipes.verify import VerifySettings, verify_output
 from .recipes.wise_ft import WiseFtSettings
 from .report.report import Report
 from .settings import RunSettings
+from .sweeps.keep import KeepSettings, keep_candidate
+from .sweeps.run import run_sweep
+from .sweeps.settings import SweepSettings
 
 __all__ = [
     "FoldConfiguration",
@@ -32,6 +35,7 @@ __all__ = [
     "analyze",
     "check",
     "fold",
+    "keep",
     "lox",
     "merge",
     "preview",
@@ -40,6 +44,7 @@ __all__ = [
     "safe_lora",
     "safety_vector",
     "shrink",
+    "sweep",
     "verify",
     "wise_ft",
 ]
@@ -133,6 +138,22 @@ analyze = entry(
     "analyze",
     "Measures how far each module's update lies in the safety subspace; writes nothing.\n\nReturns Scores, whose "
     "to_json is what merge takes as scores.",
+)
+
+sweep = entry(
+    SweepSettings,
+    run_sweep,
+    "sweep",
+    "Makes candidates over rules, α and recipes, one at a time, and has each judged by a command, with controls beside "
+    "them.\n\nReturns a SweepReport: results, the Pareto set, the best candidate. Raises a SafemergeError; what is "
+    "judged already stays for resume.",
+)
+
+keep = entry(
+    KeepSettings,
+    keep_candidate,
+    "keep",
+    "Makes a candidate of a sweep again, with the weights that were judged, to be kept." + _RETURNS,
 )
 
 check = entry(

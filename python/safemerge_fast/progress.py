@@ -13,7 +13,7 @@ class ProgressEvent:
     """How far one stage is.
 
     Attributes:
-        stage: "analysis" (counted in modules), "merge" or "verify" (counted in bytes).
+        stage: "analysis" (counted in modules), "merge" or "verify" (counted in bytes), "sweep" (counted in models).
         done: How much is done.
         total: How much there is to do.
         item: What is being worked on: a tensor or a file.

@@ -16,6 +16,7 @@ import click
 from safemerge_fast.cli import main
 from safemerge_fast.recipes import recipes
 from safemerge_fast.settings import Field, RunSettings, Settings, fields_of
+from safemerge_fast.sweeps.settings import SweepSettings
 
 ROOT = Path(__file__).parents[2]
 PAGES = tuple(
@@ -26,6 +27,7 @@ _MARKED = re.compile(r"(<!-- table: (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.
 _BLOCK = re.compile(
     r"^(?P<note><!-- [^\n]* -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
+_RECORDS: dict[str, type[Settings]] = {"run": RunSettings, "sweep": SweepSettings}
 _SHARED = ("as_json", "quiet", "verbose", "no_progress")
 
 
@@ -67,9 +69,9 @@ def with_tables(text: str) -> str:
 def _table(kind: str, name: str) -> str:
     if kind == "options":
         return _rows(("option", "meaning"), _options(name))
-    record: type[Settings] = RunSettings if name == "run" else recipes()[name].settings
+    record: type[Settings] = _RECORDS.get(name) or recipes()[name].settings
     of_the_run = {field.name for field in fields_of(RunSettings)}
-    fields = [field for field in fields_of(record) if name == "run" or field.name not in of_the_run]
+    fields = [field for field in fields_of(record) if name in _RECORDS or field.name not in of_the_run]
     return _rows(("setting", "value", "default", "meaning"), (_setting(field) for field in fields))
 
 

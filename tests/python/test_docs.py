@@ -66,6 +66,8 @@ def test_what_a_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest.M
                     assert result.exit_code == 0, (program, *words, result.stderr)
                 else:
                     assert program in _OTHER_PROGRAMS
+        elif block.language == "python" and (name := re.match(r"# (\S+\.py)\n", block.text)):
+            Path(name[1]).write_text(block.text, encoding="utf-8")
         elif block.language == "python" and block.runs:
             exec(compile(block.text, page, "exec"), {})
 

@@ -35,6 +35,8 @@ PYTHON_STAGES = (
     "execution",
     "report",
     "recipes",
+    "sweeps",
+    "quick_judge",
     "demo",
     "api",
     "cli",

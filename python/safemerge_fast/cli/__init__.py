@@ -1,7 +1,7 @@
 """The command line: parsing and printing only; a file per command.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0; 1 unexpected; 2 usage; 3 input incompatible or
-unsupported; 4 verification failed; 5 output; 130 interrupted.
+unsupported; 4 verification failed; 5 output; 6 some of a sweep's models failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _COMMANDS = {
     "inspect": "Shows what a checkpoint or an adapter holds; reads headers only.",
     "analyze": "Measures how far each module left the safety subspace.",
     "merge": "Merges the modules that left the safety subspace with a safe model.",
+    "sweep": "Makes candidates over rules, α and recipes, and has each judged, with controls beside them.",
+    "keep": "Makes a candidate of a sweep again, to be kept.",
+    "judge": "Judges a model quickly: refusals, and a held-out text's loss.",
     "run": "Makes what a YAML file says: a recipe, or a merge in mergekit's format.",
     "verify": "Evaluates an output's plan again and compares every byte.",
 }

@@ -40,7 +40,11 @@ class _Value(click.ParamType[Any]):
 
 
 def settings_options(
-    record: type[Settings], *, leave_out: Collection[str] = (), only: Collection[str] | None = None
+    record: type[Settings],
+    *,
+    leave_out: Collection[str] = (),
+    only: Collection[str] | None = None,
+    may_lack: bool = False,
 ) -> Callable[[_Function], _Function]:
     """Adds an option for every setting of a record that has one.
 
@@ -48,25 +52,26 @@ def settings_options(
         record: The record.
         leave_out: Settings that the command gives itself.
         only: The settings to add, if not all of them.
+        may_lack: Whether a setting that must be given may be left out here, since a file may hold it.
     """
 
     def decorate(function: _Function) -> _Function:
         for field in reversed(fields_of(record)):
             wanted = field.name not in leave_out and (only is None or field.name in only)
             if wanted and field.setting.on_command_line:
-                function = _option(field)(function)
+                function = _option(field, required=field.required and not may_lack)(function)
         return function
 
     return decorate
 
 
-def _option(field: Field) -> Callable[[_Function], _Function]:
+def _option(field: Field, *, required: bool) -> Callable[[_Function], _Function]:
     setting = field.setting
     name = f"--{field.name.replace('_', '-')}"
     names = [spelling for spelling in setting.names if not spelling.startswith("--")]
     aliases = [spelling for spelling in setting.names if spelling.startswith("--")]
     help_text = setting.help + (f"  [default: {setting.default}]" if setting.default else "")
-    options: dict[str, Any] = {"help": help_text, "required": field.required}
+    options: dict[str, Any] = {"help": help_text, "required": required}
     if field.is_flag and not field.choices:
         options |= {"is_flag": True, "default": False}
     elif field.is_flag:

@@ -14,7 +14,7 @@ from ..progress import ProgressCallback, ProgressEvent
 
 __all__ = ["Terminal"]
 
-_STAGES = {"analysis": "analysing", "merge": "merging", "verify": "verifying"}
+_STAGES = {"analysis": "analysing", "merge": "merging", "verify": "verifying", "sweep": "sweeping"}
 _SHORT = 3
 
 

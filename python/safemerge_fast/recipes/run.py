@@ -22,7 +22,7 @@ from ..yaml_documents import read_yaml
 from . import recipes
 from .base import Contents, Job, Measurement
 
-__all__ = ["carry_out", "read_recipe", "read_report", "run"]
+__all__ = ["carry_out", "carry_out_job", "read_recipe", "read_report", "run"]
 
 _OVERWRITING = "overwriting"
 
@@ -44,8 +44,18 @@ def carry_out(settings: RunSettings) -> Report:
             measured and written waits for resume.
     """
     started = time.perf_counter()
+    return carry_out_job(recipes()[settings.recipe].open(settings), started)
+
+
+def carry_out_job(job: Job[Any], started: float) -> Report:
+    """As carry_out, of a job that is opened already.
+
+    Args:
+        job: The job.
+        started: When work on it began, by time.perf_counter.
+    """
+    settings = job.settings
     tell = settings.progress or silent
-    job: Job[Any] = recipes()[settings.recipe].open(settings)
     companions = job.companions()
     directory = _engine.JobDirectory(
         settings.output,

@@ -256,8 +256,12 @@ class SafemergeJob(Job[SafemergeSettings]):
             decisions = {row.name: unknown[row.reason] for row in rows if not row.analysed}
             decisions |= {module.name: Decision(True, module.row.reason) for module in modules_of_rows(rows)}
         else:
-            decisions = decide(rows, measurement.scores, self.rule)
+            decisions = dict(self.decisions(measurement))
         return self.decided(decisions if self.mask is None else self._masked(decisions, self.mask))
+
+    def decisions(self, measurement: Measurement) -> Mapping[str, Decision]:
+        """What becomes of every module, and of tensors that have none, by name."""
+        return decide(self.pairing.rows, measurement.scores, self.rule)
 
     def decided(self, decisions: Mapping[str, Decision]) -> Contents:
         """The output with these decisions, by the names of modules, and of tensors that have none."""

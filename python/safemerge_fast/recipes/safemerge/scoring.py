@@ -74,18 +74,28 @@ def score_models(
     rows: Sequence[Row],
     settings: AnalysisSettings,
     question: Question | None = None,
+    known: Mapping[str, Score] | None = None,
 ) -> Scores:
-    """Scores all modules of a pairing, until the question is settled; without one, by one look at each."""
+    """Scores all modules of a pairing, until the question is settled; without one, by one look at each.
+
+    Args:
+        models: The models by role.
+        rows: Rows of the pairing.
+        settings: What to measure, and how.
+        question: What is to be settled.
+        known: Scores that there are already.
+    """
     started = time.perf_counter()
     tell: ProgressCallback = settings.progress or silent
     names = [module.name for module in modules_of_rows(rows)]
-    found: dict[str, Score] = {}
+    found = dict(known or {})
     tell(ProgressEvent("analysis", 0, len(names), ""))
     sources = {role: describe_source(model) for role, model in models.items()}
     precision = precision_of(settings)
     for name, score in analyze_rows(
         models,
         rows,
+        known=dict(found),
         delta_reference=settings.delta_reference,
         device=settings.device,
         precision=precision,
