@@ -19,7 +19,7 @@ from ...checkpoint.identical import same_weights
 from ...checkpoint.model import Model
 from ...decision import Decision, decide, decision_of, uncertified
 from ...decision.outlook import outcome, shrinks_all
-from ...errors import AdapterError, AnalysisError, PlanError
+from ...errors import AdapterError, PlanError
 from ...execution.companions import companion_files
 from ...execution.inputs import describe_inputs, job_identity
 from ...pairing.coverage import coverage_of
@@ -48,7 +48,7 @@ from .alphas import open_alphas
 from .blend import method_parameters, safemerge
 from .card import model_card
 from .evidence import ScoreLog
-from .given import given_scores, name_of_scores
+from .given import given_scores, needed_scores
 from .rule import read_modules
 from .scoring import judge_scores, require_finite, wrong_before_measuring
 from .settings import SafemergeSettings, precision_of
@@ -321,24 +321,15 @@ class SafemergeJob(Job[SafemergeSettings]):
         return report_page(report, self.models, self.rule)
 
     def _reused_scores(self) -> dict[str, Score]:
-        """Those of the given scores that this job needs; the file may hold more.
-
-        Raises:
-            AnalysisError: A module has none, or one says that values are not finite and this job does not
-                allow that.
-        """
-        modules = {} if self.scores is None else self.scores.modules
-        names = [module.name for module in self.modules]
-        if missing := [name for name in names if name not in modules]:
-            raise AnalysisError(
-                f"{name_of_scores(self.settings.scores or '')} hold no score for {missing[0]}; "
-                f"write them again with analyze and the same --include and --exclude"
-            )
-        reused = {name: modules[name] for name in names}
-        if not self.settings.allow_nonfinite:
-            for name, score in reused.items():
-                require_finite(name, score)
-        return reused
+        """Those of the given scores that this job needs; the file may hold more."""
+        if self.scores is None:
+            return {}
+        return needed_scores(
+            self.scores,
+            [module.name for module in self.modules],
+            self.settings.scores or "",
+            allow_nonfinite=self.settings.allow_nonfinite,
+        )
 
     def _wants_more(self, scores: Mapping[str, Score]) -> bool:
         """Whether given scores do not do: an interval leaves a decision open, or ρ itself was asked for."""
@@ -353,7 +344,7 @@ class SafemergeJob(Job[SafemergeSettings]):
         )
         names = [module.name for module in self.modules]
         # What was given, and what an earlier run measured beyond it.
-        scores = {} if self.scores is None else self._reused_scores()
+        scores = self._reused_scores()
         scores |= {name: log.known[name] for name in names if name in log.known}
         if not self.settings.allow_nonfinite:
             for name, score in scores.items():
