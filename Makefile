@@ -49,6 +49,7 @@ bench: $(DEV)
 	$(BIN)/python benches/compare.py --model qwen2.5-0.5b --threads 1 2 4 --cache hot
 	$(BIN)/python benches/compare.py --model qwen2.5-0.5b --cache cold --peers
 	$(BIN)/python benches/adapter.py --model qwen2.5-0.5b
+	$(BIN)/python benches/analysis.py --model qwen2.5-0.5b
 
 bench-full: $(DEV)
 	cargo bench --no-default-features
