@@ -180,7 +180,10 @@ def _read(data: bytes) -> tuple[str | None, dict[str, Sequence[Any]]]:
         import polars
 
         found = polars.read_parquet_metadata(io.BytesIO(data)).get(_KEY)
-        return found, polars.read_parquet(io.BytesIO(data)).to_dict(as_series=False)
+        columns: dict[str, Sequence[Any]] = dict(
+            polars.read_parquet(io.BytesIO(data)).to_dict(as_series=False)
+        )
+        return found, columns
     import pyarrow
     import pyarrow.parquet
 
