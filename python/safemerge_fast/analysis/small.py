@@ -36,7 +36,9 @@ def score_small(opened: OpenedModule) -> Score:
         The score, exact.
     """
     d_out, d_in = opened.module.shape
-    sums = _wide(opened) if d_out <= d_in else _tall(opened)
+    # NaN and infinity are told of below, by the sums.
+    with np.errstate(all="ignore"):
+        sums = _wide(opened) if d_out <= d_in else _tall(opened)
     undefined = opened.undefined(sums.v, sums.delta, sums.weight)
     opened.release()
     v_norm, delta_norm, weight_norm = (math.sqrt(x) for x in (sums.v, sums.delta, sums.weight))

@@ -53,7 +53,10 @@ def _adapter_document(adapter: Adapter) -> dict[str, Any]:
     tensors = adapter.headers.tensors
     return {
         "path": str(adapter.path),
-        "base_model": adapter.config.get("base_model_name_or_path"),
+        # Whatever else stands there is no name, and JSON may not be able to hold it.
+        "base_model": base
+        if isinstance(base := adapter.config.get("base_model_name_or_path"), str)
+        else None,
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "dtypes": dict(Counter(tensor.dtype for tensor in tensors)),
