@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from dense import assert_same_bits, load, weight_files
+from invoke import run
 
 from safemerge_fast import ProgressEvent, analyze, merge
 from safemerge_fast.analysis import analyze_rows
@@ -203,3 +206,37 @@ def test_given_scores_are_measured_further_where_they_leave_a_decision_open(
     assert (report.rho, report.rho_low, report.merged) == (wide.rho, wide.rho_low, True)
     merge(**quartet, output=tmp_path / "exact", scores=given, threshold=0.01, estimator="exact")
     assert measured == [name, name]
+
+
+def test_an_interrupted_analysis_without_a_job_goes_on_where_it_was(
+    quartet: dict[str, Path], tmp_path: Path
+) -> None:
+    """A process killed in the middle; the second run measures what the first had not, and leaves no trace."""
+    roles = [word for role in ("base", "aligned", "finetuned") for word in (f"--{role}", str(quartet[role]))]
+    output, partial = tmp_path / "s.json", tmp_path / ".s.json.partial"
+    killed = (
+        "import os, safemerge_fast.recipes.safemerge.evidence as e\n"
+        "from safemerge_fast.cli import main\n"
+        "real, count = e.ScoreLog.append, []\n"
+        "def append(self, name, score):\n"
+        "    real(self, name, score); count.append(name)\n"
+        "    if len(count) == 7: os._exit(9)\n"
+        "e.ScoreLog.append = append\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", killed, "analyze", *roles, "-o", str(output)]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    lines = [json.loads(line) for line in partial.read_text().splitlines()]
+    known = {line["name"]: line["rho"] for line in lines[1:]}
+    assert len(known) == 7
+    # What was measured is taken as it stands there: a number that no measurement gives shows it.
+    name = lines[1]["name"]
+    lines[1] |= {"rho": 0.123, "rho_low": 0.123, "rho_high": 0.123}
+    partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run("analyze", *roles, "-o", output)
+    assert result.exit_code == 0, result.stderr
+    modules = json.loads(output.read_text())["modules"]
+    assert len(modules) == MODULES
+    assert modules[name]["rho"] == 0.123
+    assert {n: modules[n]["rho"] for n in known if n != name} == {n: r for n, r in known.items() if n != name}
+    assert list(tmp_path.iterdir()) == [output]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from ..recipes.safemerge.settings import AnalysisSettings, SafemergeSettings
+from ..recipes.safemerge.settings import AnalysisSettings, SafemergeSettings, precision_of
 from .options import output_file, settings_options, terminal_options
 from .terminal import Terminal
 
@@ -79,6 +79,7 @@ def command(
     from ..pairing.rows import pair
     from ..recipes.role_check import refuse_or_warn
     from ..recipes.roles import access_of, open_roles
+    from ..recipes.safemerge.evidence import PartialFile, ScoreLog
     from ..recipes.safemerge.rule import checked_rule
     from ..recipes.safemerge.scoring import judge_scores, score_models, wrong_before_measuring
     from ..report.html.analysis import AnalysisPage
@@ -108,10 +109,20 @@ def command(
     warnings = refuse_or_warn(
         wrong_before_measuring(models, pairing, force=settings.force), force=settings.force
     )
+    partial = None if output is None else PartialFile(output)
+    log = None
+    if partial is not None:
+        log = ScoreLog(
+            partial, models, delta_reference=settings.delta_reference, precision=precision_of(settings)
+        )
     with terminal.progress() as progress:
-        scores = score_models(models, pairing.rows, AnalysisSettings(**values, progress=progress), rule)
+        scores = score_models(
+            models, pairing.rows, AnalysisSettings(**values, progress=progress), rule, log=log
+        )
     if output is not None:
         scores.save(output)
+    if partial is not None:
+        partial.remove()
     if csv_file is not None:
         _write(csv_file, scores.to_csv())
     # After the writing: what was measured in an hour is not lost, and merge --scores judges it again.

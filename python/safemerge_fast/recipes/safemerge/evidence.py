@@ -1,26 +1,67 @@
-"""Scores as they are measured: appended to the job, and found again by a run that goes on."""
+"""Scores as they are measured: appended to a job or to a file, and found again by a run that goes on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from ... import _engine
 from ...analysis.precision import Precision
 from ...analysis.score import Score, read_score, write_score
 from ...checkpoint.model import Model
-from ...errors import AnalysisError
+from ...documents import RECORD, read_bytes_if_there
+from ...errors import AnalysisError, OutputError
 from ...execution.inputs import source_identity
 
-__all__ = ["ScoreLog"]
+__all__ = ["PartialFile", "ScoreLog"]
 
 _FILE = "scores.jsonl"
 
 
+class _Keeper(Protocol):
+    """What holds a log: a job's directory, or a file of its own."""
+
+    def read(self, name: str) -> bytes | None: ...
+    def append(self, name: str, data: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
+
+
+class PartialFile:
+    """Holds the log of an analysis that has no job, beside the file that its scores go to, until that is written.
+
+    Attributes:
+        path: `.NAME.partial`.
+    """
+
+    def __init__(self, scores: Path) -> None:
+        """Takes the path of the file that the scores go to."""
+        self.path = scores.with_name(f".{scores.name}.partial")
+
+    def read(self, name: str) -> bytes | None:
+        """All of it; None if it is not there."""
+        return read_bytes_if_there(self.path, AnalysisError, limit=RECORD)
+
+    def append(self, name: str, data: bytes) -> None:
+        """Adds to it."""
+        try:
+            with self.path.open("ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def remove(self, name: str = _FILE) -> None:
+        """Removes it, if it is there."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot remove {self.path}: {error.strerror}") from error
+
+
 class ScoreLog:
-    """Scores of one job. The first line says what they are scores of; those of anything else are thrown away.
+    """Scores of one analysis. The first line says what they are scores of; those of anything else are thrown away.
 
     Attributes:
         known: Scores that an earlier run measured, by module name.
@@ -28,7 +69,7 @@ class ScoreLog:
 
     def __init__(
         self,
-        directory: _engine.JobDirectory,
+        directory: _Keeper,
         models: Mapping[str, Model],
         *,
         delta_reference: str,
@@ -37,7 +78,7 @@ class ScoreLog:
         """Reads what an earlier run left.
 
         Args:
-            directory: The job's directory.
+            directory: The job's directory, or a file of its own.
             models: base, aligned and finetuned, which the scores depend on.
             delta_reference: What Δ is taken against.
             precision: How ρ is measured; intervals of another probability, or another seed's, are other scores.

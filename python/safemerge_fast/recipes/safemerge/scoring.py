@@ -21,6 +21,7 @@ from ...pairing.rows import Pairing, pair
 from ...progress import ProgressCallback, ProgressEvent, silent
 from ..role_check import incomplete_model, refuse_or_warn, same_models
 from ..roles import access_of, open_roles
+from .evidence import ScoreLog
 from .settings import AnalysisSettings, precision_of
 
 __all__ = [
@@ -75,6 +76,7 @@ def score_models(
     settings: AnalysisSettings,
     question: Question | None = None,
     known: Mapping[str, Score] | None = None,
+    log: ScoreLog | None = None,
 ) -> Scores:
     """Scores all modules of a pairing, until the question is settled; without one, by one look at each.
 
@@ -84,12 +86,18 @@ def score_models(
         settings: What to measure, and how.
         question: What is to be settled.
         known: Scores that there are already.
+        log: What an earlier run measured, and where scores are kept while they are measured.
     """
     started = time.perf_counter()
     tell: ProgressCallback = settings.progress or silent
     names = [module.name for module in modules_of_rows(rows)]
     found = dict(known or {})
-    tell(ProgressEvent("analysis", 0, len(names), ""))
+    if log is not None:
+        found |= {name: log.known[name] for name in names if name in log.known}
+    if not settings.allow_nonfinite:
+        for name, score in found.items():
+            require_finite(name, score)
+    tell(ProgressEvent("analysis", len(found), len(names), ""))
     sources = {role: describe_source(model) for role, model in models.items()}
     precision = precision_of(settings)
     for name, score in analyze_rows(
@@ -103,6 +111,8 @@ def score_models(
     ):
         if not settings.allow_nonfinite:
             require_finite(name, score)
+        if log is not None:
+            log.append(name, score)
         found[name] = score
         tell(ProgressEvent("analysis", len(found), len(names), name))
     for model in models.values():
