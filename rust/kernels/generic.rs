@@ -129,18 +129,23 @@ pub(super) fn dot(left: &[f32], right: &[f32]) -> f64 {
 #[inline(always)]
 pub(super) fn collect_between(
     values: &[f32],
+    base: Option<&[f32]>,
     low: u32,
     width: u32,
     found: &mut [u32],
 ) -> (usize, u32) {
     let (mut count, mut higher) = (0, 0);
-    for value in values {
+    let mut add = |value: f32| {
         let bits = value.to_bits() & MAGNITUDE;
         let offset = bits.wrapping_sub(low);
         // No branch: where values are near the bounds, none would be predicted.
         found[count] = offset;
         count += usize::from(offset < width);
         higher += u32::from(bits >= low) & u32::from(offset >= width);
+    };
+    match base {
+        Some(base) => values.iter().zip(base).for_each(|(value, base)| add(value - base)),
+        None => values.iter().for_each(|&value| add(value)),
     }
     (count, higher)
 }

@@ -57,6 +57,7 @@ impl Level {
                 && is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("popcnt")
             {
                 levels.push(Self::Avx512);
             }
@@ -69,8 +70,8 @@ impl Level {
     }
 }
 
-/// Values, low, width and what is found; see [`Kernels::collect_between`].
-type CollectBetween = fn(&[f32], u32, u32, &mut [u32]) -> (usize, u32);
+/// Values, base, low, width and what is found; see [`Kernels::collect_between`].
+type CollectBetween = fn(&[f32], Option<&[f32]>, u32, u32, &mut [u32]) -> (usize, u32);
 
 /// Models, V, Δ and their sums; see [`Kernels::updates`].
 type Updates = fn(&Models<'_>, &mut [f32], &mut [f32], Option<&mut Sums>);
@@ -198,18 +199,21 @@ impl Kernels {
         (self.store)(dtype, source, destination)
     }
 
-    /// Collects, in order, `bits - low` of the values whose magnitude has bits from `low` to `low + width`; `found` is
-    /// longer than `values` by [`COLLECT_MARGIN`] at least. Returns how many there are, and how many values lie above.
+    /// Collects, in order, `bits - low` of the values, or of their differences from a base as long, whose magnitude has bits
+    /// from `low` to `low + width`; `found` is longer than `values` by [`COLLECT_MARGIN`] at least. Returns how many there
+    /// are, and how many values lie above.
     #[must_use]
     pub fn collect_between(
         &self,
         values: &[f32],
+        base: Option<&[f32]>,
         low: u32,
         width: u32,
         found: &mut [u32],
     ) -> (usize, u32) {
         assert!(found.len() >= values.len() + COLLECT_MARGIN);
-        (self.collect_between)(values, low, width, found)
+        assert!(base.is_none_or(|base| base.len() == values.len()));
+        (self.collect_between)(values, base, low, width, found)
     }
 
     /// Runs loops over elements compiled for this level: what `work` calls is vectorised as far as it is inlined.

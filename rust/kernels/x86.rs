@@ -7,11 +7,12 @@ use super::updates::{self, Models, Sums};
 use crate::code::Code;
 use crate::dtype::Float;
 use std::arch::x86_64::{
-    __m256, __m512, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128, _mm256_cvtph_ps,
-    _mm256_cvtps_ph, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_storeu_ps,
-    _mm512_and_si512, _mm512_cmpge_epu32_mask, _mm512_cmplt_epu32_mask, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_compress_epi32, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32,
+    __m256, __m512, __m512i, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128,
+    _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
+    _mm256_storeu_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_cmpge_epu32_mask,
+    _mm512_cmplt_epu32_mask, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_compress_epi32,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32,
+    _mm512_sub_ps,
 };
 
 /// Half conversions by F16C, eight at a time. Only the two modules below name it, inside functions with that feature.
@@ -52,36 +53,97 @@ impl Half for F16c {
 /// [`generic::collect_between`] by AVX-512, which the compiler does not find by itself: it compresses vectors.
 pub(super) fn collect_between(
     values: &[f32],
+    base: Option<&[f32]>,
     low: u32,
     width: u32,
     found: &mut [u32],
 ) -> (usize, u32) {
     // SAFETY: `Kernels::of` hands this out only for a level that `Level::available` detected.
-    unsafe { collect_between_avx512(values, low, width, found) }
+    unsafe {
+        match base {
+            Some(base) => collect_differences(values, base, low, width, found),
+            None => collect_values(values, low, width, found),
+        }
+    }
 }
 
-#[target_feature(enable = "avx512f")]
-fn collect_between_avx512(values: &[f32], low: u32, width: u32, found: &mut [u32]) -> (usize, u32) {
+/// Values that are looked at together.
+type Block = [f32; COLLECT_MARGIN];
+
+#[target_feature(enable = "avx512f,popcnt")]
+fn collect_values(values: &[f32], low: u32, width: u32, found: &mut [u32]) -> (usize, u32) {
     let (blocks, rest) = values.as_chunks::<COLLECT_MARGIN>();
-    let (lows, widths) =
-        (_mm512_set1_epi32(low.cast_signed()), _mm512_set1_epi32(width.cast_signed()));
-    let magnitude = _mm512_set1_epi32(generic::MAGNITUDE.cast_signed());
-    let (mut count, mut higher) = (0, 0);
+    let mut collected = Collected::new(low, width, found);
     for block in blocks {
-        // SAFETY: a block has 16 elements of 4 bytes, and the load is the unaligned one.
-        let loaded = unsafe { _mm512_loadu_si512(block.as_ptr().cast()) };
-        let bits = _mm512_and_si512(loaded, magnitude);
-        let offsets = _mm512_sub_epi32(bits, lows);
-        let inside = _mm512_cmplt_epu32_mask(offsets, widths);
-        higher += (_mm512_cmpge_epu32_mask(bits, lows) & !inside).count_ones();
+        collected.add(vector(block));
+    }
+    collected.finish(rest, None)
+}
+
+#[target_feature(enable = "avx512f,popcnt")]
+fn collect_differences(
+    values: &[f32],
+    base: &[f32],
+    low: u32,
+    width: u32,
+    found: &mut [u32],
+) -> (usize, u32) {
+    let (blocks, rest) = values.as_chunks::<COLLECT_MARGIN>();
+    let (bases, base_rest) = base.as_chunks::<COLLECT_MARGIN>();
+    let mut collected = Collected::new(low, width, found);
+    for (block, base) in blocks.iter().zip(bases) {
+        collected.add(_mm512_sub_ps(vector(block), vector(base)));
+    }
+    collected.finish(rest, Some(base_rest))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,popcnt")]
+fn vector(block: &Block) -> __m512 {
+    // SAFETY: a block has 16 elements of 4 bytes, and the load is the unaligned one.
+    unsafe { _mm512_loadu_ps(block.as_ptr()) }
+}
+
+/// What has been collected of some vectors.
+struct Collected<'a> {
+    low: u32,
+    width: u32,
+    lows: __m512i,
+    widths: __m512i,
+    found: &'a mut [u32],
+    count: usize,
+    higher: u32,
+}
+
+impl<'a> Collected<'a> {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new(low: u32, width: u32, found: &'a mut [u32]) -> Self {
+        let [lows, widths] = [low, width].map(|bits| _mm512_set1_epi32(bits.cast_signed()));
+        Self { low, width, lows, widths, found, count: 0, higher: 0 }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,popcnt")]
+    fn add(&mut self, values: __m512) {
+        let magnitude = _mm512_set1_epi32(generic::MAGNITUDE.cast_signed());
+        let bits = _mm512_and_si512(_mm512_castps_si512(values), magnitude);
+        let offsets = _mm512_sub_epi32(bits, self.lows);
+        let inside = _mm512_cmplt_epu32_mask(offsets, self.widths);
+        self.higher += (_mm512_cmpge_epu32_mask(bits, self.lows) & !inside).count_ones();
         let packed = _mm512_maskz_compress_epi32(inside, offsets);
-        let place = &mut found[count..count + COLLECT_MARGIN];
+        let place = &mut self.found[self.count..self.count + COLLECT_MARGIN];
         // SAFETY: `place` has 16 elements of 4 bytes, and the store is the unaligned one.
         unsafe { _mm512_storeu_si512(place.as_mut_ptr().cast(), packed) };
-        count += inside.count_ones() as usize;
+        self.count += inside.count_ones() as usize;
     }
-    let (more, above) = generic::collect_between(rest, low, width, &mut found[count..]);
-    (count + more, higher + above)
+
+    #[inline(always)]
+    fn finish(self, rest: &[f32], base: Option<&[f32]>) -> (usize, u32) {
+        let Self { low, width, found, count, higher, .. } = self;
+        let (more, above) = generic::collect_between(rest, base, low, width, &mut found[count..]);
+        (count + more, higher + above)
+    }
 }
 
 /// Vectors for thin products.

@@ -77,7 +77,7 @@ impl Blender {
         &mut self,
         job: &Job<'_>,
         elements: &Range<usize>,
-        tally: &mut Tally<'_>,
+        tally: &mut Tally<'_, '_>,
     ) -> Result<()> {
         self.load(job, elements)?;
         with_slice(&self.operands, job.computation(), elements, |slice| {

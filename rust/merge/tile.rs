@@ -11,13 +11,10 @@ use super::work::{SUB_TILE, Watch, chunks, copy_wanted, elements_of, parts};
 use crate::Result;
 use crate::dtype::Float;
 use crate::kernels::Kernels;
-use crate::methods::Tally;
+use crate::methods::{Counts, Tally};
 use crate::plan::{Assembly, Changes, Computation, Operation, Plan, PlannedShard, Target};
 use std::ops::Range;
 use std::sync::Arc;
-
-/// Elements that an observe pass looks at together where it looks at all: what it hands on each time costs.
-const OBSERVED: usize = 4 * SUB_TILE;
 
 /// Elements of a tensor of several pieces that are put together at a time.
 pub(super) const ASSEMBLED: usize = 1 << 16;
@@ -192,19 +189,19 @@ impl TileFiller {
         let name = tensor.output.name.as_str();
         let (facts, dtype) = (&assignment.facts, assembly.dtype());
         let job = Job { file, name, piece, entered, facts, dtype, stopped };
-        // A sample is made of small pieces from many places.
-        let whole = if assignment.stride == 1 { OBSERVED } else { SUB_TILE };
-        let step = method.row().unwrap_or(whole).max(1);
+        let step = method.row().unwrap_or(SUB_TILE).max(1);
         let mut watch = Watch::new(stopped);
+        let mut counts = Counts::new(&assignment.counts);
         for start in elements.clone().step_by(step) {
             if !(start / step).is_multiple_of(assignment.stride) {
                 continue;
             }
             let elements = start..elements.end.min(start + step);
             watch.pass(elements.len())?;
-            let mut tally = Tally { sums: &mut assignment.sums, counts: &assignment.counts };
+            let mut tally = Tally { sums: &mut assignment.sums, counts: &mut counts };
             self.assembler.blender.observe(&job, &elements, &mut tally)?;
         }
+        counts.flush();
         release_operands(&mut self.pages, &piece.computation, &elements);
         let finished = observation.finish(method, pass, number, assignment.sums);
         finished.map_err(|problem| job.error(problem))

@@ -52,9 +52,9 @@ impl Vectors {
     }
 
     /// Adds the products of a slice to the triangle.
-    pub(super) fn observe(self, kernels: &Kernels, slice: &Slice<'_>, tally: &mut Tally<'_>) {
+    pub(super) fn observe(self, kernels: &Kernels, slice: &Slice<'_>, sums: &mut [f64]) {
         self.with(kernels, slice, |vectors| {
-            let mut sums = tally.sums.iter_mut();
+            let mut sums = sums.iter_mut();
             for (number, left) in vectors.iter().enumerate() {
                 for (right, sum) in vectors[..=number].iter().zip(&mut sums) {
                     *sum += kernels.dot(left, right);
@@ -167,9 +167,9 @@ impl<C: Coefficients> TypedMethod for Combination<C> {
         kernels: &Kernels,
         _: &Self::Facts,
         slice: &Slice<'_>,
-        tally: &mut Tally<'_>,
+        tally: &mut Tally<'_, '_>,
     ) {
-        self.vectors.observe(kernels, slice, tally);
+        self.vectors.observe(kernels, slice, tally.sums);
     }
 
     fn conclude(
@@ -193,7 +193,7 @@ impl<C: Coefficients> TypedMethod for Combination<C> {
             return Ok(());
         }
         let mut sums = vec![0.0; triangle(self.vectors.count(self.operands))];
-        self.vectors.observe(kernels, slice, &mut Tally { sums: &mut sums, counts: &[] });
+        self.vectors.observe(kernels, slice, &mut sums);
         // One bad value would spoil the row, and the rest of it be blamed.
         if sums.iter().any(|sum| !sum.is_finite()) {
             return Err(super::NONFINITE_SUMS.to_owned());

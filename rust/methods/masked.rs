@@ -47,7 +47,13 @@ impl Method for Masked {
         self.inner.request(facts)
     }
 
-    fn observe(&self, kernels: &Kernels, facts: &Facts, slice: &Slice<'_>, tally: &mut Tally<'_>) {
+    fn observe(
+        &self,
+        kernels: &Kernels,
+        facts: &Facts,
+        slice: &Slice<'_>,
+        tally: &mut Tally<'_, '_>,
+    ) {
         self.inner.observe(kernels, facts, &Self::inner(slice), tally);
     }
 

@@ -6,6 +6,7 @@
 //! by any number of threads, gives the same bits.
 
 mod breadcrumbs;
+mod counts;
 mod dare;
 mod della;
 mod gram;
@@ -29,6 +30,7 @@ mod task_vectors;
 mod ties;
 mod vote;
 
+pub use counts::Counts;
 pub use masked::Masked;
 pub use parameters::{Default, Kind, Parameter};
 pub use random::uniforms;
@@ -39,7 +41,6 @@ use crate::kernels::Kernels;
 use std::any::Any;
 use std::fmt::Debug;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 
 /// Equally long parts of all operands.
 #[derive(Debug, Clone, Copy)]
@@ -68,11 +69,11 @@ impl Slice<'_> {
 
 /// What an observe pass adds up.
 #[derive(Debug)]
-pub struct Tally<'a> {
+pub struct Tally<'a, 'c> {
     /// Sums of the chunk in hand; chunks are added up in their order.
     pub sums: &'a mut [f64],
-    /// Counts of the whole tensor, which all workers increment.
-    pub counts: &'a [AtomicU32],
+    /// Counts of the whole tensor.
+    pub counts: &'a mut Counts<'c>,
 }
 
 /// How many numbers a pass adds up, and how much of the tensor it has to see.
@@ -147,7 +148,7 @@ pub(crate) trait TypedMethod: Debug + Send + Sync {
         _kernels: &Kernels,
         _facts: &Self::Facts,
         _slice: &Slice<'_>,
-        _tally: &mut Tally<'_>,
+        _tally: &mut Tally<'_, '_>,
     ) {
     }
 
@@ -196,7 +197,13 @@ pub trait Method: Debug + Send + Sync {
     fn request(&self, facts: &Facts) -> Request;
 
     /// Adds a slice to the tally.
-    fn observe(&self, kernels: &Kernels, facts: &Facts, slice: &Slice<'_>, tally: &mut Tally<'_>);
+    fn observe(
+        &self,
+        kernels: &Kernels,
+        facts: &Facts,
+        slice: &Slice<'_>,
+        tally: &mut Tally<'_, '_>,
+    );
 
     /// Draws the conclusion of a pass from the sums over the whole tensor.
     ///
@@ -242,7 +249,13 @@ impl<M: TypedMethod> Method for M {
         }
     }
 
-    fn observe(&self, kernels: &Kernels, facts: &Facts, slice: &Slice<'_>, tally: &mut Tally<'_>) {
+    fn observe(
+        &self,
+        kernels: &Kernels,
+        facts: &Facts,
+        slice: &Slice<'_>,
+        tally: &mut Tally<'_, '_>,
+    ) {
         if let Ok(facts) = facts.get() {
             TypedMethod::observe(self, kernels, facts, slice, tally);
         }

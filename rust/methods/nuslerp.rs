@@ -152,7 +152,7 @@ impl TypedMethod for ColumnWise {
         kernels: &Kernels,
         _: &Self::Facts,
         slice: &Slice<'_>,
-        tally: &mut Tally<'_>,
+        tally: &mut Tally<'_, '_>,
     ) {
         let [left, right] = Self::vectors(kernels, slice);
         for (number, (&left, &right)) in left.iter().zip(&right).enumerate() {

@@ -9,8 +9,8 @@
 //! Equal magnitudes at the cut are told apart by a random number of each element, so that the share that is kept is
 //! the wanted one; in bf16 many are equal.
 
+use super::counts::Counts;
 use crate::kernels::{COLLECT_MARGIN, Kernels};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Passes at most: the sample, the bracket, all values, one bin of them.
 pub(super) const PASSES: usize = 4;
@@ -21,10 +21,12 @@ const MOST_BINS: u64 = 1 << 20;
 const MAGNITUDES: u64 = 1 << 31;
 /// Binary logarithm of the values in a bin when nothing is known yet.
 const WIDEST: u32 = 15;
-/// Counts before those of the bins: of what lies above them, and the bits that any value inside them has.
-const EXTRA: usize = 2;
+/// Before the counts of the bins: that of what lies above them, and the bits that any value inside them has.
+const ABOVE: u32 = 0;
+const PRESENT: u32 = 1;
+const FIRST_BIN: u32 = 2;
 /// Of a large tensor, the sample is one sub-tile in so many.
-const STRIDE: usize = 32;
+const STRIDE: usize = 128;
 /// Smaller tensors are counted whole.
 const LEAST_SAMPLED: usize = 1 << 20;
 /// Neighbouring elements are alike: the bracket is wider than independent samples would need.
@@ -154,7 +156,7 @@ impl Search {
     pub(super) fn counts(&self) -> usize {
         match self.state {
             State::Found(_) => 0,
-            State::Counting(bins, _) => EXTRA + bins.number as usize,
+            State::Counting(bins, _) => (FIRST_BIN + bins.number) as usize,
         }
     }
 
@@ -167,18 +169,37 @@ impl Search {
         }
     }
 
-    /// Counts values into `counts`, which are as many as [`Search::counts`] says; `None` if there is nothing to count.
-    pub(super) fn counter<'a>(&self, counts: &'a [AtomicU32]) -> Option<Counter<'a>> {
-        let State::Counting(bins, _) = self.state else { return None };
-        let ([above, present], counts) = counts.split_first_chunk::<EXTRA>()?;
-        let (recent, found) = (Recent::default(), [0; PART + COLLECT_MARGIN]);
-        Some(Counter { bins, above, present, counts, recent, found, higher: 0, any: 0 })
+    /// Counts values, or their differences from a base as long, if there is anything to count. Its counts, as many as
+    /// [`Search::counts`] says, begin at the place `start`.
+    pub(super) fn count(
+        &self,
+        kernels: &Kernels,
+        values: &[f32],
+        base: Option<&[f32]>,
+        counts: &mut Counts<'_>,
+        start: u32,
+    ) {
+        let State::Counting(Bins { low, number, shift }, _) = self.state else { return };
+        let (mut higher, mut any) = (0, 0);
+        let mut found = [0; PART + COLLECT_MARGIN];
+        for (part, values) in values.chunks(PART).enumerate() {
+            let base = base.map(|base| &base[part * PART..part * PART + values.len()]);
+            let (count, above) =
+                kernels.collect_between(values, base, low, number << shift, &mut found);
+            higher += above;
+            for &offset in &found[..count] {
+                any |= offset;
+                counts.add(start + FIRST_BIN + (offset >> shift), 1);
+            }
+        }
+        counts.add(start + ABOVE, higher);
+        counts.mark(start + PRESENT, any);
     }
 
     /// Draws the conclusion of a pass.
     pub(super) fn conclude(self, counts: &[u32]) -> Self {
         let State::Counting(bins, scope) = self.state else { return self };
-        let (extra, counts) = counts.split_at(EXTRA);
+        let (extra, counts) = counts.split_at(FIRST_BIN as usize);
         let state = match scope {
             Scope::Sample => self.bracket(counts),
             Scope::All => self.narrow(bins, extra, counts),
@@ -190,7 +211,7 @@ impl Search {
     fn narrow(&self, bins: Bins, extra: &[u32], counts: &[u32]) -> State {
         let Bins { low, number, shift } = bins;
         let start = |bin: usize| low + (u32::try_from(bin).unwrap_or(u32::MAX) << shift);
-        let mut higher = extra[0] as usize;
+        let mut higher = extra[ABOVE as usize] as usize;
         if higher >= self.top {
             // Above the bracket.
             return State::over(low + (number << shift), MAGNITUDES);
@@ -202,7 +223,7 @@ impl Search {
                 continue;
             }
             let merged = (1_u32 << shift) - 1;
-            if extra[1] & merged != 0 {
+            if extra[PRESENT as usize] & merged != 0 {
                 return State::over(start(bin), u64::from(start(bin)) + (1 << shift));
             }
             return State::Found(Cut::at(start(bin), self.top - higher, count));
@@ -251,80 +272,6 @@ impl State {
         let shift = shift.unwrap_or(WIDEST);
         let number = u32::try_from(values.div_ceil(1 << shift)).unwrap_or(u32::MAX);
         Self::Counting(Bins { low, number, shift }, Scope::All)
-    }
-}
-
-/// Counts values for a search.
-pub(super) struct Counter<'a> {
-    bins: Bins,
-    above: &'a AtomicU32,
-    present: &'a AtomicU32,
-    counts: &'a [AtomicU32],
-    recent: Recent,
-    /// Room for what is found among some values.
-    found: [u32; PART + COLLECT_MARGIN],
-    higher: u32,
-    any: u32,
-}
-
-impl Counter<'_> {
-    /// Counts some values.
-    pub(super) fn count(&mut self, kernels: &Kernels, values: &[f32]) {
-        let Bins { low, number, shift } = self.bins;
-        for part in values.chunks(PART) {
-            let found = &mut self.found;
-            let (count, above) = kernels.collect_between(part, low, number << shift, found);
-            self.higher += above;
-            for &offset in &found[..count] {
-                self.any |= offset;
-                self.recent.add(offset >> shift, self.counts);
-            }
-        }
-    }
-
-    /// Hands the counts on.
-    pub(super) fn finish(self) {
-        self.recent.flush(self.counts);
-        self.present.fetch_or(self.any, Ordering::Relaxed);
-        if self.higher > 0 {
-            self.above.fetch_add(self.higher, Ordering::Relaxed);
-        }
-    }
-}
-
-/// Counts that were not handed on yet. Differences of bf16 weights take few values, and workers that all increment the
-/// count of one of them would wait for each other.
-#[derive(Default)]
-struct Recent {
-    /// Bin and count by the bin's hash.
-    counts: [(u32, u32); RECENT],
-}
-
-const RECENT: usize = 16;
-
-impl Recent {
-    #[inline(always)]
-    fn add(&mut self, bin: u32, bins: &[AtomicU32]) {
-        // Hashed, since the low bits of differences of bf16 weights are zero.
-        let place = bin.wrapping_mul(0x9E37_79B9) >> (u32::BITS - RECENT.ilog2());
-        let slot = &mut self.counts[place as usize];
-        if slot.0 == bin {
-            slot.1 += 1;
-            return;
-        }
-        let (old, count) = std::mem::replace(slot, (bin, 1));
-        if count > 0 {
-            bins[old as usize].fetch_add(count, Ordering::Relaxed);
-        }
-    }
-
-    #[inline(always)]
-    fn flush(self, bins: &[AtomicU32]) {
-        for (bin, count) in self.counts {
-            if count > 0 {
-                bins[bin as usize].fetch_add(count, Ordering::Relaxed);
-            }
-        }
     }
 }
 

@@ -176,7 +176,13 @@ impl TypedMethod for OfTensor {
         }
     }
 
-    fn observe(&self, kernels: &Kernels, facts: &Known, slice: &Slice<'_>, tally: &mut Tally<'_>) {
+    fn observe(
+        &self,
+        kernels: &Kernels,
+        facts: &Known,
+        slice: &Slice<'_>,
+        tally: &mut Tally<'_, '_>,
+    ) {
         let length = slice.len();
         if let Some(cut) = facts.search.cut() {
             let deltas = self.selected(kernels, cut, slice);
@@ -189,10 +195,7 @@ impl TypedMethod for OfTensor {
         let variances = variances(kernels, &deltas, self.count, length);
         let differing = variances.iter().filter(|&&variance| variance != 0.0).count();
         tally.sums[0] += f64::from(u32::try_from(differing).unwrap_or(u32::MAX));
-        if let Some(mut counter) = facts.search.counter(tally.counts) {
-            counter.count(kernels, &variances);
-            counter.finish();
-        }
+        facts.search.count(kernels, &variances, None, tally.counts, 0);
     }
 
     #[expect(

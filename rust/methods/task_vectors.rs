@@ -7,7 +7,7 @@
 use super::gram::difference;
 use super::linear::weights;
 use super::parameters::{FINITE, NOT_NEGATIVE, Spec, choice};
-use super::quantile::{Counter, Cut, Search};
+use super::quantile::{Cut, Search};
 use super::{Finding, Method, Request, Slice, Tally, TypedMethod};
 use crate::kernels::Kernels;
 use std::fmt::Debug;
@@ -321,32 +321,20 @@ impl TypedMethod for TaskVectors {
         kernels: &Kernels,
         facts: &Vec<Known>,
         slice: &Slice<'_>,
-        tally: &mut Tally<'_>,
+        tally: &mut Tally<'_, '_>,
     ) {
         if stride(facts).is_none() {
             self.observe_l1(kernels, facts, slice, tally.sums);
             return;
         }
         let base = slice.base.unwrap_or_default();
-        let mut rest = tally.counts;
+        let mut start = 0;
         for (operand, known) in slice.operands.iter().zip(facts) {
-            let mut counters = known.searches.map(|search| {
-                let (own, others) = rest.split_at(search.counts());
-                rest = others;
-                search.counter(own)
-            });
-            if counters.iter().all(Option::is_none) {
-                continue;
+            for search in &known.searches {
+                search.count(kernels, operand, Some(base), tally.counts, start);
+                // Two searches have two million bins at most.
+                start += u32::try_from(search.counts()).unwrap_or(u32::MAX);
             }
-            let mut delta = [0.0; PART];
-            for (model, base) in operand.chunks(PART).zip(base.chunks(PART)) {
-                let delta = &mut delta[..model.len()];
-                difference(kernels, model, base, delta);
-                for counter in counters.iter_mut().flatten() {
-                    counter.count(kernels, delta);
-                }
-            }
-            counters.into_iter().flatten().for_each(Counter::finish);
         }
     }
 

@@ -180,10 +180,15 @@ proptest! {
 
     #[test]
     fn magnitudes_between_bounds_are_collected_in_order(
-        values in prop::collection::vec(any::<f32>(), 0..100),
+        pairs in prop::collection::vec((any::<f32>(), any::<f32>()), 0..100),
+        differences in any::<bool>(),
         low in 0_u32..1 << 31,
         width in 0_u32..1 << 31,
     ) {
+        let (given, base): (Vec<f32>, Vec<f32>) = pairs.iter().copied().unzip();
+        let subtract = |&(value, base): &(f32, f32)| value - base;
+        let values = if differences { pairs.iter().map(subtract).collect() } else { given.clone() };
+        let base = differences.then_some(&base[..]);
         let bits: Vec<u32> = values.iter().map(|value| value.abs().to_bits()).collect();
         let end = u64::from(low) + u64::from(width);
         let inside = |&bits: &u32| bits >= low && u64::from(bits) < end;
@@ -191,7 +196,7 @@ proptest! {
         let above = bits.iter().filter(|&&bits| u64::from(bits) >= end).count();
         for kernels in levels() {
             let mut found = vec![0; values.len() + COLLECT_MARGIN];
-            let (count, higher) = kernels.collect_between(&values, low, width, &mut found);
+            let (count, higher) = kernels.collect_between(&given, base, low, width, &mut found);
             prop_assert_eq!(&found[..count], &expected[..], "{:?}", kernels);
             prop_assert_eq!(higher as usize, above);
         }

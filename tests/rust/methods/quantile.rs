@@ -5,12 +5,12 @@
 
 use proptest::prelude::*;
 use safemerge_fast::kernels::Kernels;
-use safemerge_fast::methods::{Method, Slice, Tally, build};
+use safemerge_fast::methods::{Counts, Method, Slice, Tally, build};
 use serde_json::{Map, Value, json};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 const SUB_TILE: usize = 1024;
-/// From this size on, the first pass counts a sample, one sub-tile in 32.
+/// From this size on, the first pass counts a sample, one sub-tile in 128.
 const SAMPLED: usize = 1 << 20;
 
 struct Outcome {
@@ -34,12 +34,14 @@ fn drive(method: &dyn Method, model: &[f32]) -> Outcome {
         let request = method.request(&facts);
         let mut sums = vec![0.0; request.sums];
         let counts: Vec<AtomicU32> = (0..request.counts).map(|_| AtomicU32::new(0)).collect();
+        let mut counting = Counts::new(&counts);
         for first in (0..model.len()).step_by(SUB_TILE * request.stride) {
             slice(first, &mut |slice| {
-                let mut tally = Tally { sums: &mut sums, counts: &counts };
+                let mut tally = Tally { sums: &mut sums, counts: &mut counting };
                 method.observe(&kernels, &facts, slice, &mut tally);
             });
         }
+        counting.flush();
         let counts: Vec<u32> = counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
         let finding = method.conclude(&facts, &sums, &counts).unwrap();
         facts = finding.facts;
