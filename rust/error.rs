@@ -96,6 +96,16 @@ pub enum Error {
         /// What it holds instead, and what to do.
         problem: String,
     },
+    /// A store or server does not give an object.
+    #[error("cannot read {}: {problem}", printable(path), problem = sentence(problem))]
+    Remote {
+        /// Its address.
+        path: PathBuf,
+        /// What was said, and what to do.
+        problem: String,
+        /// Whether there is no such object.
+        missing: bool,
+    },
     /// The operating system refused a read.
     #[error("cannot read {}: {source}", printable(path))]
     Read {
@@ -289,6 +299,7 @@ impl Error {
         match self {
             Self::NotFound { .. }
             | Self::NoWeights { .. }
+            | Self::Remote { .. }
             | Self::Read { .. }
             | Self::Descriptors { .. }
             | Self::Header { .. }
@@ -311,6 +322,7 @@ impl Error {
     /// Whether something was not there, or no longer.
     pub(crate) fn is_not_found(&self) -> bool {
         match self {
+            Self::Remote { missing, .. } => *missing,
             Self::Read { source, .. } | Self::Write { source, .. } => {
                 source.kind() == io::ErrorKind::NotFound
             }
@@ -324,6 +336,11 @@ impl Error {
             Some(limit) => Self::Descriptors { path, limit },
             None => Self::Read { path, source },
         }
+    }
+
+    #[cfg(feature = "remote")]
+    pub(crate) fn remote(path: &Path, problem: impl Into<String>) -> Self {
+        Self::Remote { path: path.to_owned(), problem: problem.into(), missing: false }
     }
 
     pub(crate) fn header(path: &Path, problem: impl Into<String>) -> Self {

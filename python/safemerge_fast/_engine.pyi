@@ -124,6 +124,36 @@ def file_digest(path: str | PathLike[str]) -> str:
         CheckpointError: It cannot be read.
     """
 
+def normal_url(url: str) -> str:
+    """An address as plans and reports have it.
+
+    Raises:
+        CheckpointError: It is not one that models are read from, or holds a user, a password or a query.
+    """
+
+def list_directory(url: str) -> list[tuple[str, int]]:
+    """Names and sizes of the objects of a directory in a store; of a plain server those of the usual weights alone.
+
+    Raises:
+        CheckpointError: There is none, or the store does not give it.
+    """
+
+def fetch_small(url: str, names: list[str], directory: str, *, most: int) -> list[str]:
+    """Copies small files of a directory in a store or on a server into a local one.
+
+    Args:
+        url: The address of the directory.
+        names: Their names.
+        directory: Where they are written.
+        most: Bytes that one may have.
+
+    Returns:
+        The names of those that were there.
+
+    Raises:
+        CheckpointError: The store does not give one, or one has more bytes.
+    """
+
 def fault_points() -> list[str]:
     """The names of the engine's fail points; none in a build without the feature `faults`."""
 
@@ -151,8 +181,14 @@ class FileIdentity:
     @property
     def header_digest(self) -> str:
         """BLAKE3 of the length field and the header, hexadecimal."""
+    @property
+    def etag(self) -> str | None:
+        """What a store calls this content; None of a file that lies here."""
+    @property
+    def version(self) -> str | None:
+        """What a store with versions calls this one."""
     def to_dict(self) -> dict[str, int | str]:
-        """As plans state it: size, mtime_ns, ctime_ns, inode, header_digest."""
+        """As plans state it: size, mtime_ns, header_digest; of a file ctime_ns, inode; of an object etag, version."""
     def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 

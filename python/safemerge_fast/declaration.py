@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from .addresses import is_url, shown_url
 from .errors import PlanError, SettingError
 from .sizes import parse_size
 
@@ -144,10 +145,17 @@ class Field:
                 value = msgspec.convert(value, self.type)
             if setting.kind is Kind.SIZE:
                 value = parse_size(value)
+            if setting.kind is Kind.PATH and isinstance(value, str) and is_url(value):
+                raise SettingError(
+                    f"{self.name} should be a path on this machine, not {shown_url(value)}: nothing but models is read "
+                    f"from stores, and nothing is written there; give a path, and copy the result"
+                )
             if setting.check is not None:
                 setting.check(value)
         except msgspec.ValidationError:
             raise SettingError(f"{self.name} should be {self.expected()}, not {_shown(value)}") from None
+        except SettingError:
+            raise
         except PlanError as error:
             raise SettingError(f"{self.name}: {error}") from error
         number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -17,13 +17,31 @@ __all__ = [
     "SafemergeError",
     "SettingError",
     "VerificationError",
+    "show_as",
 ]
+
+_names: dict[str, str] = {}
+
+
+def show_as(place: str, name: str) -> None:
+    """Lets messages say a name in place of a path: of a temporary copy, where it was copied from."""
+    _names[place] = name
+
+
+def _named(text: object) -> object:
+    if isinstance(text, str):
+        for place, name in _names.items():
+            text = text.replace(place, name)
+    return text
 
 
 class SafemergeError(Exception):
     """Base of every error that safemerge-fast raises on purpose."""
 
     exit_code = 3
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*map(_named, arguments))
 
 
 class CheckpointError(SafemergeError):

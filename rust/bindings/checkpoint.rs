@@ -155,12 +155,29 @@ impl FileIdentity {
         &self.inner.header_digest
     }
 
+    #[getter]
+    fn etag(&self) -> Option<&str> {
+        self.inner.etag.as_deref()
+    }
+
+    #[getter]
+    fn version(&self) -> Option<&str> {
+        self.inner.version.as_deref()
+    }
+
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let written = PyDict::new(py);
         written.set_item("size", self.inner.size)?;
         written.set_item("mtime_ns", self.inner.mtime_ns)?;
-        written.set_item("ctime_ns", self.inner.ctime_ns)?;
-        written.set_item("inode", self.inner.inode)?;
+        if let Some(etag) = &self.inner.etag {
+            written.set_item("etag", etag)?;
+        } else {
+            written.set_item("ctime_ns", self.inner.ctime_ns)?;
+            written.set_item("inode", self.inner.inode)?;
+        }
+        if let Some(version) = &self.inner.version {
+            written.set_item("version", version)?;
+        }
         written.set_item("header_digest", &self.inner.header_digest)?;
         Ok(written)
     }

@@ -5,6 +5,7 @@ use super::identity::FileIdentity;
 use super::limits::{MOST_DIMENSIONS, MOST_TENSORS};
 use super::lookup::Lookup;
 use super::regular;
+use super::remote::{self, RemoteFile};
 use crate::error::printable;
 use crate::{Error, Result};
 use safetensors::tensor::Dtype;
@@ -18,6 +19,9 @@ use std::path::Path;
 pub const LENGTH_BYTES: usize = 8;
 /// Longest header that readers accept.
 const LONGEST_HEADER: u64 = 100_000_000;
+/// Bytes of an object that are asked for first; most headers end before.
+const FIRST_REQUEST: u64 = 64 << 10;
+
 /// One tensor of a shard, as its header describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorEntry<'a> {
@@ -76,43 +80,48 @@ impl Header {
     /// [`Error::Read`], [`Error::Header`], [`Error::Unusable`], or [`Error::Length`] if the file is shorter or longer than
     /// the header says.
     pub fn read(path: &Path) -> Result<Self> {
+        if remote::is_url(path) {
+            return Self::read_remote(path);
+        }
         let (file, metadata) = regular::open(path).map_err(|e| Error::read(path, e))?;
         let size = metadata.len();
         if regular::is_lfs_pointer(&file) {
             return Err(Error::unusable(path, regular::LFS_ADVICE));
         }
         if size < LENGTH_BYTES as u64 {
-            return Err(Error::header(path, format!("it has only {size} bytes")));
+            return Err(too_short(path, size));
         }
         let mut length = [0; LENGTH_BYTES];
         file.read_exact_at(&mut length, 0).map_err(|e| Error::read(path, e))?;
-        let length = u64::from_le_bytes(length);
-        if length > LONGEST_HEADER {
-            if let Some(problem) = regular::other_kind(length.to_le_bytes()) {
-                return Err(Error::unusable(path, problem));
-            }
-            return Err(Error::header(
-                path,
-                format!(
-                    "it claims a header of {length} bytes, more than the {LONGEST_HEADER} allowed"
-                ),
-            ));
-        }
-        let data_start = LENGTH_BYTES as u64 + length;
-        if data_start > size {
-            return Err(Error::Length { path: path.to_owned(), expected: data_start, found: size });
-        }
-        let data_start = usize::try_from(data_start)
-            .map_err(|_| Error::header(path, "its header does not fit into memory"))?;
+        let data_start = data_start(path, size, length)?;
         let mut bytes = vec![0; data_start];
         file.read_exact_at(&mut bytes, 0).map_err(|e| Error::read(path, e))?;
-        let table = Table::parse(path, &bytes, data_start)?;
-        let expected = table.records.last().map_or(data_start, |record| record.end) as u64;
-        if expected != size {
-            return Err(Error::Length { path: path.to_owned(), expected, found: size });
-        }
-        let digest = blake3::hash(&bytes).to_hex().to_string();
+        let (table, digest) = Table::checked(path, size, &bytes)?;
         Ok(Self { table, identity: FileIdentity::new(&metadata, digest) })
+    }
+
+    /// The same of an object: one request, and another if the header is long.
+    fn read_remote(url: &Path) -> Result<Self> {
+        let Some((seen, start)) = remote::beginning(url, FIRST_REQUEST)? else {
+            return Err(too_short(url, 0));
+        };
+        let size = seen.size;
+        if regular::begins_lfs_pointer(&start) {
+            return Err(Error::unusable(url, regular::LFS_ADVICE));
+        }
+        let Some((length, _)) = start.split_first_chunk() else {
+            return Err(too_short(url, size));
+        };
+        let data_start = data_start(url, size, *length)?;
+        let mut bytes = start.to_vec();
+        let fetched = bytes.len();
+        bytes.resize(data_start, 0);
+        if fetched < data_start {
+            let object = RemoteFile::open(url, size, &seen.etag)?;
+            object.read(fetched..data_start, &mut bytes[fetched..])?;
+        }
+        let (table, digest) = Table::checked(url, size, &bytes)?;
+        Ok(Self { table, identity: FileIdentity::of_object(seen, digest) })
     }
 
     /// Number of tensors.
@@ -142,7 +151,41 @@ impl Header {
     }
 }
 
+fn too_short(path: &Path, size: u64) -> Error {
+    Error::header(path, format!("it has only {size} bytes"))
+}
+
+/// Where the data of a file begins that has so many bytes and begins with this length of the header.
+fn data_start(path: &Path, size: u64, length: [u8; LENGTH_BYTES]) -> Result<usize> {
+    if u64::from_le_bytes(length) > LONGEST_HEADER {
+        if let Some(problem) = regular::other_kind(length) {
+            return Err(Error::unusable(path, problem));
+        }
+        let length = u64::from_le_bytes(length);
+        return Err(Error::header(
+            path,
+            format!("it claims a header of {length} bytes, more than the {LONGEST_HEADER} allowed"),
+        ));
+    }
+    let data_start = LENGTH_BYTES as u64 + u64::from_le_bytes(length);
+    if data_start > size {
+        return Err(Error::Length { path: path.to_owned(), expected: data_start, found: size });
+    }
+    usize::try_from(data_start)
+        .map_err(|_| Error::header(path, "its header does not fit into memory"))
+}
+
 impl Table {
+    /// The table of a file of so many bytes that begins with these, and their digest.
+    fn checked(path: &Path, size: u64, bytes: &[u8]) -> Result<(Self, String)> {
+        let table = Self::parse(path, bytes, bytes.len())?;
+        let expected = table.records.last().map_or(bytes.len(), |record| record.end) as u64;
+        if expected != size {
+            return Err(Error::Length { path: path.to_owned(), expected, found: size });
+        }
+        Ok((table, blake3::hash(bytes).to_hex().to_string()))
+    }
+
     /// Parses and checks a length field and header. What is accepted is what the crate `safetensors` accepts, except
     /// for names that stand twice (there the last counts) and the limits above.
     fn parse(path: &Path, bytes: &[u8], data_start: usize) -> Result<Self> {

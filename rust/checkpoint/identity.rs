@@ -1,5 +1,6 @@
 //! What tells one input file from another, and whether it is still the file that was opened.
 
+use super::remote::{self, Seen};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::Metadata;
@@ -7,6 +8,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// What was seen of a shard when its header was read. Serialised as [`StatedIdentity`] has it.
+///
+/// Of an object the time is that at which it was stored; it has an ETag, and neither inode nor ctime.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct FileIdentity {
     /// Bytes.
@@ -15,14 +18,26 @@ pub struct FileIdentity {
     pub mtime_ns: i64,
     /// Time of the last change of the inode (content, owner, links), in nanoseconds since the epoch. Nobody can set it
     /// back, as the modification time can be.
+    #[serde(skip_serializing_if = "is_none")]
     pub ctime_ns: i64,
     /// Number of the inode.
+    #[serde(skip_serializing_if = "is_none")]
     pub inode: u64,
     /// Number of the device that the inode lies on; other after a reboot, so that nothing on disk says it.
     #[serde(skip)]
     pub device: u64,
     /// BLAKE3 of the length field and the header, hexadecimal.
     pub header_digest: String,
+    /// What a store calls this content of an object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
+    /// What a store with versions calls this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+}
+
+fn is_none<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// What a plan states of a shard that it reads.
@@ -41,6 +56,12 @@ pub struct StatedIdentity {
     pub inode: Option<u64>,
     /// BLAKE3 of the length field and the header, hexadecimal.
     pub header_digest: String,
+    /// As [`FileIdentity::etag`]; an object must still have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etag: Option<String>,
+    /// As [`FileIdentity::version`]; informative.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
 }
 
 impl FileIdentity {
@@ -52,7 +73,42 @@ impl FileIdentity {
             inode: metadata.ino(),
             device: metadata.dev(),
             header_digest,
+            etag: None,
+            version: None,
         }
+    }
+
+    pub(super) fn of_object(seen: Seen, header_digest: String) -> Self {
+        Self {
+            size: seen.size,
+            mtime_ns: seen.stored_ns,
+            ctime_ns: 0,
+            inode: 0,
+            device: 0,
+            header_digest,
+            etag: Some(seen.etag),
+            version: seen.version,
+        }
+    }
+
+    /// Checks that a file or an object still looks as it did.
+    ///
+    /// # Errors
+    /// [`Error::InputChanged`] if it does not, [`Error::Read`] and [`Error::Remote`] if it is gone.
+    pub(super) fn check(&self, path: &Path) -> Result<()> {
+        if self.etag.is_none() {
+            let metadata = std::fs::metadata(path).map_err(|e| Error::read(path, e))?;
+            return self.check_metadata(path, &metadata);
+        }
+        let seen = remote::look_again(path)?;
+        let what = if Some(&seen.etag) != self.etag.as_ref() {
+            "its ETag differs"
+        } else if seen.size != self.size {
+            "its size differs"
+        } else {
+            return Ok(());
+        };
+        Err(Error::InputChanged { path: path.to_owned(), what })
     }
 
     /// Checks that a file still looks as it did.
@@ -82,6 +138,8 @@ impl FileIdentity {
             "its size differs"
         } else if self.header_digest != stated.header_digest {
             "its header differs"
+        } else if self.etag != stated.etag && self.etag.is_some() && stated.etag.is_some() {
+            "its ETag differs"
         } else {
             return Ok(());
         };

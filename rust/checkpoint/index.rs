@@ -1,8 +1,8 @@
 //! Which files make up a checkpoint, by the rules that transformers follows.
 
 use super::advice::advice;
-use super::regular;
 use super::weight_map::{Index, WeightMap};
+use super::{regular, remote};
 use crate::error::printable;
 use crate::{Error, Result};
 use std::collections::BTreeSet;
@@ -28,6 +28,12 @@ impl Found {
 
 /// Finds the shards of a checkpoint: one file, `model.safetensors`, an index, or the only weights in the directory.
 pub(super) fn find(path: &Path) -> Result<Found> {
+    if remote::is_url(path) {
+        return match remote::find(path)? {
+            Some(names) => among(path, &names),
+            None => single_file(path),
+        };
+    }
     let metadata = std::fs::metadata(path).map_err(|error| match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
             Error::NotFound { path: path.to_owned() }
@@ -39,12 +45,7 @@ pub(super) fn find(path: &Path) -> Result<Found> {
         return Err(Error::unusable(path, "its path is not UTF-8; rename it"));
     }
     if metadata.is_file() {
-        return match (path.parent(), path.file_name().and_then(|name| name.to_str())) {
-            (Some(directory), Some(name)) => {
-                Ok(Found::single(directory.to_owned(), name.to_owned()))
-            }
-            _ => Err(Error::NotFound { path: path.to_owned() }),
-        };
+        return single_file(path);
     }
     if !metadata.is_dir() {
         return Err(Error::unusable(
@@ -52,7 +53,18 @@ pub(super) fn find(path: &Path) -> Result<Found> {
             "it is a pipe, socket or device, not a file or directory",
         ));
     }
-    let names = file_names(path)?;
+    among(path, &file_names(path)?)
+}
+
+fn single_file(path: &Path) -> Result<Found> {
+    match (path.parent(), path.file_name().and_then(|name| name.to_str())) {
+        (Some(directory), Some(name)) => Ok(Found::single(directory.to_owned(), name.to_owned())),
+        _ => Err(Error::NotFound { path: path.to_owned() }),
+    }
+}
+
+/// Finds the shards of a directory that holds these names.
+fn among(path: &Path, names: &BTreeSet<String>) -> Result<Found> {
     let has = |name: &str| names.contains(name);
     // transformers prefers the single file over an index.
     if has("model.safetensors") {
@@ -79,7 +91,7 @@ pub(super) fn find(path: &Path) -> Result<Found> {
         names.iter().filter(|name| name.ends_with(".safetensors")).collect();
     match weights.as_slice() {
         [only] => Ok(Found::single(path.to_owned(), (*only).clone())),
-        [] => Err(Error::NoWeights { path: path.to_owned(), problem: advice(path, &names) }),
+        [] => Err(Error::NoWeights { path: path.to_owned(), problem: advice(path, names) }),
         [first, ..] => Err(Error::NoWeights {
             path: path.to_owned(),
             problem: format!(
@@ -103,7 +115,8 @@ fn from_index(directory: &Path, name: &str) -> Result<Found> {
     }
     for file in &files {
         check_file_name(&path, file)?;
-        if !directory.join(file).exists() {
+        // Of what lies elsewhere the header's request will tell.
+        if !remote::is_url(directory) && !directory.join(file).exists() {
             return Err(Error::index(
                 &path,
                 format!(

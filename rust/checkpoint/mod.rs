@@ -12,6 +12,7 @@ mod lookup;
 mod mapping;
 mod reader;
 mod regular;
+mod remote;
 mod stored;
 mod weight_map;
 
@@ -23,6 +24,10 @@ pub use limits::MOST_TENSORS;
 pub use mapping::MappedFile;
 pub use reader::{InputFile, ReadBackend};
 pub use regular::file_digest;
+pub(crate) use remote::bound as bound_blocks;
+#[cfg(feature = "remote")]
+pub use remote::mount_store;
+pub use remote::{is_url, normal_url};
 pub use stored::{Shard, TensorId};
 
 use crate::code::GlobalScale;
@@ -61,7 +66,11 @@ impl Checkpoint {
     /// If the path is missing, no weights are found, the index is unusable or names a tensor that its shard lacks, any
     /// header is invalid, or there are more than [`MOST_TENSORS`]. Nothing of the tensors' data is read.
     pub fn open_with(path: &Path, backend: ReadBackend) -> Result<Self> {
-        let absolute = std::path::absolute(path).map_err(|e| Error::read(path, e))?;
+        let absolute = if is_url(path) {
+            normal_url(path)?
+        } else {
+            std::path::absolute(path).map_err(|e| Error::read(path, e))?
+        };
         let found = index::find(&absolute)?;
         let places = found.weight_map.as_ref();
         Self::from_files(found.directory, found.index, &found.files, places, backend)
@@ -254,10 +263,16 @@ impl Checkpoint {
         Ok((self.shard_of(id), self.entry(id).1))
     }
 
-    /// How the data is read.
+    /// How the data is read, of a checkpoint that lies here.
     #[must_use]
     pub fn backend(&self) -> ReadBackend {
         self.files.backend()
+    }
+
+    /// Whether it lies in a store or on a server.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        is_url(&self.path)
     }
 
     /// The open file of the shard with this number, for merge and analysis alike. It is closed some time after the last
@@ -268,6 +283,36 @@ impl Checkpoint {
     pub fn file(&self, shard: usize) -> Result<Arc<InputFile>> {
         let Shard { path, header, .. } = &self.shards()[shard];
         self.files.get(shard, path, &header.identity)
+    }
+
+    /// Names and sizes of the objects of a directory in a store; of a plain server those of the usual weights alone.
+    ///
+    /// # Errors
+    /// [`Error::Remote`], and [`Error::Unusable`] if it is not an address that can be read.
+    pub fn listed(url: &Path) -> Result<Vec<(String, u64)>> {
+        remote::listed(url)
+    }
+
+    /// Copies small files of a directory in a store or on a server into a local one, and returns the names of those that
+    /// were there.
+    ///
+    /// # Errors
+    /// [`Error::Remote`], [`Error::Write`], and [`Error::Unusable`] if one has more than `most` bytes.
+    pub fn fetch_small(
+        url: &Path,
+        names: &[String],
+        directory: &Path,
+        most: u64,
+    ) -> Result<Vec<String>> {
+        let found = remote::fetch_small(url, names, most)?;
+        let mut there = Vec::new();
+        for (name, bytes) in names.iter().zip(found) {
+            let Some(bytes) = bytes else { continue };
+            let path = directory.join(name);
+            std::fs::write(&path, &bytes).map_err(|e| Error::write(&path, e))?;
+            there.push(name.clone());
+        }
+        Ok(there)
     }
 
     /// Checks that size, times and inode of every shard are those seen when the checkpoint was opened.

@@ -1,8 +1,10 @@
-//! Input files as merge and analysis read them: mapped where that is fast and safe, by positioned reads elsewhere.
+//! Input files as merge and analysis read them: mapped where that is fast and safe, by positioned reads elsewhere, by
+//! requests where a store has them.
 //!
 //! On a network or FUSE file system a fault can take as long as the server likes, fetches little, and turns a lost
 //! connection into SIGBUS; positioned reads of a window fetch much and fail with an error.
 
+use super::remote::RemoteFile;
 use super::{FileIdentity, MappedFile};
 use crate::{Error, Result};
 use std::collections::{HashMap, VecDeque};
@@ -54,6 +56,7 @@ pub struct InputFile {
 enum Bytes {
     Mapped(MappedFile),
     Read(File),
+    Remote(RemoteFile),
 }
 
 impl InputFile {
@@ -63,6 +66,10 @@ impl InputFile {
     /// [`Error::Read`] if it cannot be opened, or not be mapped though it must; [`Error::Descriptors`] if too many files
     /// are open; [`Error::InputChanged`] if it is another.
     pub fn open(path: &Path, identity: &FileIdentity, backend: ReadBackend) -> Result<Self> {
+        if let Some(etag) = &identity.etag {
+            let source = Bytes::Remote(RemoteFile::open(path, identity.size, etag)?);
+            return Ok(Self { path: path.to_owned(), size: identity.size, source });
+        }
         let file = File::open(path).map_err(|e| Error::read(path, e))?;
         let metadata = file.metadata().map_err(|e| Error::read(path, e))?;
         identity.check_metadata(path, &metadata)?;
@@ -93,14 +100,21 @@ impl InputFile {
     pub fn mapped(&self) -> Option<&[u8]> {
         match &self.source {
             Bytes::Mapped(mapping) => Some(mapping.bytes()),
-            Bytes::Read(_) => None,
+            Bytes::Read(_) | Bytes::Remote(_) => None,
         }
+    }
+
+    /// Whether it is an object of a store or on a server.
+    #[must_use]
+    pub fn is_remote(&self) -> bool {
+        matches!(self.source, Bytes::Remote(_))
     }
 
     /// Reads `range` into `out`, which is as long.
     ///
     /// # Errors
-    /// [`Error::Read`]; [`Error::InputChanged`] if the file ends before the range does.
+    /// [`Error::Read`] or [`Error::Remote`]; [`Error::InputChanged`] if the file ends before the range does, or the object
+    /// is another by now.
     pub fn read(&self, range: Range<usize>, out: &mut [u8]) -> Result<()> {
         let file = match &self.source {
             Bytes::Mapped(mapping) => {
@@ -108,6 +122,7 @@ impl InputFile {
                 return Ok(());
             }
             Bytes::Read(file) => file,
+            Bytes::Remote(object) => return object.read(range, out),
         };
         file.read_exact_at(out, range.start as u64).map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => {
@@ -117,10 +132,12 @@ impl InputFile {
         })
     }
 
-    /// Starts to read a range that is about to be used, if the file is mapped.
+    /// Starts to read a range that is about to be used, if the file is mapped or elsewhere.
     pub fn prefetch(&self, range: Range<usize>) {
-        if let Bytes::Mapped(mapping) = &self.source {
-            mapping.prefetch(range);
+        match &self.source {
+            Bytes::Mapped(mapping) => mapping.prefetch(range),
+            Bytes::Remote(object) => object.prefetch(&range),
+            Bytes::Read(_) => {}
         }
     }
 

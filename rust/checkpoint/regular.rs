@@ -1,5 +1,6 @@
 //! Opening what should be a regular file: a FIFO or a device under its name is refused at once, not waited for.
 
+use super::remote;
 use crate::{Error, Result};
 use rustix::fs::OFlags;
 use std::fs::{File, Metadata, OpenOptions};
@@ -53,7 +54,12 @@ pub(super) fn other_kind(start: [u8; 8]) -> Option<&'static str> {
 /// Whether the file is a pointer of git-lfs.
 pub(super) fn is_lfs_pointer(file: &File) -> bool {
     let mut start = [0; LFS_POINTER.len()];
-    file.read_exact_at(&mut start, 0).is_ok() && start == LFS_POINTER
+    file.read_exact_at(&mut start, 0).is_ok() && begins_lfs_pointer(&start)
+}
+
+/// Whether bytes are how a pointer of git-lfs begins.
+pub(super) fn begins_lfs_pointer(bytes: &[u8]) -> bool {
+    bytes.starts_with(LFS_POINTER)
 }
 
 /// Reads a small file whole.
@@ -61,6 +67,9 @@ pub(super) fn is_lfs_pointer(file: &File) -> bool {
 /// # Errors
 /// [`Error::Read`] as [`open`], and [`Error::Unusable`] if it has more than `most` bytes or is a pointer of git-lfs.
 pub(super) fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
+    if remote::is_url(path) {
+        return Ok(remote::read_small(path, most)?.into());
+    }
     let (file, metadata) = open(path).map_err(|e| Error::read(path, e))?;
     if is_lfs_pointer(&file) {
         return Err(Error::unusable(path, LFS_ADVICE));

@@ -26,13 +26,12 @@ impl Shard {
         Ok(Self { name: name.to_owned(), path, header })
     }
 
-    /// Checks that size, times and inode are those seen when the header was read.
+    /// Checks that size, times and inode, or an object's ETag, are those seen when the header was read.
     ///
     /// # Errors
-    /// [`Error::InputChanged`] if one differs, [`Error::Read`] if the file is gone.
+    /// [`Error::InputChanged`] if one differs, [`Error::Read`] or [`Error::Remote`] if the file is gone.
     pub fn check_unchanged(&self) -> Result<()> {
-        let metadata = std::fs::metadata(&self.path).map_err(|e| Error::read(&self.path, e))?;
-        self.header.identity.check_metadata(&self.path, &metadata)
+        self.header.identity.check(&self.path)
     }
 }
 

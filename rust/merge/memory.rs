@@ -6,7 +6,7 @@ use super::requantising::{COMPARED, HELD};
 use super::tile::ASSEMBLED;
 use super::windows::AHEAD;
 use super::work::{CHUNK, SUB_TILE, TILE_ALIGNMENT};
-use crate::checkpoint::ReadBackend;
+use crate::checkpoint::{ReadBackend, bound_blocks};
 use crate::plan::{
     Computation, EncodedTarget, Operand, Operation, Order, OutputTensor, Plan, PlannedShard, Target,
 };
@@ -16,6 +16,13 @@ use crate::{Error, Result};
 const COUNTERS: usize = 8 << 20;
 /// Pages that are mapped around the ends of a window, at each end.
 const AROUND: usize = 64 << 10;
+
+/// How inputs are read: some may be mapped, and others by position.
+#[derive(Debug, Clone, Copy)]
+struct Ways {
+    mapped: bool,
+    positioned: bool,
+}
 
 /// What the tensors of some shards take at most. Sums of maxima, so that no order of the work takes more.
 #[derive(Debug, Clone, Copy, Default)]
@@ -34,6 +41,8 @@ pub(super) struct Demand {
     sharing: usize,
     /// Bytes of a header.
     header: usize,
+    /// Whether inputs lie in a store, of which blocks are held for all workers.
+    remote: bool,
 }
 
 impl Demand {
@@ -43,17 +52,19 @@ impl Demand {
     /// Those of [`Plan::tensor`].
     pub(super) fn of(plan: &Plan, shards: &[&PlannedShard]) -> Result<Self> {
         let mapped = plan.backends().any(|backend| backend != ReadBackend::Pread);
-        let mut demand = Self::default();
+        let ways = Ways { mapped, positioned: plan.is_remote() || !mapped };
+        let mut demand = Self { remote: plan.is_remote(), ..Self::default() };
         for shard in shards {
             demand.header = demand.header.max(shard.layout.header);
             for number in 0..shard.layout.len() {
-                demand.add(&plan.tensor(shard, number)?, mapped);
+                demand.add(&plan.tensor(shard, number)?, ways);
             }
         }
         Ok(demand)
     }
 
-    fn add(&mut self, tensor: &OutputTensor, mapped: bool) {
+    fn add(&mut self, tensor: &OutputTensor, ways: Ways) {
+        let mapped = ways.mapped;
         let assembly = match &tensor.operation {
             Operation::Copy(input) => {
                 self.window_per_byte = self.window_per_byte.max(usize::from(mapped));
@@ -82,7 +93,7 @@ impl Demand {
                 buffers += requantising(target);
             }
             for operand in operands {
-                let (held, common) = operand_bytes(operand, elements, mapped);
+                let (held, common) = operand_bytes(operand, elements, ways);
                 buffers += held;
                 shared += common;
             }
@@ -123,17 +134,20 @@ impl Demand {
     }
 
     /// At most so many threads, and tiles of at most so many bytes, that fit a budget: fewer threads first, then smaller
-    /// tiles.
+    /// tiles. Of inputs in stores half of the budget, and at most 256 MiB, is for blocks that were asked for.
     ///
     /// # Errors
     /// [`Error::Option`] if not even one worker with the smallest tile fits.
     pub(super) fn fit(&self, threads: usize, tile: usize, budget: usize) -> Result<(usize, usize)> {
+        let blocks = if self.remote { bound_blocks(Some(budget)) } else { 0 };
         let least = self.bytes(1, TILE_ALIGNMENT);
-        if least > budget {
+        if least > budget - blocks {
+            let least = if self.remote { 2 * least } else { least };
             return Err(Error::Option(format!(
                 "a memory budget of {budget} bytes is below the {least} that one worker needs"
             )));
         }
+        let budget = budget - blocks;
         let (mut threads, mut tile) = (threads, tile);
         while threads > 1 && self.bytes(threads, tile) > budget {
             threads -= 1;
@@ -155,12 +169,12 @@ fn requantising(target: &EncodedTarget) -> usize {
 }
 
 /// Bytes that a worker holds of an operand beside the window on its matrix, and bytes that all workers share of it.
-fn operand_bytes(operand: &Operand, elements: usize, mapped: bool) -> (usize, usize) {
+fn operand_bytes(operand: &Operand, elements: usize, ways: Ways) -> (usize, usize) {
     let (columns, float) = (operand.columns, size_of::<f32>());
     let rows = elements.checked_div(columns).unwrap_or(0);
     // What is read by position is read ahead; of what is mapped, pages around it are mapped, too.
-    let window = |bytes: usize| bytes.min(if mapped { 2 * AROUND } else { AHEAD });
-    let mut held = if mapped { 0 } else { window(operand.tensor.input.range.len()) };
+    let window = |bytes: usize| bytes.min(if ways.positioned { AHEAD } else { 2 * AROUND });
+    let mut held = if ways.positioned { window(operand.tensor.input.range.len()) } else { 0 };
     if let Some(view) = &operand.tensor.view
         && !matches!(view.order(), Order::Runs)
     {

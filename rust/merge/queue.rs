@@ -123,7 +123,9 @@ impl<'a> Queue<'a> {
 
     /// Starts to read what an item needs. Where inputs are read by position, that would have to wait for them.
     fn prefetch(&self, item: &Item) -> Result<()> {
-        if self.plan.backends().all(|backend| backend == ReadBackend::Pread) {
+        if !self.plan.is_remote()
+            && self.plan.backends().all(|backend| backend == ReadBackend::Pread)
+        {
             return Ok(());
         }
         match item {

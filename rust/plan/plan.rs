@@ -108,9 +108,17 @@ impl Plan {
         self.sources.values().map(|source| source.checkpoint.path())
     }
 
-    /// How the sources are read.
+    /// Whether any source lies in a store or on a server.
+    pub fn is_remote(&self) -> bool {
+        self.sources.values().any(|source| source.checkpoint.is_remote())
+    }
+
+    /// How the sources are read; nothing of a store is mapped.
     pub fn backends(&self) -> impl Iterator<Item = ReadBackend> {
-        self.sources.values().map(|source| source.checkpoint.backend())
+        self.sources.values().map(|source| match source.checkpoint.is_remote() {
+            true => ReadBackend::Pread,
+            false => source.checkpoint.backend(),
+        })
     }
 
     /// A tensor of one of this plan's shards, with its inputs and method.
@@ -162,6 +170,9 @@ impl Plan {
                 return Ok(None);
             }
             let found = input.file()?;
+            if found.is_remote() {
+                return Ok(None);
+            }
             if file.as_ref().is_some_and(|file| !Arc::ptr_eq(file, found)) {
                 return Ok(None);
             }

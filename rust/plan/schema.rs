@@ -39,7 +39,8 @@ pub struct Version {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
-    /// Its directory or file, absolute; or relative to the directory of the output that carries the plan.
+    /// Its directory or file, absolute; or relative to the directory of the output that carries the plan; or the address
+    /// of a directory in a store or on a server, without credentials.
     pub path: PathBuf,
     /// The shards that the plan reads, by file name.
     pub files: BTreeMap<String, StatedIdentity>,

@@ -193,6 +193,9 @@ pub(super) fn plan_shard(
         hasher.update(&identity.size.to_le_bytes());
         hasher.update(&identity.mtime_ns.to_le_bytes());
         hasher.update(identity.header_digest.as_ref());
+        if let Some(etag) = &identity.etag {
+            hash_text(&mut hasher, etag);
+        }
         planned.reads.push((source, number));
     }
     planned.digest = hasher.finalize().to_hex().to_string();

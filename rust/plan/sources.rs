@@ -1,7 +1,7 @@
 //! The checkpoints that a plan reads, and whether they are those that it was made for.
 
 use super::schema;
-use crate::checkpoint::{Checkpoint, ReadBackend};
+use crate::checkpoint::{Checkpoint, ReadBackend, is_url, normal_url};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
@@ -36,6 +36,10 @@ pub(super) fn open_source(
 ) -> Result<Source> {
     let checkpoint = match (given, directory) {
         (Some(checkpoint), _) => Arc::clone(checkpoint),
+        (None, _) if is_url(&source.path) => {
+            let url = normal_url(&source.path)?;
+            Arc::new(Checkpoint::open_files(&url, source.files.keys(), backend)?)
+        }
         (None, None) if source.path.is_relative() => {
             return Err(Error::Plan(format!(
                 "its source `{name}` lies at {}, beside a plan that is in no directory",

@@ -19,6 +19,7 @@ RUST = ROOT / "rust"
 PYTHON_STAGES = (
     "errors",
     "printable",
+    "addresses",
     "sizes",
     "progress",
     "documents",

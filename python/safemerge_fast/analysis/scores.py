@@ -275,7 +275,7 @@ def describe_source(model: Model) -> dict[str, Any]:
         of up to 256 tensors, because every fine-tune of a model has the same headers and sizes.
     """
     files = {file: facts.to_dict() for file, facts in model.headers.identity().items()}
-    return {"path": str(model.path), "files": files, "sample": _sample(model)}
+    return {"path": model.location, "files": files, "sample": _sample(model)}
 
 
 _ADAPTER_SETTINGS = (
@@ -345,7 +345,7 @@ def _read_source(role: str, value: Any) -> dict[str, Any]:
             facts,
             f"{file} of {what}",
             {"size", "mtime_ns", "header_digest"},
-            frozenset({"ctime_ns", "inode", "device"}),
+            frozenset({"ctime_ns", "inode", "device", "etag", "version"}),
         )
     for text in ("path", "sample"):
         if text in value and not isinstance(value[text], str):

@@ -18,6 +18,7 @@ from .adapter_config import ADAPTER_CONFIG, AdapterConfig, read_adapter_config
 from .adapter_parameters import AdaptedParameters, parameter_groups
 from .factors import require_factors
 from .model import ANYHOW, FLOATS, Access, ExpertLayout, Model, locate, open_model
+from .remote import address
 
 __all__ = ["ADAPTER_WEIGHTS", "AdaptedModule", "Adapter", "is_adapter", "open_adapter", "open_source"]
 
@@ -121,7 +122,7 @@ def open_adapter(
                 else "; give the directory that PEFT's save_pretrained wrote"
             )
         )
-    headers = _engine.Checkpoint(weights, read_backend=access.read_backend)
+    headers = _engine.Checkpoint(address(weights), read_backend=access.read_backend)
     parameters = parameter_groups(f"{role}: {weights}", headers, settings, _PREFIX)
     return Adapter(
         role=role,

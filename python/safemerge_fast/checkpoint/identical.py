@@ -30,7 +30,7 @@ def same_weights(left: Model, right: Model, *, read: bool = True) -> bool:
         return False
     if isinstance(left, Adapter) and isinstance(right, Adapter) and left.modules != right.modules:
         return False
-    if _inodes(left) == _inodes(right):
+    if _files(left) == _files(right):
         return True
     if not read or len(left.headers) != len(right.headers) or left.headers.nbytes != right.headers.nbytes:
         return False
@@ -41,8 +41,12 @@ def same_weights(left: Model, right: Model, *, read: bool = True) -> bool:
     )
 
 
-def _inodes(model: Model) -> set[tuple[int, int]]:
-    return {(facts.device, facts.inode) for facts in model.headers.identity().values()}
+def _files(model: Model) -> set[tuple[object, ...]]:
+    """What no two files share: the inode of one that lies here, address and ETag of one that lies elsewhere."""
+    return {
+        (facts.device, facts.inode) if facts.etag is None else (model.headers.path, file, facts.etag)
+        for file, facts in model.headers.identity().items()
+    }
 
 
 def _begins_alike(

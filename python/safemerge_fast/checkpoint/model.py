@@ -1,7 +1,8 @@
 """Stage 1, checkpoint: from what the user typed to a local model with validated headers.
 
-Resolves a directory, a .safetensors file or a repository of the Hugging Face Hub, and refuses by name what
-cannot be merged exactly: adapters, pickles and quantised weights. Nothing of the tensors' data is read here.
+Resolves a directory, a .safetensors file, an address in an object store or a repository of the Hugging Face Hub, and
+refuses by name what cannot be merged exactly: adapters, pickles and quantised weights. Nothing of the tensors' data is
+read here.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import _engine
+from ..addresses import is_url
 from ..documents import read_json
 from ..errors import AdapterError, CheckpointError
 from ..printable import printable
 from .foreign import FLOATS, Foreign, quantization_method, recognise
 from .hub import download
+from .remote import address, mirror
 
 __all__ = [
     "ANYHOW",
@@ -69,7 +72,7 @@ class Model:
     Attributes:
         role: The part it plays, one of ROLES.
         spec: What the user typed.
-        path: The local directory or file.
+        path: The local directory or file; of a model that lies elsewhere, its mirror (see remote.py).
         headers: Names, dtypes, shapes and places of its tensors.
         config: Its config.json; empty when there is none.
         foreign: What of its weights the engine does not decode; None but for models that are only looked at.
@@ -82,18 +85,23 @@ class Model:
     config: dict[str, Any]
     foreign: Foreign | None = field(default=None, kw_only=True)
 
+    @property
+    def location(self) -> str:
+        """Where it lies: its path, or its address if it lies elsewhere."""
+        return address(self.path)
+
 
 def locate(role: str, spec: str | os.PathLike[str], *, access: Access = ANYHOW) -> Path:
     """Finds what a person typed for a role.
 
     Args:
         role: Error messages name it.
-        spec: A path, or (only when no such path exists) `org/name[@revision]` on the Hub, which is downloaded
-            into the Hub's own cache.
+        spec: A path, or the address of a directory or file in a store or on a server, or (only when no such path
+            exists) `org/name[@revision]` on the Hub, which is downloaded into the Hub's own cache.
         access: Whether a download shows the Hub's bars.
 
     Returns:
-        An absolute local path, which exists.
+        An absolute local path, which exists; of what lies elsewhere, that of its mirror.
 
     Raises:
         CheckpointError: There is no such path or repository.
@@ -101,6 +109,8 @@ def locate(role: str, spec: str | os.PathLike[str], *, access: Access = ANYHOW) 
     typed = os.fspath(spec)
     if not _is_utf8(typed):
         raise CheckpointError(f"{role}: the path {printable(typed)} is not UTF-8; rename what lies there")
+    if isinstance(spec, str) and is_url(typed):
+        return mirror(role, typed)
     path = _local(role, typed)
     if path is None:
         match = _REPOSITORY.fullmatch(typed) if isinstance(spec, str) else None
@@ -160,7 +170,7 @@ def open_model(
     """
     path = locate(role, spec, access=access) if path is None else path
     _check_files(role, path)
-    headers = _engine.Checkpoint(path, read_backend=access.read_backend)
+    headers = _engine.Checkpoint(address(path), read_backend=access.read_backend)
     model = Model(role, os.fspath(spec), path, headers, _read_config(role, path))
     _refuse_adapter(model)
     found = recognise(headers.tensors, model.config)
@@ -197,7 +207,7 @@ def _check_files(role: str, path: Path) -> None:
     elif not weights:
         try:
             # The engine knows what may stand in place of weights.
-            _engine.Checkpoint(path)
+            _engine.Checkpoint(address(path))
         except CheckpointError as error:
             raise CheckpointError(f"{role}: {error}") from None
 

@@ -52,7 +52,7 @@ def _adapter_document(adapter: Adapter) -> dict[str, Any]:
     """All that is shown of an adapter, as JSON can hold it."""
     tensors = adapter.headers.tensors
     return {
-        "path": str(adapter.path),
+        "path": adapter.location,
         # Whatever else stands there is no name, and JSON may not be able to hold it.
         "base_model": base
         if isinstance(base := adapter.config.get("base_model_name_or_path"), str)
@@ -134,7 +134,7 @@ def _document(model: Model, rows: tuple[Row, ...]) -> dict[str, Any]:
     identity = model.headers.identity()
     of_file = Counter(row.file for row in rows)
     return {
-        "path": str(model.path),
+        "path": model.location,
         "model_type": model.config.get("model_type"),
         "index": model.headers.index,
         "parameters": model.headers.parameters if model.foreign is None else model.foreign.parameters,

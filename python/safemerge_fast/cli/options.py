@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ..addresses import is_url, shown_url
 from ..errors import SettingError
 from ..settings import Field, Kind, Settings, fields_of
 from .terminal import Terminal
@@ -18,7 +19,20 @@ __all__ = ["output_file", "settings_options", "terminal_options", "verbosity"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _VERBOSITY = "safemerge_fast.verbosity"
 
-output_file = click.Path(dir_okay=False, path_type=Path)
+
+class _OutputFile(click.Path):
+    """A path on this machine; an address is none, though it could pass for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuses addresses in one line."""
+        if isinstance(value, str) and is_url(value):
+            self.fail(
+                f"{shown_url(value)} is no path on this machine, and nothing is written elsewhere", param, ctx
+            )
+        return super().convert(value, param, ctx)
+
+
+output_file = _OutputFile(dir_okay=False, path_type=Path)
 """A file to write."""
 
 

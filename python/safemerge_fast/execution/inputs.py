@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _engine
+from ..addresses import is_url
 from ..checkpoint.model import Model
 
 __all__ = ["describe_inputs", "input_paths", "job_identity", "require_unchanged", "source_identity"]
@@ -19,7 +20,7 @@ def describe_inputs(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
     return {
         role: {
             "spec": model.spec,
-            "path": str(model.path),
+            "path": model.location,
             "files": {file: facts.to_dict() for file, facts in model.headers.identity().items()},
         }
         for role, model in models.items()
@@ -40,6 +41,8 @@ def input_paths(models: Mapping[str, Model]) -> list[str]:
 def _paths(model: Model) -> Iterator[Path]:
     if model.path.is_dir():
         yield model.path
+    if is_url(model.headers.path):
+        return
     directory = Path(model.headers.path)
     if directory.is_dir() and (model.path.is_dir() or directory != model.path.parent):
         yield directory

@@ -149,7 +149,7 @@ def check_adapter(settings: CheckSettings) -> CheckReport:
     terms = {use.tensor: use.terms for use in uses.modules if use.tensor is not None and use.terms}
     return CheckReport(
         adapter=str(adapter.path),
-        model=str(model.path),
+        model=model.location,
         expert_lora_layout=settings.expert_lora_layout if adapter.parameters else None,
         updates=updates,
         unread=tuple(key for key in adapter.headers.names if key not in spoken_of),

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from .. import _engine
 from ..checkpoint.model import FLOATS, Access, Model, locate
+from ..checkpoint.remote import address
 from ..errors import CheckpointError, PairingError
 from ..pairing.row import Row
 from ..settings import Kind, Setting
@@ -75,7 +76,7 @@ def open_mask(spec: str, rows: Iterable[Row], access: Access) -> MaskFile:
     """
     path = locate(MASK, spec, access=access)
     try:
-        headers = _engine.Checkpoint(path, read_backend=access.read_backend)
+        headers = _engine.Checkpoint(address(path), read_backend=access.read_backend)
     except CheckpointError as error:
         raise CheckpointError(f"{MASK}: {error}") from None
     known = {row.name: row for row in rows}

@@ -136,7 +136,7 @@ def _input(sweep: SweepSettings, role: str, model: Model) -> Candidate:
         values = {"model": sweep.aligned, "adapter": getattr(sweep, role)}
         settings = make_settings(sweep, FoldSettings.recipe, values, role)
         return Candidate(role, f"{what}, folded", control, settings)
-    return Candidate(role, what, control, model=str(model.path))
+    return Candidate(role, what, control, model=model.location)
 
 
 def _no_safe(candidate: Candidate, settings: SafemergeSettings) -> Candidate:

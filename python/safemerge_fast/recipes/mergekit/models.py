@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..._engine import TensorInfo
+from ...addresses import is_url
 from ...checkpoint.adapter import Adapter, is_adapter, open_adapter
 from ...checkpoint.model import Access, Model, locate, open_model
+from ...checkpoint.remote import address
 from ...errors import AdapterError, PlanError, SafemergeError
 from ...pairing.adapter_terms import adapter_notes, adapter_terms
 from ...pairing.modules import decoder_layers, layer_of
@@ -59,7 +61,8 @@ def read_reference(given: object, place: str) -> Reference:
     """
     if not isinstance(given, str) or not given.strip():
         raise PlanError(
-            f"{place} should be a model: a directory, org/name[@revision], or one of these with +adapter; not {given!r}"
+            f"{place} should be a model: a directory, an address, org/name[@revision], or one of these with +adapter; "
+            f"not {given!r}"
         )
     if "+" not in given or Path(given).expanduser().exists():
         return Reference(place, given, given, None)
@@ -67,7 +70,7 @@ def read_reference(given: object, place: str) -> Reference:
         (given[:index], given[index + 1 :]) for index, character in enumerate(given) if character == "+"
     ]
     if len(splits) > 1:
-        splits = [split for split in splits if Path(split[0]).expanduser().exists()]
+        splits = [split for split in splits if is_url(split[0]) or Path(split[0]).expanduser().exists()]
     if len(splits) != 1 or not all(splits[0]):
         raise PlanError(
             f"{place}: {given} does not exist, and is not model+adapter with one +; to add several adapters, fold all "
@@ -185,7 +188,7 @@ class Participants:
             access: How models are found and read.
         """
         self._access = access
-        self._opened: dict[tuple[Path, bool], Model] = {}
+        self._opened: dict[tuple[str, bool], Model] = {}
         self._participants: dict[tuple[str, str | None], Participant] = {}
 
     def open(self, reference: Reference) -> Participant:
@@ -224,7 +227,7 @@ class Participants:
             raise AdapterError(
                 f"{path} is a PEFT adapter; write the model that it was trained on in front of it, as model+adapter"
             )
-        key = (path.resolve(), wanted_adapter)
+        key = (address(path.resolve()), wanted_adapter)
         if key not in self._opened:
             role = self._role(spec, path)
             opens = open_adapter if wanted_adapter else open_model
@@ -233,7 +236,9 @@ class Participants:
 
     def _role(self, spec: str, path: Path) -> str:
         """A short name: the last part of the path, or the repository's."""
-        if Path(spec).expanduser().exists():
+        if is_url(spec):
+            name = path.stem if path.is_file() else path.name
+        elif Path(spec).expanduser().exists():
             name = path.stem if path.is_file() else path.resolve().name
         else:
             name = spec.partition("@")[0].rpartition("/")[2]
