@@ -28,12 +28,13 @@ demo: $(PLAIN)
 test: check
 	cargo test --no-default-features
 	cargo test --no-default-features --features faults writer
+	cargo test --no-default-features --features remote remote
 	$(BIN)/pytest -n 2
 
 check: $(DEV)
 	cargo fmt --check
 	cargo clippy --all-targets --no-default-features -- -D warnings
-	cargo clippy --all-targets --features python,faults -- -D warnings
+	cargo clippy --all-targets --features python,faults,remote -- -D warnings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -74,7 +75,7 @@ $(PLAIN): $(VENV)/.created pyproject.toml $(RUST)
 
 # With what tests and checks need, and an engine that can be made to fail on purpose; it serves the demo as well.
 $(DEV): $(VENV)/.created pyproject.toml $(RUST)
-	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --quiet --extras dev --features python,faults
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --quiet --extras dev --features python,faults,remote
 	touch $@ $(PLAIN)
 
 clean:

@@ -814,6 +814,8 @@ class Watchdog:
         """The descriptor for signal.set_wakeup_fd; it is open as long as this object lives."""
     def set_message(self, message: str) -> None:
         """What is said after `error: ` if the thread has to say it."""
+    def set_temporary(self, directory: str) -> None:
+        """Names a directory that does not outlast the process."""
     def answer(self) -> None:
         """Tells that the signal's handler runs: the process then has more time to stop in good order."""
     def said(self) -> None:

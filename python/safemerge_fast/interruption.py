@@ -11,6 +11,7 @@ Where the process is ended, what is on disk is as after a kill, which --resume c
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from types import FrameType
@@ -27,6 +28,7 @@ __all__ = [
     "leave",
     "message",
     "raise_here",
+    "remove_at_end",
     "said",
     "was_received",
 ]
@@ -43,6 +45,19 @@ class _State:
     received = False
     message = _PLAIN
     watchdog: Watchdog | None = None
+    temporary: str | None = None
+
+
+def remove_at_end(directory: str) -> None:
+    """Has a temporary directory removed when a signal ends the process: functions of atexit are not called then."""
+    _State.temporary = directory
+    if _State.watchdog is not None:
+        _State.watchdog.set_temporary(directory)
+
+
+def _clear_up() -> None:
+    if _State.temporary is not None:
+        shutil.rmtree(_State.temporary, ignore_errors=True)
 
 
 def end_at_once() -> None:
@@ -112,6 +127,7 @@ def leave(code: int) -> None:
         except (AttributeError, OSError, ValueError):
             # It is closed, or nobody reads it.
             continue
+    _clear_up()
     os._exit(code)
 
 
@@ -121,6 +137,7 @@ def _end(number: int, frame: FrameType | None) -> None:
         # Progress bars hide the cursor.
         clear = "\r\x1b[K\x1b[?25h" if os.isatty(2) else ""
         os.write(2, f"{clear}error: {_State.message}\n".encode())
+        _clear_up()
     finally:
         os._exit(EXIT_CODE)
 

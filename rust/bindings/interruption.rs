@@ -8,6 +8,7 @@ use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use std::io::{IsTerminal, Read, Write, pipe};
 use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -29,6 +30,8 @@ struct State {
     answered: bool,
     said: bool,
     message: String,
+    /// A directory that is removed in the end.
+    temporary: Option<PathBuf>,
 }
 
 #[derive(Default)]
@@ -76,6 +79,11 @@ impl Watchdog {
         self.shared.change(|state| state.message = message);
     }
 
+    /// A directory that does not outlast the process.
+    fn set_temporary(&self, directory: PathBuf) {
+        self.shared.change(|state| state.temporary = Some(directory));
+    }
+
     /// The handler runs, so that the interpreter stops in good order.
     fn answer(&self) {
         self.shared.change(|state| state.answered = true);
@@ -119,6 +127,10 @@ fn end(shared: &Shared) -> ! {
         let clear = if stderr.is_terminal() { "\r\x1b[K\x1b[?25h" } else { "" };
         // There is nobody to tell if this fails.
         let _ = writeln!(stderr, "{clear}error: {}", state.message);
+    }
+    if let Some(directory) = state.temporary.take() {
+        // What is left is small, and others clear up there.
+        let _ = std::fs::remove_dir_all(directory);
     }
     // Without the destructors of libraries that other threads are still in.
     signal_hook::low_level::exit(INTERRUPTED)

@@ -99,6 +99,10 @@ impl Checkpoint {
         weight_map: Option<&WeightMap>,
         backend: ReadBackend,
     ) -> Result<Self> {
+        if is_url(&path) {
+            // What an earlier job has bounded is not this one's; its own bound is set when its work begins.
+            bound_blocks(None);
+        }
         let stored = Stored::open(&path, index.as_deref(), files, weight_map)?;
         let (logical, files) = (OnceLock::new(), OpenFiles::new(backend));
         Ok(Self { path, index, stored, logical, files })

@@ -68,7 +68,7 @@ pub(super) fn begins_lfs_pointer(bytes: &[u8]) -> bool {
 /// [`Error::Read`] as [`open`], and [`Error::Unusable`] if it has more than `most` bytes or is a pointer of git-lfs.
 pub(super) fn read(path: &Path, most: u64) -> Result<Vec<u8>> {
     if remote::is_url(path) {
-        return Ok(remote::read_small(path, most)?.into());
+        return remote::read_small(path, most);
     }
     let (file, metadata) = open(path).map_err(|e| Error::read(path, e))?;
     if is_lfs_pointer(&file) {

@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, b"")
             return
         etag = tag(body)
-        if (wanted := self.headers.get("If-Match")) not in (None, etag):
+        if self.headers.get("If-Match") not in (None, etag):
             self.answer(412, b"")
             return
         headers = {"ETag": etag} if server.etags else {}

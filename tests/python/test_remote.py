@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +17,13 @@ import pytest
 from conftest import ROLES, write_quartet
 from invoke import assert_one_sentence, merge_words, run
 from lora import write_lora
-from stores import SECRET, Bucket, environment, s3_server
+from stores import SECRET, Bucket, Handler, environment, http_server, s3_server
 
 import safemerge_fast as sf
 
-pytest.importorskip("moto", reason="moto, the S3 server of these tests, is not installed (pip install '.[dev]')")
+pytest.importorskip(
+    "moto", reason="moto, the S3 server of these tests, is not installed (pip install '.[dev]')"
+)
 pytest.importorskip("flask", reason="moto's server needs flask (pip install '.[dev]')")
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (72, 72), "model.layers.1.mlp.down_proj": (72, 200)}
@@ -31,7 +36,9 @@ def s3() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def world(s3: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, str], Bucket]:
+def world(
+    s3: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Path], dict[str, str], Bucket]:
     """A quartet on disk and its copy in a bucket, with a tokenizer and code beside the fine-tuned model."""
     directory = tmp_path_factory.mktemp("remote")
     quartet = write_quartet(directory / "models")
@@ -87,19 +94,26 @@ def test_a_merge_from_a_store_equals_the_merge_from_files(
     assert result.exit_code == 0, result.stderr
     found = contents(output)
     assert found == contents(expected)
-    assert {"tokenizer.json", "LICENSE", "additional_chat_templates/tool.jinja", "config.json"} <= found.keys()
+    assert {
+        "tokenizer.json",
+        "LICENSE",
+        "additional_chat_templates/tool.jinja",
+        "config.json",
+    } <= found.keys()
     assert "notes.log" not in found
     # What is written down says where the models lie, and no secret.
     for path in output.rglob("*"):
         if path.is_file():
             text = path.read_bytes()
-            assert SECRET.encode() not in text and b"AKIATESTONLY" not in text, path
+            assert SECRET.encode() not in text, path
+            assert b"AKIATESTONLY" not in text, path
             assert tempfile.gettempdir().encode() + b"/safemerge-" not in text, path
     plan = json.loads((output / "safemerge_plan.json").read_bytes())
     for role, source in plan["sources"].items():
         assert source["path"] == urls[role]
         for facts in source["files"].values():
-            assert facts["etag"].startswith('"') and "inode" not in facts
+            assert facts["etag"].startswith('"')
+            assert "inode" not in facts
     report = json.loads((output / "safemerge_report.json").read_bytes())
     assert report["inputs"]["base"]["path"] == urls["base"]
     assert run("verify", output).exit_code == 0
@@ -138,13 +152,16 @@ def test_adapters_and_single_files(
         ("store", urls["aligned"], url),
         ("weights", urls["aligned"], f"{url}/adapter_model.safetensors"),
     ):
-        result = run("fold", base, given, "-o", tmp_path / name)
+        config = tmp_path / f"{name}.yml"
+        config.write_text(f"recipe: fold\nmodel: {base}\nadapter: {given}\n")
+        result = run("run", config, "-o", tmp_path / name)
         assert result.exit_code == 0, result.stderr
     assert contents(tmp_path / "files") == contents(tmp_path / "store") == contents(tmp_path / "weights")
-    result = run("check", url, "--base", urls["aligned"])
+    result = run("check", url, urls["aligned"])
     assert result.exit_code == 0, result.stderr
     shown = run("inspect", url, "--json")
-    assert shown.exit_code == 0 and json.loads(shown.stdout)["path"] == url
+    assert shown.exit_code == 0
+    assert json.loads(shown.stdout)["path"] == url
 
     single = write_quartet(tmp_path / "single", shards=1, roles=("base",))["base"]
     place = bucket.add("single", single)
@@ -173,7 +190,8 @@ def test_analyze_dry_run_and_scores(
     assert result.exit_code == 0, result.stderr
     assert contents(tmp_path / "merged") == contents(expected)
     dry = run(*words(dict(urls), tmp_path / "dry", "--dry-run"))
-    assert dry.exit_code == 0 and not (tmp_path / "dry").exists()
+    assert dry.exit_code == 0
+    assert not (tmp_path / "dry").exists()
 
 
 def test_recipes_in_files(
@@ -187,7 +205,9 @@ def test_recipes_in_files(
     assert contents(tmp_path / "merged") == contents(expected)
     config.write_text(
         "merge_method: linear\ndtype: bfloat16\nmodels:\n"
-        + "".join(f"  - model: {urls[role]}\n    parameters: {{weight: 0.5}}\n" for role in ("aligned", "safe"))
+        + "".join(
+            f"  - model: {urls[role]}\n    parameters: {{weight: 0.5}}\n" for role in ("aligned", "safe")
+        )
     )
     result = run("run", config, "-o", tmp_path / "linear")
     assert result.exit_code == 0, result.stderr
@@ -197,7 +217,7 @@ def test_recipes_in_files(
     ("address", "part"),
     [
         ("s3://models/quartet/nobody", "nothing is listed below it"),
-        ("s3://nobucket/quartet/base", "404"),
+        ("s3://nobucket/quartet/base", "no bucket nobucket"),
         ("s3://models/quartet/base/nothing.safetensors", "no such object"),
         ("s3://someone:secret@models/quartet/base", "may hold no user or password"),
         ("s3://models/quartet/base?X-Amz-Signature=secret", "may hold no query"),
@@ -213,7 +233,8 @@ def test_what_is_not_there_or_no_address_is_refused_in_a_line(
     result = run("inspect", address)
     assert result.exit_code == 3
     assert_one_sentence(result, part)
-    assert "=secret" not in result.stderr and ":secret" not in result.stderr
+    assert "=secret" not in result.stderr
+    assert ":secret" not in result.stderr
     assert SECRET not in result.stderr
 
 
@@ -225,9 +246,13 @@ def test_outputs_and_documents_are_paths_of_this_machine(
     output = [] if option == "-o" else ["-o", "somewhere"]
     result = run("merge", *given, *output, option, "s3://user:secret@models/merged?sig=secret")
     assert result.exit_code == 2
-    assert "s3://models/merged" in result.stderr and "secret" not in result.stderr
-    result = run("analyze", "-o", "s3://models/scores.json", "--base", "b", "--aligned", "a", "--finetuned", "f")
-    assert result.exit_code == 2 and "nothing is written elsewhere" in result.stderr
+    assert "s3://models/merged" in result.stderr
+    assert "secret" not in result.stderr
+    result = run(
+        "analyze", "-o", "s3://models/scores.json", "--base", "b", "--aligned", "a", "--finetuned", "f"
+    )
+    assert result.exit_code == 2
+    assert "nothing is written elsewhere" in result.stderr
     result = run("verify", "s3://models/merged")
     assert result.exit_code == 2, result.stderr
 
@@ -249,7 +274,9 @@ def test_a_changed_object_is_noticed(
     assert_one_sentence(result, f"{url}/{file.name}", "its ETag differs")
 
 
-def test_nothing_is_left_behind(world: tuple[dict[str, Path], dict[str, str], Bucket], tmp_path: Path) -> None:
+def test_nothing_is_left_behind(
+    world: tuple[dict[str, Path], dict[str, str], Bucket], tmp_path: Path
+) -> None:
     _, urls, _ = world
     code = "import sys; from safemerge_fast.__main__ import main; sys.exit(main())"
     given = [word for role in ("base", "aligned", "finetuned") for word in (f"--{role}", urls[role])]
@@ -265,6 +292,37 @@ def test_nothing_is_left_behind(world: tuple[dict[str, Path], dict[str, str], Bu
     assert done.returncode == 0, done.stderr
     assert list(temporary.iterdir()) == []
     assert SECRET not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing_behind(
+    world: tuple[dict[str, Path], dict[str, str], Bucket], tmp_path: Path, number: signal.Signals
+) -> None:
+    quartet, _, _ = world
+    waiting = threading.Event()
+    with http_server() as server:
+
+        def wait(handler: Handler, path: str, body: bytes) -> bool:
+            if path.endswith(".safetensors"):
+                waiting.set()
+                time.sleep(2)
+            return False
+
+        url = server.add("base", quartet["base"])
+        server.odd = wait
+        process = subprocess.Popen(
+            [sys.executable, "-m", "safemerge_fast", "inspect", url],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        assert waiting.wait(60)
+        assert any(tmp_path.iterdir())
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == b"error: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_python_takes_addresses(

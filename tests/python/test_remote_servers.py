@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import write_quartet
 from invoke import assert_one_sentence, merge_words, run
-from stores import SECRET, Handler, Server, environment, http_server
+from stores import SECRET, Handler, Server, environment, http_server, tag
 
 
 @pytest.fixture
@@ -135,8 +135,6 @@ def test_a_body_that_is_cut_is_asked_for_again(
         cut.add(path)
         start, end = (int(part) for part in asked.removeprefix("bytes=").split("-"))
         end = min(end + 1, len(body))
-        from stores import tag
-
         part = body[start : start + (end - start) // 2]
         headers = {"ETag": tag(body), "Content-Range": f"bytes {start}-{end - 1}/{len(body)}"}
         # Dishonest: what it says that it sends is less than what it was asked for.
@@ -157,8 +155,6 @@ def test_a_body_that_stays_short_is_an_error(server: Server, quartet: dict[str, 
     def cut(handler: Handler, path: str, body: bytes) -> bool:
         if not path.endswith("00001-of-00003.safetensors") or handler.command == "HEAD":
             return False
-        from stores import tag
-
         end = min(1 << 16, len(body))
         headers = {"ETag": tag(body), "Content-Range": f"bytes 0-{end - 1}/{len(body)}"}
         handler.answer(206, body[: end // 2], headers)
@@ -228,7 +224,9 @@ def test_what_a_store_refuses_is_said_in_a_line_without_secrets(
 
     def refuse(handler: Handler, path: str, body: bytes) -> bool:
         # Stores quote keys and what was signed in their answers.
-        text = f"<Error><Code>{code}</Code><AWSAccessKeyId>AKIATESTONLY</AWSAccessKeyId><X>{SECRET}</X></Error>"
+        text = (
+            f"<Error><Code>{code}</Code><AWSAccessKeyId>AKIATESTONLY</AWSAccessKeyId><X>{SECRET}</X></Error>"
+        )
         handler.answer(status, text.encode())
         return True
 
@@ -236,7 +234,8 @@ def test_what_a_store_refuses_is_said_in_a_line_without_secrets(
     result = run("inspect", "s3://bucket/model")
     assert result.exit_code == 3
     assert_one_sentence(result, "s3://bucket/model", *parts)
-    assert SECRET not in result.stderr and "AKIATESTONLY" not in result.stderr
+    assert SECRET not in result.stderr
+    assert "AKIATESTONLY" not in result.stderr
 
 
 def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,4 +253,49 @@ def test_missing_credentials_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("inspect", "http://nobody.invalid/model.safetensors")
     assert result.exit_code == 3
-    assert_one_sentence(result, "http://nobody.invalid/model.safetensors")
+    assert_one_sentence(result, "http://nobody.invalid/", "lookup")
+
+
+def test_large_tensors_are_read_by_blocks_and_about_once(server: Server, tmp_path: Path) -> None:
+    import torch
+    from conftest import llama_config, write_checkpoint
+    from safetensors.torch import load_file
+
+    generator = torch.Generator().manual_seed(1)
+    urls, models = {}, {}
+    for name in ("one", "two"):
+        tensors = {
+            "model.embed_tokens.weight": torch.randn(6000, 1024, generator=generator),
+            "model.layers.0.input_layernorm.weight": torch.randn(1024, generator=generator),
+            "model.layers.0.mlp.up_proj.weight": torch.randn(3000, 1024, generator=generator),
+            "model.norm.weight": torch.randn(1024, generator=generator),
+        }
+        config = llama_config(
+            hidden=1024, vocabulary=6000, layers=1, intermediate=3000, dtype="float32", tied=True
+        )
+        models[name] = write_checkpoint(tmp_path / name, tensors, config)
+        urls[name] = server.add(name, models[name])
+    size = (models["one"] / "model.safetensors").stat().st_size
+    for method, more in (("linear", ""), ("ties", f"base_model: {urls['one']}\n")):
+        density = ", density: 0.6" if more else ""
+        config_file = tmp_path / f"{method}.yml"
+        config_file.write_text(
+            f"merge_method: {method}\ndtype: float32\n{more}models:\n"
+            + "".join(
+                f"  - model: {url}\n    parameters: {{weight: 0.5{density}}}\n" for url in urls.values()
+            )
+        )
+        server.asked.clear()
+        server.sent = 0
+        result = run("run", config_file, "-o", tmp_path / method, "--threads", "2")
+        assert result.exit_code == 0, result.stderr
+        if method == "linear":
+            merged = load_file(tmp_path / method / "model.safetensors")
+            one, two = (load_file(models[name] / "model.safetensors") for name in ("one", "two"))
+            for name, tensor in merged.items():
+                expected = ((one[name].double() + two[name].double()) / 2).float()
+                torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+        # Blocks of 8 MiB, the header, and small tensors that are read by themselves; no byte twice, but for these.
+        for name in urls:
+            assert server.gets(f"/{name}/model.safetensors") <= size // (8 << 20) + 1 + 6
+        assert server.sent < 2.2 * size

@@ -16,6 +16,8 @@ mod merge;
 mod methods;
 mod plan;
 mod quantised;
+#[cfg(feature = "remote")]
+mod remote;
 mod requantising;
 mod sketch;
 mod views;

@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from .. import _engine
+from .. import _engine, interruption
 from ..errors import CheckpointError, show_as
 from ..printable import printable
 
@@ -147,4 +147,6 @@ def _root() -> Path:
 
 @cache
 def _keep() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="safemerge-")
+    made = tempfile.TemporaryDirectory(prefix="safemerge-")
+    interruption.remove_at_end(made.name)
+    return made

@@ -28,7 +28,6 @@ impl RemoteFile {
         refused(url)
     }
 
-    #[expect(clippy::unused_self, reason = "there is none")]
     pub(in crate::checkpoint) fn read(&self, _: Range<usize>, _: &mut [u8]) -> Result<()> {
         match *self {}
     }

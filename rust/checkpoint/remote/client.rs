@@ -390,8 +390,8 @@ fn make(client: &Client, location: &Location) -> Result<Stores> {
 }
 
 /// Bytes of a small file that lies in a store.
-pub(in crate::checkpoint) fn read_small(path: &Path, most: u64) -> Result<Bytes> {
+pub(in crate::checkpoint) fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
     let target = Target::of(Location::parse(path)?)?;
     let missing = || Failure::Missing(NO_OBJECT.to_owned()).error(path);
-    target.whole(most)?.ok_or_else(missing)
+    target.whole(most)?.map(Vec::from).ok_or_else(missing)
 }

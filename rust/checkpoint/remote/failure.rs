@@ -32,55 +32,60 @@ impl Failure {
         use object_store::Error as E;
         let text = error.to_string();
         let code = between(&text, "<Code>", "</Code>").filter(|code| is_word(code));
-        let said = |status: &str| match code {
-            Some(code) => format!("{status} {code}"),
-            None => status.to_owned(),
-        };
-        let bucket = &location.host;
+        // Lists fail without a kind.
+        let status = between(&text, "status code: ", " ").unwrap_or_default();
+        let said = |status: &str| code.map_or(status.to_owned(), |code| format!("{status} {code}"));
+        let Location { host, scheme, .. } = location;
+        if matches!(code, Some("NoSuchBucket" | "ContainerNotFound")) {
+            return Self::Missing(format!(
+                "there is no bucket {host} ({}); correct its name",
+                said("404")
+            ));
+        }
+        if text.contains("configured region")
+            || matches!(code, Some("PermanentRedirect" | "AuthorizationHeaderMalformed"))
+        {
+            return Self::Refused(format!(
+                "the bucket {host} lies in another region; set AWS_REGION to it"
+            ));
+        }
+        if text.contains("non-partial response") || text.contains("Range request not supported") {
+            return Self::Refused(
+                "its server does not serve ranges (it answers a request for some bytes with all of them); use one that \
+                 does, or download the files"
+                    .to_owned(),
+            );
+        }
+        let unknown = ["SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken"];
         match error {
-            E::NotFound { .. } if matches!(code, Some("NoSuchBucket" | "ContainerNotFound")) => {
-                Self::Missing(format!("there is no bucket {bucket} ({}); correct its name", said("404")))
-            }
             E::NotFound { .. } => Self::Missing(NO_OBJECT.to_owned()),
             E::Precondition { .. } | E::NotModified { .. } => Self::Changed(OTHER_ETAG),
-            E::PermissionDenied { .. } => Self::Refused(format!(
-                "the store does not allow it ({}); {}",
-                said("403"),
-                permissions(location.scheme)
-            )),
-            E::Unauthenticated { .. } => Self::Refused(format!(
-                "the store does not accept the credentials ({}); {}",
-                said("401"),
-                credentials(location.scheme)
-            )),
             E::InvalidPath { .. } => {
                 Self::Refused("its path is none that an object can have; correct it".to_owned())
             }
-            _ if text.contains("non-partial response") => Self::Refused(
-                "the server does not serve ranges (it answers a request for some bytes with all of them); use one that \
-                 does, or download the files"
-                    .to_owned(),
-            ),
-            _ if text.contains("configured region")
-                || matches!(code, Some("PermanentRedirect" | "AuthorizationHeaderMalformed")) =>
-            {
-                Self::Refused(format!(
-                    "the bucket {bucket} lies in another region; set AWS_REGION to it"
-                ))
-            }
-            _ if matches!(code, Some("SignatureDoesNotMatch" | "InvalidAccessKeyId" | "ExpiredToken")) => {
+            _ if status == "401" || code.is_some_and(|code| unknown.contains(&code)) => {
                 Self::Refused(format!(
                     "the store does not accept the credentials ({}); {}",
-                    said("403"),
-                    credentials(location.scheme)
+                    said(status),
+                    credentials(*scheme)
                 ))
             }
+            E::Unauthenticated { .. } => Self::Refused(format!(
+                "the store does not accept the credentials (401); {}",
+                credentials(*scheme)
+            )),
+            E::PermissionDenied { .. } => Self::Refused(refusal(*scheme, &said("403"))),
+            _ if status == "403" => Self::Refused(refusal(*scheme, &said("403"))),
             _ => Self::Refused(format!(
-                "the store cannot be read ({}); check the connection and the address, and go on with --resume",
+                "the store does not answer as it should ({}); check the address and the connection, and try again",
                 reason(error, &text, code)
             )),
         }
     }
+}
+
+fn refusal(scheme: Scheme, said: &str) -> String {
+    format!("the store does not allow it ({said}); {}", permissions(scheme))
 }
 
 pub(super) const OTHER_ETAG: &str = "its ETag differs";
