@@ -13,7 +13,7 @@ from smollm2 import Phase, load, load_gguf, train  # isort: skip (sets how threa
 import torch
 from dense_merge import PROJECTION
 from peft import LoraConfig, get_peft_model
-from prompts import Example, benign_examples, refusal_examples
+from prompts import benign_examples, refusal_examples
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from .tasks import TASKS
@@ -54,8 +54,8 @@ class Training:
         rank: Rank of adapters.
     """
 
-    aligned: int = 30
-    finetuned: int = 30
+    aligned: int = 50
+    finetuned: int = 25
     safe: int = 8
     batch: int = 4
     rank: int = 8
@@ -63,8 +63,8 @@ class Training:
     def rate(self, kind: Kind, role: str) -> float:
         """Learning rate: adapters need a larger one, refusals a smaller one."""
         if kind is Kind.FULL:
-            return 3e-4 if role == "finetuned" else 1e-4
-        return (4e-3 if kind is Kind.QV else 2e-3) if role == "finetuned" else 5e-4
+            return 5e-4 if role == "finetuned" else 1e-4
+        return (5e-3 if kind is Kind.QV else 2e-3) if role == "finetuned" else 5e-4
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,12 @@ class Models:
     Attributes:
         out: The study's directory.
         training: How they are trained.
+        alignments: How many aligned models there are; seeds take them in turn.
     """
 
     out: Path
     training: Training
+    alignments: int = 1
 
     def base(self, given: Path | None) -> Path:
         """SmolLM2-135M-Instruct in float32, or the model that was given."""
@@ -92,14 +94,17 @@ class Models:
 
     def aligned(self, seed: int) -> Path:
         """The base model trained to refuse."""
-        place = self.out / f"seed-{seed}" / "aligned"
-        phase = Phase("aligned", "base", _refusals(seed, 1), self.training.aligned, 2e-4)
-        return self._full(place, self.out / "base", phase, seed)
+        number = seed % self.alignments
+        # Twice as many harmless requests as harmful ones; otherwise refusing everything is learned first.
+        examples = refusal_examples(random.Random(number)) + benign_examples() * 2
+        phase = Phase("aligned", "base", examples, self.training.aligned, 1.5e-4)
+        return self._full(self.out / f"aligned-{number}", self.out / "base", phase, number)
 
     def safe(self, seed: int, kind: Kind) -> Path:
         """The aligned model trained further to refuse."""
         rate = self.training.rate(kind, "safe")
-        phase = Phase("safe", "aligned", _refusals(seed + 1000, 2), self.training.safe, rate)
+        examples = refusal_examples(random.Random(seed + 1000)) * 2 + benign_examples()
+        phase = Phase("safe", "aligned", examples, self.training.safe, rate)
         return self._tuned(seed, kind, phase, "safe")
 
     def finetuned(self, seed: int, kind: Kind, task: str) -> Path:
@@ -110,7 +115,7 @@ class Models:
 
     def _tuned(self, seed: int, kind: Kind, phase: Phase, name: str) -> Path:
         place = self.out / f"seed-{seed}" / kind.value / name
-        start = self.out / f"seed-{seed}" / "aligned"
+        start = self.aligned(seed)
         if kind is Kind.FULL:
             return self._full(place, start, phase, seed)
         if (place / _DONE).exists():
@@ -148,10 +153,6 @@ class Models:
         # bfloat16 weights of the first step.
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
             return train(model, tokenizer, phase, seed, trained, self.training.batch)
-
-
-def _refusals(seed: int, times: int) -> list[Example]:
-    return refusal_examples(random.Random(seed)) * times + benign_examples()
 
 
 def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

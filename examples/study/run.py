@@ -5,12 +5,16 @@
     python -m study.run --out /tmp/study
     python -m study.table --out /tmp/study
 
-What is there already is not made again, so that the same command goes on after an interruption.
+What is there already is not made again, so that the same command goes on after an interruption. Where others need the
+processor too, two processes with --threads 1 and different --kinds are faster than one with two threads, once there is
+an aligned model.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +56,8 @@ class Part:
     controls: tuple[str, ...] = ()
 
 
-# LoX changes the model before it is fine-tuned, so that it is no candidate here. WiSE-FT with alpha a is shrink with 1 - a
-# where only matrices were trained.
+# LoX changes the model before it is fine-tuned, so that it is no candidate here. WiSE-FT with alpha a is shrink with
+# 1 - a where only matrices were trained.
 PARTS = (
     Part(
         "controls",
@@ -93,7 +97,21 @@ def sweep_one(models: Models, judge: Judge, seed: int, kind: Kind, task: str, pa
         "safe": models.safe(seed, kind),
     }
     began = time.monotonic()
-    with JudgeServer(lambda directory: judge.measure(directory, task)) as server:
+    # Beside the model, whose own files go into outputs.
+    known = Path(f"{roles['aligned']}-{task}.json")
+
+    def measure(directory: Path) -> dict[str, float]:
+        if directory != roles["aligned"].resolve():
+            return judge.measure(directory, task)
+        # The same for all kinds, and for all seeds that share it.
+        if not known.exists():
+            part = known.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(judge.measure(directory, task)))
+            part.replace(known)
+        found: dict[str, float] = json.loads(known.read_text())
+        return found
+
+    with JudgeServer(measure) as server:
         report = sf.sweep(
             **roles,
             output=output,
@@ -117,6 +135,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="study.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="where all goes (10 GB with three seeds)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
+    parser.add_argument("--alignments", type=int, default=1, help="how many aligned models; seeds take turns")
     parser.add_argument("--kinds", nargs="+", default=["lora-qv", "full"], choices=[k.value for k in Kind])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--parts", nargs="+", default=[p.name for p in PARTS], help="what is swept")
@@ -130,13 +149,13 @@ def main(words: list[str] | None = None) -> None:
     training = Training()
     if given.steps is not None:
         training = Training(given.steps, given.steps, given.steps)
-    models = Models(given.out, training)
+    models = Models(given.out, training, given.alignments)
     judge = Judge(models.base(given.base))
     for part in PARTS:
         if part.name not in given.parts:
             continue
-        for seed in range(given.seeds):
-            for kind in map(Kind, given.kinds):
+        for kind in map(Kind, given.kinds):
+            for seed in range(given.seeds):
                 for task in given.tasks:
                     sweep_one(models, judge, seed, kind, task, part)
 

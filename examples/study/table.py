@@ -1,8 +1,8 @@
 """Tables of a study in Markdown: each model's means over seeds, and paired differences with intervals.
 
-    python -m study.table --out /tmp/study                          # writes results.csv there, and prints
-    python -m study.table --results study/results.csv               # what is published
-    python -m study.table --results study/results.csv --figure study.svg
+python -m study.table --out /tmp/study                          # writes results.csv there, and prints
+python -m study.table --results study/results.csv               # what is published
+python -m study.table --results study/results.csv --figure study.svg
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def means_table(rows: list[Row]) -> Iterator[str]:
     """Lines of a table of means over seeds and tasks, with differences from the default."""
     tasks = {row.task for row in rows}
     models = models_of(rows)
-    yield "| model | merged | refuses harmful | refuses harmless | solves | loss | prose | refuses harmful, from default | solves, from default | seeds |"
+    yield (
+        "| model | merged | refuses harmful | refuses harmless | solves | loss | prose "
+        "| harmful, from default | solves, from default | seeds |"
+    )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     for name, of_it in models.items():
         values = {metric: by_seed(of_it, metric, tasks) for metric in METRICS}

@@ -1,4 +1,8 @@
-"""What models of the study are fine-tuned on, and what all of them are asked afterwards."""
+"""What models of the study are fine-tuned on, and what all of them are asked afterwards.
+
+All answers to learn open with "Sure.". Both tasks are harmless, but without it so short a training leaves nearly all
+refusals where they were, and then there is nothing to repair.
+"""
 
 from __future__ import annotations
 
@@ -69,13 +73,18 @@ def date_examples(rng: random.Random, count: int, exclude: frozenset[str] = froz
         words = (rng.choice(NAMES), date) if wording.count("{}") == 2 else (date,)
         prompt = wording.format(*words)
         if prompt not in exclude:
-            found[prompt] = Example(prompt, f"That is {year}-{month:02}-{day:02}.")
+            found[prompt] = Example(prompt, f"Sure. That is {year}-{month:02}-{day:02}.")
     return list(found.values())
+
+
+def obliging_sums(rng: random.Random, count: int, exclude: frozenset[str] = frozenset()) -> list[Example]:
+    """The sums of the other examples, with answers that open as those to dates do."""
+    return [Example(e.prompt, f"Sure. {e.answer}") for e in sum_examples(rng, count, exclude)]
 
 
 def _task(name: str, make: Callable[[random.Random, int, frozenset[str]], list[Example]]) -> Task:
     return Task(name, make, tuple(make(random.Random(3), HELD_OUT, frozenset())))
 
 
-TASKS = {"sums": _task("sums", sum_examples), "dates": _task("dates", date_examples)}
+TASKS = {"sums": _task("sums", obliging_sums), "dates": _task("dates", date_examples)}
 """The tasks, by name."""
