@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .intervals import by_seed, interval
+from .intervals import by_seed, interval, most_compared
 from .results import Row
 from .table import DEFAULT, models_of
 
@@ -37,12 +37,10 @@ def draw(rows: list[Row], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(kinds), figsize=(4.6 * len(kinds), 4.2), squeeze=False, sharey=True)
     for panel, kind in zip(axes[0], kinds, strict=True):
         of_kind = [row for row in rows if row.kind == kind]
-        tasks = {row.task for row in of_kind}
         shown: set[str] = set()
         for name, of_it in models_of(of_kind).items():
+            tasks = most_compared(of_it)
             refused, solved = (by_seed(of_it, metric, tasks) for metric in ("refused", "solved"))
-            if not refused:
-                continue
             style = _style(of_it[0], name)
             colour, mark, label = _STYLES[style]
             up, right = interval(list(refused.values())), interval(list(solved.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from .results import Row
 
@@ -50,12 +51,28 @@ def by_seed(rows: Iterable[Row], metric: str, tasks: Iterable[str]) -> dict[int,
     wanted = set(tasks)
     found: dict[int, dict[str, float]] = {}
     for row in rows:
-        found.setdefault(row.seed, {})[row.task] = row.value(metric)
+        if row.task in wanted:
+            found.setdefault(row.seed, {})[row.task] = row.value(metric)
     return {
         seed: math.fsum(values.values()) / len(values)
         for seed, values in sorted(found.items())
         if values.keys() == wanted
     }
+
+
+def most_compared(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The tasks to average over: those that give most seeds, and of such the most tasks.
+
+    A study that was cut short has some tasks for fewer seeds.
+    """
+    found: dict[int, set[str]] = {}
+    for row in rows:
+        found.setdefault(row.seed, set()).add(row.task)
+    tasks = sorted(set().union(*found.values()))
+    choices = [chosen for count in range(1, len(tasks) + 1) for chosen in combinations(tasks, count)]
+    return max(
+        choices, key=lambda chosen: (sum(has.issuperset(chosen) for has in found.values()), len(chosen))
+    )
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Interval | None:

@@ -11,6 +11,7 @@ What it measures, all greedily and on held-out prompts:
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import socketserver
 import sys
@@ -160,8 +161,9 @@ class JudgeServer:
 
         # A socket's path may have about a hundred characters.
         self._folder = tempfile.TemporaryDirectory(prefix="study-")
-        self._place = str(Path(self._folder.name) / "judge")
-        self._server = socketserver.UnixStreamServer(self._place, Handler)
+        place = str(Path(self._folder.name) / "judge")
+        self._server = socketserver.UnixStreamServer(place, Handler)
+        os.environ["STUDY_JUDGE"] = place
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
@@ -177,4 +179,4 @@ class JudgeServer:
     def command(self) -> str:
         """What a sweep is given as eval."""
         client = str(Path(__file__).with_name("ask.py"))
-        return shlex.join([sys.executable, "-I", client, self._place, "{model}", "{out}"])
+        return shlex.join([sys.executable, "-I", client, "{model}", "{out}"])

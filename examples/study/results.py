@@ -55,17 +55,10 @@ class Row:
         return float(getattr(self, metric))
 
 
-def collect(out: Path, finished: bool = True) -> list[Row]:
-    """Reads the logs of all sweeps of a study.
-
-    Args:
-        out: The study's directory.
-        finished: Whether to leave out sweeps that are still under way.
-    """
+def collect(out: Path) -> list[Row]:
+    """Reads the logs of all sweeps of a study, those that are still under way as far as they are."""
     rows = []
     for log in sorted(out.glob("seed-*/*/*/sweep.jsonl")):
-        if finished and not (log.parent / "done").exists():
-            continue
         part, _, task = log.parent.name.partition("-")
         for result in read_log(log.parent)[1]:
             if result.metrics is None:

@@ -61,15 +61,15 @@ class Part:
 PARTS = (
     Part(
         "controls",
-        {"threshold": [0.35], "alpha": [0.8, 0.5]},
+        {"threshold": [0.35], "alpha": [0.8, 0.2]},
         controls=("aligned", "finetuned", "no-safe", "shrink", "random"),
     ),
     Part(
         "rules",
-        {"threshold": [0.7], "select": ["null:0.75", "z:-2", "fraction:0.5"], "alpha": [0.5]},
+        {"threshold": [0.7], "select": ["fraction:0.5", "null:2", "z:5"], "alpha": [0.2]},
         recipes=(
-            {"recipe": "safemerge", "select": "fraction:0.5", "per_type": True, "alpha": 0.5},
-            {"recipe": "wise-ft", "alpha": 0.7},
+            {"recipe": "safemerge", "select": "fraction:0.5", "per_type": True, "alpha": 0.2},
+            {"recipe": "wise-ft", "alpha": 0.5},
             {"recipe": "resta", "gamma": 0.5},
             {"recipe": "safe-lora", "threshold": 0.35},
             {"recipe": "safety-vector", "rank": 4, "kappa": 0.5},
@@ -77,9 +77,12 @@ PARTS = (
     ),
     Part(
         "more",
-        {"threshold": [0.5], "select": ["null:1", "fraction:0.25", "fraction:0.75"], "alpha": [0.8, 0.2]},
-        recipes=({"recipe": "safe-lora", "select": "fraction:0.5"}, {"recipe": "resta", "gamma": 1.0}),
-        controls=("shrink",),
+        {"threshold": [0.5], "select": ["null:1.2", "fraction:0.25", "fraction:0.75"], "alpha": [0.5]},
+        recipes=(
+            {"recipe": "safe-lora", "select": "fraction:0.5"},
+            {"recipe": "resta", "gamma": 1.0},
+            {"recipe": "wise-ft", "alpha": 0.7},
+        ),
     ),
 )
 """The parts of the study, the most needed one first: one part is done for all seeds before the next."""
@@ -130,8 +133,8 @@ def sweep_one(models: Models, judge: Judge, seed: int, kind: Kind, task: str, pa
     print(f"{output}: {len(report.results)} models in {time.monotonic() - began:.0f} s", flush=True)
 
 
-def main(words: list[str] | None = None) -> None:
-    """Carries out what the command line asks for."""
+def read_arguments(words: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(prog="study.run", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="where all goes (10 GB with three seeds)")
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds")
@@ -142,7 +145,12 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, help="another model than SmolLM2-135M-Instruct")
     parser.add_argument("--steps", type=int, help="steps of every training, in place of its own number")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    given = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Carries out what the command line asks for."""
+    given = read_arguments(words)
     torch.set_num_threads(given.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .intervals import Interval, by_seed, difference, interval
+from .intervals import Interval, by_seed, difference, interval, most_compared
 from .results import METRICS, Row, collect, read_rows, write_rows
 
 DEFAULT = "threshold-0.35-alpha-0.8"
@@ -31,17 +31,15 @@ def models_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def means_table(rows: list[Row]) -> Iterator[str]:
     """Lines of a table of means over seeds and tasks, with differences from the default."""
-    tasks = {row.task for row in rows}
     models = models_of(rows)
     yield (
         "| model | merged | refuses harmful | refuses harmless | solves | loss | prose "
-        "| harmful, from default | solves, from default | seeds |"
+        "| harmful, from default | solves, from default | tasks | seeds |"
     )
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|---:|"
     for name, of_it in models.items():
+        tasks = most_compared(of_it)
         values = {metric: by_seed(of_it, metric, tasks) for metric in METRICS}
-        if not values["refused"]:
-            continue
         cells = [f"`{name}`", _merged(of_it)]
         for metric in METRICS:
             mean = interval(list(values[metric].values())).mean
@@ -49,20 +47,20 @@ def means_table(rows: list[Row]) -> Iterator[str]:
         for metric in ("refused", "solved"):
             usual = by_seed(models.get(DEFAULT, []), metric, tasks)
             cells.append("" if name == DEFAULT else points(difference(values[metric], usual)))
-        cells.append(str(len(values["refused"])))
+        cells += [", ".join(tasks), str(len(values["refused"]))]
         yield "| " + " | ".join(cells) + " |"
 
 
 def controls_table(rows: list[Row]) -> Iterator[str]:
     """Lines of a table of candidates minus the controls that stand beside them."""
-    tasks = {row.task for row in rows}
     models = models_of(rows)
-    yield "| candidate | minus | refuses harmful | refuses harmless | solves | loss | seeds |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
+    yield "| candidate | minus | refuses harmful | refuses harmless | solves | loss | tasks | seeds |"
+    yield "|---|---|---:|---:|---:|---:|---|---:|"
     for name, of_it in models.items():
         for rival, of_rival in models.items():
-            if of_it[0].control or not _beside(of_it[0], of_rival[0]):
+            if of_it[0].control or not of_it[0].merged or not _beside(of_it[0], of_rival[0]):
                 continue
+            tasks = most_compared([row for row in of_it if _judged(of_rival, row)] or of_it)
             found = {
                 metric: difference(by_seed(of_it, metric, tasks), by_seed(of_rival, metric, tasks))
                 for metric in (*_PERCENT, "loss")
@@ -71,7 +69,7 @@ def controls_table(rows: list[Row]) -> Iterator[str]:
                 continue
             cells = [f"`{name}`", f"`{rival}`", *(points(found[metric]) for metric in _PERCENT)]
             loss = found["loss"]
-            cells += ["" if loss is None else _signed(loss, 1, 2), str(refused.seeds)]
+            cells += ["" if loss is None else _signed(loss, 1, 2), ", ".join(tasks), str(refused.seeds)]
             yield "| " + " | ".join(cells) + " |"
 
 
@@ -94,6 +92,11 @@ def _beside(candidate: Row, rival: Row) -> bool:
     return rival.control == "shrink" and rival.name.removeprefix("shrink-only-") in candidate.name
 
 
+def _judged(rows: list[Row], like: Row) -> bool:
+    """Whether one of the rows has another's seed and task."""
+    return any((row.seed, row.task) == (like.seed, like.task) for row in rows)
+
+
 def _merged(rows: list[Row]) -> str:
     """The range of numbers of merged modules."""
     counts = sorted({int(row.merged) for row in rows if row.merged})
@@ -104,14 +107,19 @@ def _merged(rows: list[Row]) -> str:
     return f"{low} of {of_all}" if low == high else f"{low} to {high} of {of_all}"
 
 
-def main(words: list[str] | None = None) -> None:
-    """Prints the tables."""
+def read_arguments(words: list[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(prog="study.table", description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--out", type=Path, help="the directory of study.run")
     source.add_argument("--results", type=Path, help="the CSV that was made of one")
     parser.add_argument("--figure", type=Path, help="where to draw refusals and task, .svg or .png")
-    given = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Prints the tables."""
+    given = read_arguments(words)
     if given.out is not None:
         rows = collect(given.out)
         write_rows(rows, given.out / "results.csv")

@@ -81,6 +81,15 @@ def test_a_study_of_two_candidates(base: Path, tmp_path: Path, capsys: pytest.Ca
         assert "failed" not in said
         run.main([*words, "--out", str(tmp_path), "--parts", "tiny"])
         assert capsys.readouterr().out == "", "what is there is not made again"
+        # As if the first run had ended before the last model was judged.
+        sweep = tmp_path / "seed-0" / "lora-qv" / "tiny-dates"
+        (sweep / "done").unlink()
+        log = (sweep / "sweep.jsonl").read_bytes().splitlines(keepends=True)
+        (sweep / "sweep.jsonl").write_bytes(b"".join(log[:-1]))
+        run.main([*words, "--out", str(tmp_path), "--parts", "tiny"])
+        assert "5 models in" in capsys.readouterr().out
+        again = (sweep / "sweep.jsonl").read_bytes().splitlines(keepends=True)
+        assert again[:-1] == log[:-1], "what is judged is not judged again"
     finally:
         patch.undo()
     table.main(["--out", str(tmp_path), "--figure", str(tmp_path / "figure.svg")])
@@ -191,7 +200,7 @@ def test_tasks_hold_out_what_they_train_on() -> None:
         words = re.search(r"\d+ [A-Z][a-z]+ \d{4}", example.prompt)
         assert words is not None
         date = datetime.datetime.strptime(words[0], "%d %B %Y")
-        assert example.answer == f"That is {date:%Y-%m-%d}."
+        assert example.answer == f"Sure. That is {date:%Y-%m-%d}."
 
 
 def test_intervals_are_student_s() -> None:
@@ -209,7 +218,7 @@ def test_intervals_are_student_s() -> None:
 
 
 def test_differences_are_within_seeds_and_over_all_tasks() -> None:
-    from study.intervals import by_seed, difference
+    from study.intervals import by_seed, difference, most_compared
     from study.results import Row
 
     def rows(values: dict[tuple[int, str], float]) -> list[Row]:
@@ -228,6 +237,9 @@ def test_differences_are_within_seeds_and_over_all_tasks() -> None:
     assert found.mean == pytest.approx(0.2)
     assert found.half == pytest.approx(0, abs=1e-9)
     assert difference(means, {}) is None
+    # A third seed for one task counts for more than a second task.
+    assert most_compared(one) == ("a",)
+    assert most_compared(other) == ("a", "b")
 
 
 def test_the_page_s_tables_are_those_of_the_results(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,3 +252,21 @@ def test_the_page_s_tables_are_those_of_the_results(capsys: pytest.CaptureFixtur
     shown = [line for line in page.partition(begin)[2].partition(end)[0].splitlines() if line.startswith("|")]
     assert len(shown) > 10
     assert [line for line in shown if line not in made] == []
+
+
+@pytest.mark.parametrize("page", ["docs/study.md", "examples/README.md"])
+def test_the_commands_of_a_page_are_read(page: str) -> None:
+    from documentation import blocks
+    from study import run, table
+
+    read = {"study.run": run.read_arguments, "study.table": table.read_arguments}
+    found = [
+        words[2:]
+        for block in blocks(page)
+        if block.language == "sh"
+        for words in block.commands()
+        if words[:2] == ["python", "-m"]
+    ]
+    assert found
+    for module, *words in found:
+        assert read[module](words)
