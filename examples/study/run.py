@@ -75,6 +75,7 @@ PARTS = (
             {"recipe": "safety-vector", "rank": 4, "kappa": 0.5},
         ),
     ),
+    Part("chance", {"select": ["null:2"], "alpha": [0.2]}, controls=("no-safe", "random")),
     Part(
         "more",
         {"threshold": [0.5], "select": ["null:1.2", "fraction:0.25", "fraction:0.75"], "alpha": [0.5]},
