@@ -21,12 +21,13 @@ _PERCENT = ("refused", "overrefused", "solved")
 
 
 def models_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by the model's name, each seed and task once."""
+    """Rows by the model's name, each seed and task once; those of most seeds and tasks first."""
     found: dict[str, dict[tuple[int, str], Row]] = {}
     for row in rows:
         # A control that two parts judged is the same in both.
         found.setdefault(row.name, {}).setdefault((row.seed, row.task), row)
-    return {name: list(of_it.values()) for name, of_it in found.items()}
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    return {name: list(of_it.values()) for name, of_it in ordered}
 
 
 def means_table(rows: list[Row]) -> Iterator[str]:
