@@ -24,7 +24,11 @@ def examples() -> Any:
     """The examples can be imported, as they can where they are run."""
     patch = pytest.MonkeyPatch()
     patch.syspath_prepend(str(ROOT / "examples"))
+    # Tiny models gain nothing from more, and threads that wait for each other are slow where others work too.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     patch.undo()
     for name in [name for name in sys.modules if name.partition(".")[0] in ("study", "smollm2", "prompts")]:
         del sys.modules[name]
@@ -72,6 +76,7 @@ def test_a_study_of_two_candidates(base: Path, tmp_path: Path, capsys: pytest.Ca
         controls=("aligned", "finetuned", "shrink"),
     )
     words = ["--base", str(base), "--steps", "1", "--seeds", "1", "--tasks", "dates", "--kinds", "lora-qv"]
+    words += ["--threads", "1"]
     patch = pytest.MonkeyPatch()
     patch.setattr(run, "PARTS", (part,))
     try:
