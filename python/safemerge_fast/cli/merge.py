@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -69,8 +69,10 @@ def _recipe(name: str) -> Recipe[Any]:
     return known[name]
 
 
-def recipe_options(record: type[RunSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of a recipe, and those that all have."""
+def recipe_options(
+    record: type[RunSettings], *, leave_out: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a recipe but some, and those that all have."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         function = terminal_options(function)
@@ -81,7 +83,7 @@ def recipe_options(record: type[RunSettings]) -> Callable[[Callable[..., None]],
             show_default=True,
             help="What to make, one of docs/recipes.md; merge --recipe NAME --help shows its options.",
         )(function)
-        return settings_options(record)(function)
+        return settings_options(record, leave_out=leave_out)(function)
 
     return decorate
 

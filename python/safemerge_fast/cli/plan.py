@@ -17,7 +17,7 @@ from .terminal import Terminal
 def _made(record: type[RunSettings]) -> Callable[..., None]:
     """What plans a recipe, with all its options."""
 
-    @recipe_options(record)
+    @recipe_options(record, leave_out=("executor", "task_cpus", "stall_after"))
     def run(*, terminal: Terminal, recipe: str, **values: Any) -> None:
         from ..recipes.shared_job import plan_job
         from ..sizes import format_size

@@ -21,7 +21,7 @@ from ..settings import RunSettings
 from .prepared import commit_prepared
 from .written import Written
 
-__all__ = ["MOST_ATTEMPTS", "Done", "Failed", "HandingOut", "Moved", "News", "Order", "Pool"]
+__all__ = ["MOST_ATTEMPTS", "Done", "Failed", "HandingOut", "Moved", "News", "Order", "Pool", "Queued"]
 
 MOST_ATTEMPTS = 4
 """Attempts at one shard, after which the job gives up."""
@@ -58,6 +58,17 @@ class Moved:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """An attempt has not begun, since all workers are busy with something else; that is no stall.
+
+    Attributes:
+        attempt: Which.
+    """
+
+    attempt: str
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """An attempt is prepared.
 
@@ -85,7 +96,7 @@ class Failed:
     again: bool
 
 
-News: TypeAlias = Moved | Done | Failed
+News: TypeAlias = Queued | Moved | Done | Failed
 
 
 class Pool(Protocol):
@@ -239,6 +250,8 @@ class _Course:
         elif shard is not None and attempt in shard.running:
             if isinstance(news, Failed):
                 self._fail(file, news)
+            elif isinstance(news, Queued):
+                shard.running[attempt] = self._clock()
             elif news.bytes != shard.moved.get(attempt):
                 shard.running[attempt] = self._clock()
                 shard.moved[attempt] = news.bytes

@@ -13,9 +13,9 @@ from typing import Any
 from .. import _engine, interruption
 from ..documents import RECORD, read_bytes
 from ..errors import PlanError, SettingError
+from ..execution.choice import executor_of
 from ..execution.executor import Executor
 from ..execution.inputs import input_paths, require_unchanged
-from ..execution.local import LocalExecutor
 from ..execution.written import Written
 from ..progress import silent
 from ..report.environment import peak_memory, versions
@@ -64,17 +64,18 @@ def carry_out_job(job: Job[Any], started: float, executor: Executor | None = Non
     Args:
         job: The job.
         started: When work on it began, by time.perf_counter.
-        executor: Who writes the weights; None has this machine's threads do it.
+        executor: Who writes the weights; None is whom the settings name.
     """
     settings = job.settings
     tell = settings.progress or silent
     companions = job.companions()
+    executor = executor or executor_of(settings)
     with job_directory(job) as directory:
         if directory.complete:
             directory.close()
             return read_report(Path(directory.output))
         measurement, contents = decided(job, directory)
-        written = contents.write(directory, settings, tell, executor or LocalExecutor())
+        written = contents.write(directory, settings, tell, executor)
         for source, name in companions:
             directory.copy_file(source, name)
         for name, pieces in contents.small_files():

@@ -80,6 +80,8 @@ def plan_job(settings: RunSettings) -> Planned:
     for field in fields_of(type(settings)):
         if field.holds_object(getattr(settings, field.name)):
             raise SettingError(f"{field.name} should be a file, which later steps can read again")
+    if settings.executor != "local":
+        raise SettingError("a job that is planned is handed out by work; leave the executor out")
     job = recipes()[settings.recipe].open(settings)
     # What would be refused in the end is refused now.
     job.companions()
