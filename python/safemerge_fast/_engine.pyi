@@ -479,6 +479,56 @@ class Columns:
     def stop(self) -> None:
         """Makes calls of measure in other threads end within a few milliseconds."""
 
+def thin_images(
+    base: Matrix,
+    aligned: Matrix,
+    columns: bytes,
+    width: int,
+    *,
+    transposed: bool = False,
+    simd: str | None = None,
+) -> ThinImages:
+    """What V = W_aligned - W_base, (d_out, d_in), does to columns C: G = VᵀC and H = VG, as it is read.
+
+    The GIL is released meanwhile. Memory is (d_out + 2·d_in)·width float32 numbers and a block of rows of about 1 MB.
+
+    Args:
+        base: The matrix in the base model.
+        aligned: In the aligned model. Both are stored alike, and nobody else may read them meanwhile.
+        columns: (d_out, width) as little-endian float32, row by row.
+        width: Number of columns; with none of them only the norms are found.
+        transposed: Whether the matrices are stored as (d_in, d_out).
+        simd: A level of simd_levels; the fastest if not given. All give the same bits.
+
+    Raises:
+        PlanError: The shapes differ, there are not as many numbers, or an input is no longer the one that was opened.
+        CheckpointError: An input cannot be read.
+    """
+
+@final
+class ThinImages:
+    """G = VᵀC, and Gram matrices of it and of H = VG, row by row."""
+
+    @property
+    def images(self) -> bytes:
+        """(d_in, width): G times the scale, as little-endian float32."""
+
+    @property
+    def scale(self) -> float:
+        """What `images` was multiplied by, a power of two."""
+
+    @property
+    def grams(self) -> bytes:
+        """(2, width, width): GᵀG and HᵀH, as little-endian float64."""
+
+    @property
+    def v_squares(self) -> float:
+        """‖V‖²."""
+
+    @property
+    def weight_squares(self) -> float:
+        """‖W_aligned‖²."""
+
 @final
 class SketchMoments:
     """What the passes over a module found: Gram matrices as little-endian float64 row by row, and sums.

@@ -37,7 +37,7 @@ mod _engine {
     #[pymodule_export]
     use super::simd_levels;
     #[pymodule_export]
-    use super::sketch::{Columns, SketchMoments};
+    use super::sketch::{Columns, SketchMoments, ThinImages, thin_images};
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "the name that Python expects")]
     const __version__: &str = env!("CARGO_PKG_VERSION");

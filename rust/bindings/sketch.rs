@@ -71,7 +71,7 @@ impl Columns {
         let module = sketch::Module {
             base: base.shared(),
             aligned: aligned.shared(),
-            finetuned: finetuned.shared(),
+            finetuned: Some(finetuned.shared()),
             against_base,
             transposed,
         };
@@ -103,6 +103,74 @@ impl Columns {
             }
             Ok(())
         })
+    }
+}
+
+/// What V = W_aligned - W_base does to columns, (d_out, width) as little-endian float32 row by row.
+#[pyfunction]
+#[pyo3(signature = (base, aligned, columns, width, *, transposed = false, simd = None))]
+pub fn thin_images(
+    py: Python<'_>,
+    base: &Matrix,
+    aligned: &Matrix,
+    columns: &[u8],
+    width: usize,
+    transposed: bool,
+    simd: Option<&str>,
+) -> PyResult<ThinImages> {
+    let columns: Vec<f32> =
+        columns.as_chunks().0.iter().map(|four| f32::from_le_bytes(*four)).collect();
+    let (base, aligned) = (base.shared(), aligned.shared());
+    let module = sketch::Module { base, aligned, finetuned: None, against_base: false, transposed };
+    let inner = interruptible_within(py, |stopped| -> Result<_> {
+        let kernels = simd.map_or_else(|| Ok(Kernels::detect()), Kernels::named)?;
+        sketch::images(&module, kernels, &columns, width, &|| stopped())
+    })?;
+    Ok(ThinImages { inner })
+}
+
+/// G = Vᵀ·C of columns C, and Gram matrices of it and of V·G.
+#[pyclass(frozen, module = "safemerge_fast._engine")]
+pub struct ThinImages {
+    inner: sketch::Images,
+}
+
+#[pymethods]
+impl ThinImages {
+    /// (d_in, width): G times the scale, as little-endian float32.
+    #[getter]
+    fn images<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let values = &self.inner.images;
+        PyBytes::new_with(py, values.len() * size_of::<f32>(), |bytes| {
+            for (place, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+                *place = value.to_le_bytes();
+            }
+            Ok(())
+        })
+    }
+
+    /// What `images` was multiplied by.
+    #[getter]
+    fn scale(&self) -> f64 {
+        self.inner.scale
+    }
+
+    /// (2, width, width): GᵀG and HᵀH.
+    #[getter]
+    fn grams<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        doubles(py, &self.inner.grams.each_ref().map(Vec::as_slice))
+    }
+
+    /// ‖V‖².
+    #[getter]
+    fn v_squares(&self) -> f64 {
+        self.inner.sums.v
+    }
+
+    /// ‖W_aligned‖².
+    #[getter]
+    fn weight_squares(&self) -> f64 {
+        self.inner.sums.weight
     }
 }
 

@@ -1,6 +1,6 @@
 //! Bands of quantised matrices: the rows that share scales, all their columns. What is decoded and encoded as one.
 
-use super::Kernels;
+use super::{Groups, Kernels};
 use crate::checkpoint::Encoding;
 use crate::code::{Code, GlobalScale, ScaleType, scale_of};
 use crate::dtype::Float;
@@ -68,7 +68,7 @@ impl Band {
             ScaleType::F32 => kernels.load(Float::F32, bytes, out),
             ScaleType::BF16 => kernels.load(Float::BF16, bytes, out),
             ScaleType::F16 => kernels.load(Float::F16, bytes, out),
-            ScaleType::E4M3 => kernels.decode(Code::E4M3, bytes, 0, out),
+            ScaleType::E4M3 => kernels.decode(Code::E4M3, bytes, 0, None, out),
             ScaleType::E8M0 => {
                 for (factor, byte) in out.iter_mut().zip(bytes) {
                     *factor = scale_type.load(&[*byte]);
@@ -105,17 +105,17 @@ impl Band {
         factors: &[f32],
         out: &mut [f32],
     ) {
-        kernels.decode(self.code, codes, start % self.code.per_byte(), out);
+        let first = start % self.code.per_byte();
         if self.scale_type.is_none() || out.is_empty() {
+            kernels.decode(self.code, codes, first, None, out);
             return;
         }
         // The first block may have begun before.
-        let first = start / self.block;
-        let head = (self.block - start % self.block).min(out.len());
-        let (begun, rest) = out.split_at_mut(head);
-        kernels.scale_groups(begun, &factors[first..=first], head);
-        let blocks = rest.len().div_ceil(self.block);
-        kernels.scale_groups(rest, &factors[first + 1..][..blocks], self.block);
+        let (begun, head) = (start / self.block, self.block - start % self.block);
+        let blocks = 1 + out.len().saturating_sub(head).div_ceil(self.block);
+        let factors = &factors[begun..begun + blocks];
+        let groups = Groups { factors, first: head, columns: self.block };
+        kernels.decode(self.code, codes, first, Some(&groups), out);
     }
 
     /// Raises `largest`, which begins with zeros, to the largest magnitudes of each block of columns in some rows of a
@@ -146,26 +146,25 @@ impl Band {
         }
     }
 
-    /// Encodes whole rows of a band by its factors. The values, which must be finite, are divided by them.
-    pub fn write(&self, kernels: &Kernels, values: &mut [f32], factors: &[f32], codes: &mut [u8]) {
+    /// Encodes whole rows of a band by its factors; the values must be finite.
+    pub fn write(&self, kernels: &Kernels, values: &[f32], factors: &[f32], codes: &mut [u8]) {
         if self.columns == 0 {
             return;
         }
-        let rows = values.chunks_mut(self.columns).zip(codes.chunks_mut(self.row_bytes()));
+        let groups = Groups { factors, first: self.block, columns: self.block };
+        let groups = self.scale_type.map(|_| &groups);
+        let rows = values.chunks(self.columns).zip(codes.chunks_mut(self.row_bytes()));
         for (values, codes) in rows {
-            if self.scale_type.is_some() {
-                kernels.divide_groups(values, factors, self.block);
-            }
-            kernels.encode(self.code, values, codes);
+            kernels.encode(self.code, values, groups, codes);
         }
     }
 
     /// Encodes one whole band: its largest magnitudes, scales, codes. `factors` is as long as there are scales, and is
-    /// overwritten, as `values` is.
+    /// overwritten.
     pub fn encode(
         &self,
         kernels: &Kernels,
-        values: &mut [f32],
+        values: &[f32],
         global: Option<GlobalScale>,
         factors: &mut [f32],
         codes: &mut [u8],

@@ -22,6 +22,8 @@ pub const COLLECT_MARGIN: usize = 16;
 
 /// Conversions of IEEE half, the one thing that the compiler does not vectorise by itself.
 pub(super) trait Half {
+    /// Whether it takes less than calculating would.
+    const FAST: bool;
     /// Half to f32.
     fn load(source: &[[u8; 2]], destination: &mut [f32]);
     /// f32 to half.
@@ -32,6 +34,8 @@ pub(super) trait Half {
 pub(super) struct Portable;
 
 impl Half for Portable {
+    const FAST: bool = false;
+
     #[inline(always)]
     fn load(source: &[[u8; 2]], destination: &mut [f32]) {
         for (value, bytes) in destination.iter_mut().zip(source) {
@@ -96,6 +100,28 @@ pub(super) fn store<H: Half>(dtype: Float, source: &[f32], destination: &mut [u8
         }
     }
     outside == 0
+}
+
+/// As [`super::Kernels::weighted_sum`]; sums stay in registers while the operands go by.
+#[inline(always)]
+pub(super) fn weighted_sum(out: &mut [f32], operands: &[&[f32]], weights: &[f32]) {
+    let (blocks, rest) = out.as_chunks_mut::<BLOCK>();
+    let done = blocks.len() * BLOCK;
+    for (number, block) in blocks.iter_mut().enumerate() {
+        let mut sums = [0.0_f32; BLOCK];
+        for (operand, &weight) in operands.iter().zip(weights) {
+            let values = &operand[number * BLOCK..][..BLOCK];
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum = value.mul_add(weight, *sum);
+            }
+        }
+        *block = sums;
+    }
+    for (place, sum) in rest.iter_mut().enumerate() {
+        let terms = operands.iter().zip(weights);
+        *sum =
+            terms.fold(0.0, |sum, (operand, &weight)| operand[done + place].mul_add(weight, sum));
+    }
 }
 
 #[inline(always)]

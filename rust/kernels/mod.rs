@@ -14,6 +14,7 @@ mod updates;
 mod x86;
 
 pub use band::Band;
+pub use codes::Groups;
 pub use generic::{COLLECT_MARGIN, Product};
 pub use thin::{Cross, Thin};
 pub use updates::{Models, RUN, Sums};
@@ -73,6 +74,9 @@ impl Level {
 /// Values, base, low, width and what is found; see [`Kernels::collect_between`].
 type CollectBetween = fn(&[f32], Option<&[f32]>, u32, u32, &mut [u32]) -> (usize, u32);
 
+/// Code, bytes, whether the first code is a high nibble, groups and numbers; see [`Kernels::decode`].
+type Decode = fn(Code, &[u8], bool, Option<&Groups<'_>>, &mut [f32]);
+
 /// Models, V, Δ and their sums; see [`Kernels::updates`].
 type Updates = fn(&Models<'_>, &mut [f32], &mut [f32], Option<&mut Sums>);
 
@@ -86,9 +90,9 @@ pub struct Kernels {
     dot: fn(&[f32], &[f32]) -> f64,
     add_product: fn(&mut [f32], &Product<'_>),
     collect_between: CollectBetween,
-    decode: fn(Code, &[u8], bool, &mut [f32]),
-    encode: fn(Code, &[f32], &mut [u8]),
-    over_groups: fn(&mut [f32], &[f32], usize, bool),
+    weighted_sum: fn(&mut [f32], &[&[f32]], &[f32]),
+    decode: Decode,
+    encode: fn(Code, &[f32], Option<&Groups<'_>>, &mut [u8]),
     amax: fn(&[f32]) -> f32,
     add_thin: fn(&mut Thin<'_>),
     add_cross: fn(&mut Cross<'_>),
@@ -130,12 +134,12 @@ impl Kernels {
                 load: x86::avx512::load,
                 store: x86::avx512::store,
                 multiply_add: x86::avx512::multiply_add,
+                weighted_sum: x86::avx512::weighted_sum,
                 dot: x86::avx512::dot,
                 add_product: x86::avx512::add_product,
                 collect_between: x86::collect_between,
                 decode: x86::avx512::decode,
                 encode: x86::avx512::encode,
-                over_groups: x86::avx512::over_groups,
                 amax: x86::avx512::amax,
                 add_thin: x86::avx512::add_thin,
                 add_cross: x86::avx512::add_cross,
@@ -147,12 +151,12 @@ impl Kernels {
                 load: x86::avx2::load,
                 store: x86::avx2::store,
                 multiply_add: x86::avx2::multiply_add,
+                weighted_sum: x86::avx2::weighted_sum,
                 dot: x86::avx2::dot,
                 add_product: x86::avx2::add_product,
                 collect_between: generic::collect_between,
                 decode: x86::avx2::decode,
                 encode: x86::avx2::encode,
-                over_groups: x86::avx2::over_groups,
                 amax: x86::avx2::amax,
                 add_thin: x86::avx2::add_thin,
                 add_cross: x86::avx2::add_cross,
@@ -163,12 +167,12 @@ impl Kernels {
                 load: generic::load::<generic::Portable>,
                 store: generic::store::<generic::Portable>,
                 multiply_add: generic::multiply_add,
+                weighted_sum: generic::weighted_sum,
                 dot: generic::dot,
                 add_product: generic::add_product,
                 collect_between: generic::collect_between,
-                decode: codes::decode,
+                decode: codes::decode::<generic::Portable>,
                 encode: codes::encode,
-                over_groups: codes::over_groups,
                 amax: codes::amax,
                 #[cfg(target_arch = "aarch64")]
                 add_thin: thin::neon::add_thin,
@@ -251,33 +255,37 @@ impl Kernels {
         (self.add_product)(values, product);
     }
 
-    /// The numbers of codes, exact. The first is the one with the number `first` within `bytes`, since codes of four bits
-    /// may begin in the middle of a byte.
-    pub fn decode(&self, code: Code, bytes: &[u8], first: usize, out: &mut [f32]) {
+    /// `out[i] = Σ_k weights[k] · operands[k][i]`: fused multiply-adds from zero, in the order of the operands.
+    pub fn weighted_sum(&self, out: &mut [f32], operands: &[&[f32]], weights: &[f32]) {
+        assert_eq!(operands.len(), weights.len());
+        assert!(operands.iter().all(|operand| operand.len() == out.len()));
+        (self.weighted_sum)(out, operands, weights);
+    }
+
+    /// The numbers of codes, exact, or multiplied by the factors of their groups, one rounding each. The first is the one
+    /// with the number `first` within `bytes`, since codes of four bits may begin in the middle of a byte; a group begins
+    /// at a whole byte, but for the first.
+    pub fn decode(
+        &self,
+        code: Code,
+        bytes: &[u8],
+        first: usize,
+        groups: Option<&Groups<'_>>,
+        out: &mut [f32],
+    ) {
         let bytes = &bytes[first / code.per_byte()..];
         let middle = !first.is_multiple_of(code.per_byte());
         assert!(bytes.len() >= code.bytes(out.len() + usize::from(middle)));
-        (self.decode)(code, bytes, middle, out);
+        assert!(groups.is_none_or(|groups| groups.fit(out.len())));
+        (self.decode)(code, bytes, middle, groups, out);
     }
 
-    /// The nearest codes of values, ties to even, never beyond [`Code::most`]. Values must be finite, and there must be
-    /// two for each byte where codes have four bits.
-    pub fn encode(&self, code: Code, values: &[f32], out: &mut [u8]) {
+    /// The nearest codes of values, divided by the factors of their groups if there are any, ties to even, never beyond
+    /// [`Code::most`]. Values must be finite, and there must be two for each byte where codes have four bits.
+    pub fn encode(&self, code: Code, values: &[f32], groups: Option<&Groups<'_>>, out: &mut [u8]) {
         assert_eq!(values.len(), out.len() * code.per_byte());
-        (self.encode)(code, values, out);
-    }
-
-    /// Multiplies each run of `columns` values, the last of which may be shorter, by its factor.
-    pub fn scale_groups(&self, values: &mut [f32], factors: &[f32], columns: usize) {
-        assert_eq!(values.len().div_ceil(columns), factors.len());
-        (self.over_groups)(values, factors, columns, false);
-    }
-
-    /// Divides each run of `columns` values, the last of which may be shorter, by its factor. A product with the reciprocal
-    /// would be rounded twice.
-    pub fn divide_groups(&self, values: &mut [f32], factors: &[f32], columns: usize) {
-        assert_eq!(values.len().div_ceil(columns), factors.len());
-        (self.over_groups)(values, factors, columns, true);
+        assert!(groups.is_none_or(|groups| groups.fit(values.len())));
+        (self.encode)(code, values, groups, out);
     }
 
     /// The largest magnitude; NaN if there is one, and zero of no values.

@@ -1,6 +1,6 @@
 //! The loops of [`super::generic`] compiled with AVX2 and with AVX-512, and half conversions by F16C.
 
-use super::codes;
+use super::codes::{self, Groups};
 use super::generic::{self, COLLECT_MARGIN, Half, Portable, Product};
 use super::thin::{self, Cross, Thin, Vector};
 use super::updates::{self, Models, Sums};
@@ -8,17 +8,19 @@ use crate::code::Code;
 use crate::dtype::Float;
 use std::arch::x86_64::{
     __m256, __m512, __m512i, _MM_FROUND_TO_NEAREST_INT, _mm_loadu_si128, _mm_storeu_si128,
-    _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps,
-    _mm256_storeu_ps, _mm512_and_si512, _mm512_castps_si512, _mm512_cmpge_epu32_mask,
-    _mm512_cmplt_epu32_mask, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_compress_epi32,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32,
-    _mm512_sub_ps,
+    _mm256_cvtph_ps, _mm256_cvtps_ph, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_set1_ps, _mm256_storeu_ps, _mm512_and_si512, _mm512_castps_si512,
+    _mm512_cmpge_epu32_mask, _mm512_cmplt_epu32_mask, _mm512_cvtph_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_maskz_compress_epi32, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
 };
 
 /// Half conversions by F16C, eight at a time. Only the two modules below name it, inside functions with that feature.
 struct F16c;
 
 impl Half for F16c {
+    const FAST: bool = true;
+
     #[inline(always)]
     fn load(source: &[[u8; 2]], destination: &mut [f32]) {
         let (blocks, rest) = source.as_chunks::<8>();
@@ -47,6 +49,33 @@ impl Half for F16c {
             }
         }
         Portable::store(rest, output_rest);
+    }
+}
+
+/// As [`F16c`], but sixteen at a time where halves are loaded: what reads the numbers as whole vectors finds them stored so.
+struct Wide;
+
+impl Half for Wide {
+    const FAST: bool = true;
+
+    #[inline(always)]
+    fn load(source: &[[u8; 2]], destination: &mut [f32]) {
+        let (blocks, rest) = source.as_chunks::<16>();
+        let (outputs, output_rest) = destination.as_chunks_mut::<16>();
+        for (output, block) in outputs.iter_mut().zip(blocks) {
+            // SAFETY: only functions with AVX-512F call it, which are reached after its detection; the arrays are 32 and
+            // 64 bytes long, and the accesses are the unaligned ones.
+            unsafe {
+                let halves = _mm256_loadu_si256(block.as_ptr().cast());
+                _mm512_storeu_ps(output.as_mut_ptr(), _mm512_cvtph_ps(halves));
+            }
+        }
+        F16c::load(rest, output_rest);
+    }
+
+    #[inline(always)]
+    fn store(source: &[f32], destination: &mut [[u8; 2]]) {
+        F16c::store(source, destination);
     }
 }
 
@@ -185,27 +214,41 @@ vector!(__m512, 16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fm
 
 /// One module per level: safe entry points for the dispatch table around functions that have the features.
 macro_rules! level {
-    ($level:ident, $features:literal, $vector:ident, $rows:literal, $wide:literal) => {
+    ($level:ident, $features:literal, $half:ident, $vector:ident, $rows:literal, $wide:literal) => {
         pub(super) mod $level {
-            use super::$vector;
             use super::{
-                Code, Cross, F16c, Float, Models, Product, Sums, Thin, codes, generic, thin,
+                Code, Cross, Float, Groups, Models, Product, Sums, Thin, codes, generic, thin,
                 updates,
             };
+            use super::{$half, $vector};
 
             #[target_feature(enable = $features)]
             fn load_with(dtype: Float, source: &[u8], destination: &mut [f32]) {
-                generic::load::<F16c>(dtype, source, destination);
+                generic::load::<$half>(dtype, source, destination);
             }
 
             #[target_feature(enable = $features)]
             fn store_with(dtype: Float, source: &[f32], destination: &mut [u8]) -> bool {
-                generic::store::<F16c>(dtype, source, destination)
+                generic::store::<$half>(dtype, source, destination)
             }
 
             #[target_feature(enable = $features)]
             fn multiply_add_with(accumulator: &mut [f32], values: &[f32], weight: f32) {
                 generic::multiply_add(accumulator, values, weight);
+            }
+
+            #[target_feature(enable = $features)]
+            fn weighted_sum_with(out: &mut [f32], operands: &[&[f32]], weights: &[f32]) {
+                generic::weighted_sum(out, operands, weights);
+            }
+
+            pub(in crate::kernels) fn weighted_sum(
+                out: &mut [f32],
+                operands: &[&[f32]],
+                weights: &[f32],
+            ) {
+                // SAFETY: as in `load`.
+                unsafe { weighted_sum_with(out, operands, weights) }
             }
 
             #[target_feature(enable = $features)]
@@ -260,23 +303,24 @@ macro_rules! level {
             }
 
             #[target_feature(enable = $features)]
-            fn decode_with(code: Code, bytes: &[u8], middle: bool, out: &mut [f32]) {
-                codes::decode(code, bytes, middle, out);
-            }
-
-            #[target_feature(enable = $features)]
-            fn encode_with(code: Code, values: &[f32], out: &mut [u8]) {
-                codes::encode(code, values, out);
-            }
-
-            #[target_feature(enable = $features)]
-            fn over_groups_with(
-                values: &mut [f32],
-                factors: &[f32],
-                columns: usize,
-                divides: bool,
+            fn decode_with(
+                code: Code,
+                bytes: &[u8],
+                middle: bool,
+                groups: Option<&Groups<'_>>,
+                out: &mut [f32],
             ) {
-                codes::over_groups(values, factors, columns, divides);
+                codes::decode::<$half>(code, bytes, middle, groups, out);
+            }
+
+            #[target_feature(enable = $features)]
+            fn encode_with(
+                code: Code,
+                values: &[f32],
+                groups: Option<&Groups<'_>>,
+                out: &mut [u8],
+            ) {
+                codes::encode(code, values, groups, out);
             }
 
             #[target_feature(enable = $features)]
@@ -288,25 +332,21 @@ macro_rules! level {
                 code: Code,
                 bytes: &[u8],
                 middle: bool,
+                groups: Option<&Groups<'_>>,
                 out: &mut [f32],
             ) {
                 // SAFETY: as in `load`.
-                unsafe { decode_with(code, bytes, middle, out) }
+                unsafe { decode_with(code, bytes, middle, groups, out) }
             }
 
-            pub(in crate::kernels) fn encode(code: Code, values: &[f32], out: &mut [u8]) {
-                // SAFETY: as in `load`.
-                unsafe { encode_with(code, values, out) }
-            }
-
-            pub(in crate::kernels) fn over_groups(
-                values: &mut [f32],
-                factors: &[f32],
-                columns: usize,
-                divides: bool,
+            pub(in crate::kernels) fn encode(
+                code: Code,
+                values: &[f32],
+                groups: Option<&Groups<'_>>,
+                out: &mut [u8],
             ) {
                 // SAFETY: as in `load`.
-                unsafe { over_groups_with(values, factors, columns, divides) }
+                unsafe { encode_with(code, values, groups, out) }
             }
 
             pub(in crate::kernels) fn amax(values: &[f32]) -> f32 {
@@ -361,5 +401,5 @@ macro_rules! level {
     };
 }
 
-level!(avx2, "avx2,fma,f16c", __m256, 4, 3);
-level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c", __m512, 8, 3);
+level!(avx2, "avx2,fma,f16c", F16c, __m256, 4, 3);
+level!(avx512, "avx512f,avx512bw,avx512vl,avx2,fma,f16c", Wide, __m512, 8, 3);

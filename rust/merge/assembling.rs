@@ -70,7 +70,7 @@ impl Assembler {
         Self { blender: Blender::new(kernels, allow_nonfinite), stored: Vec::new() }
     }
 
-    /// Computes some elements of a tensor.
+    /// Computes some elements of a tensor. Of one that is encoded, NaN and infinity among them are an error only if `look`.
     ///
     /// # Errors
     /// Those of [`Blender::blend`]; [`crate::Error::Interrupted`].
@@ -78,6 +78,7 @@ impl Assembler {
         &mut self,
         work: &Work<'_>,
         elements: &Range<usize>,
+        look: bool,
         values: &mut [f32],
     ) -> Result<()> {
         let mut watch = Watch::new(work.stopped);
@@ -96,7 +97,7 @@ impl Assembler {
                         if piece.region.is_run() && part == unit {
                             let start = piece.region.place(part.start) - elements.start;
                             let out = &mut values[start..start + unit.len()];
-                            self.blender.blend_into(job, unit, out)?;
+                            self.blender.blend_into(job, unit, look, out)?;
                             continue;
                         }
                         self.blender.blend(job, unit, |kernels, blended| {

@@ -114,7 +114,7 @@ impl Blender {
         self.explain_nonfinite(job, elements)
     }
 
-    /// Computes whole elements of the piece into `out`, which is as long; the numbers must be finite.
+    /// Computes whole elements of the piece into `out`, which is as long; the numbers must be finite, if one is to `look`.
     ///
     /// # Errors
     /// Those of [`Blender::blend`].
@@ -122,6 +122,7 @@ impl Blender {
         &mut self,
         job: &Job<'_>,
         elements: Range<usize>,
+        look: bool,
         out: &mut [f32],
     ) -> Result<()> {
         self.load(job, &elements)?;
@@ -130,7 +131,7 @@ impl Blender {
             method.blend(&self.kernels, job.facts, slice, out)
         })
         .map_err(|problem| job.error(problem))?;
-        let finite = self.kernels.amax(out).is_finite();
+        let finite = !look || self.kernels.amax(out).is_finite();
         if finite && (!method.leaves_out() || self.operands_finite(job, elements.len())) {
             return Ok(());
         }

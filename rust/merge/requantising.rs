@@ -147,7 +147,8 @@ impl Requantiser {
             };
             let elements = part.start * columns..part.end * columns;
             if !held {
-                assembler.numbers(work, &elements, values)?;
+                let look = quantised.scales() == 0;
+                assembler.numbers(work, &elements, look, values)?;
             }
             if quantised.scales() == 0 && !self.kernels.amax(values).is_finite() {
                 return Err(unstorable(work));
@@ -159,8 +160,9 @@ impl Requantiser {
                 .collect();
             let row_of =
                 |row: usize| (row - part.start) * columns..(row - part.start + 1) * columns;
-            self.before.resize(counted.len() * columns, 0.0);
-            self.wanted.resize(counted.len() * columns, 0.0);
+            let length = counted.len() * columns;
+            self.before.resize(self.before.len().max(length), 0.0);
+            self.wanted.resize(self.wanted.len().max(length), 0.0);
             self.after.resize(columns, 0.0);
             let mut change = Change::default();
             let places = self.before.chunks_exact_mut(columns.max(1));
@@ -223,19 +225,39 @@ impl Requantiser {
             let elements = rows.start * columns..rows.end * columns;
             self.values.resize(self.values.len().max(elements.len()), 0.0);
             let values = &mut self.values[..elements.len()];
-            assembler.numbers(work, &elements, values)?;
+            assembler.numbers(work, &elements, false, values)?;
             quantised.measure(&self.kernels, values, &mut self.factors);
             if !held {
                 read(&elements);
             }
         }
         if self.factors.iter().any(|amax| !amax.is_finite()) {
-            return Err(unstorable(work));
+            let elements = band.rows.start * columns..band.rows.end * columns;
+            return Err(self.explain_nonfinite(assembler, work, elements));
         }
         let global = target.like.global(band.matrix)?;
         quantised.choose(&mut self.factors, global, &mut self.scales);
         known.put(band.band, &self.scales);
         Ok(held)
+    }
+
+    /// The error that numbers of a band are not finite: they are computed again, and looked at closely.
+    #[cold]
+    fn explain_nonfinite(
+        &mut self,
+        assembler: &mut Assembler,
+        work: &Work<'_>,
+        elements: Range<usize>,
+    ) -> Error {
+        for start in elements.clone().step_by(COMPARED) {
+            let part = start..elements.end.min(start + COMPARED);
+            self.values.resize(self.values.len().max(part.len()), 0.0);
+            let values = &mut self.values[..part.len()];
+            if let Err(error) = assembler.numbers(work, &part, true, values) {
+                return error;
+            }
+        }
+        unstorable(work)
     }
 }
 

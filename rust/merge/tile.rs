@@ -254,7 +254,7 @@ impl TileFiller {
         for start in elements.clone().step_by(ASSEMBLED) {
             let unit = start..elements.end.min(start + ASSEMBLED);
             values.resize(values.len().max(unit.len()), 0.0);
-            self.assembler.numbers(work, &unit, &mut values[..unit.len()])?;
+            self.assembler.numbers(work, &unit, true, &mut values[..unit.len()])?;
             let bytes = unit.start * size..unit.end * size;
             stored.resize(bytes.len(), 0);
             // Each piece has been looked at.

@@ -12,7 +12,7 @@ pub const DEFAULT_TILE: usize = 4 << 20;
 pub(super) const TILE_ALIGNMENT: usize = 4096;
 
 /// Elements that are held as f32 at a time: the buffers of several operands fit a first-level cache together.
-pub(super) const SUB_TILE: usize = 1024;
+pub(super) const SUB_TILE: usize = 2048;
 
 /// Elements of a chunk of an observe pass, about.
 pub(super) const CHUNK: usize = 1 << 20;

@@ -94,10 +94,7 @@ impl TypedMethod for Linear {
         slice: &Slice<'_>,
         out: &mut [f32],
     ) -> Result<(), String> {
-        out.fill(0.0);
-        for (operand, &weight) in slice.operands.iter().zip(&self.weights) {
-            kernels.multiply_add(out, operand, weight);
-        }
+        kernels.weighted_sum(out, slice.operands, &self.weights);
         if let Some(divisor) = self.divisor {
             kernels.run(
                 #[inline(always)]

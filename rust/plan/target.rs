@@ -9,7 +9,7 @@ use std::sync::Arc;
 /// Rows from which on a tensor has so many that some stand for all.
 const MANY_ROWS: usize = 512;
 /// Every how many of them.
-const COMPARED_ROWS: usize = 8;
+const COMPARED_ROWS: usize = 16;
 
 /// What an output tensor is stored as: a part of a quantised one, which is encoded as an input is.
 #[derive(Debug)]
@@ -81,7 +81,7 @@ impl EncodedTarget {
         self.band(bands.start).rows.start * columns..self.band(bands.end - 1).rows.end * columns
     }
 
-    /// Whether it is looked at how far this row changes: every eighth one of a tensor that has many.
+    /// Whether it is looked at how far this row changes: every sixteenth one of a tensor that has many.
     #[must_use]
     pub fn compares(&self, row: usize) -> bool {
         let rows = self.like.encoding.matrices() * self.like.encoding.rows();

@@ -4,10 +4,12 @@
 //! cosine is made of are traces of ΔᵀKΔ and ΔᵀK²Δ. A sketch takes them from the columns of Ω, and knows K by what it
 //! does to the columns of G. What is made of its moments, intervals above all, is the caller's affair.
 
+mod images;
 mod module;
 mod normals;
 mod passes;
 
+pub use images::{Images, images};
 pub use module::Module;
 pub use normals::normals;
 

@@ -16,8 +16,8 @@ pub struct Module {
     pub base: Arc<Matrix>,
     /// The aligned model's.
     pub aligned: Arc<Matrix>,
-    /// The fine-tuned model's.
-    pub finetuned: Arc<Matrix>,
+    /// The fine-tuned model's; `None` if Δ is not read.
+    pub finetuned: Option<Arc<Matrix>>,
     /// Whether Δ is taken against base, not against aligned.
     pub against_base: bool,
     /// Whether it is stored as (d_in, d_out).
@@ -31,7 +31,7 @@ impl Module {
     /// [`Error::Option`] if the matrices differ in shape.
     pub fn shape(&self) -> Result<(usize, usize)> {
         let shape = self.aligned.shape();
-        for other in [&self.base, &self.finetuned] {
+        for other in [Some(&self.base), self.finetuned.as_ref()].into_iter().flatten() {
             if other.shape() != shape {
                 return Err(Error::Option(format!(
                     "tensors `{}` and `{}` have the shapes {shape:?} and {:?}; a module needs one shape",
@@ -50,8 +50,9 @@ impl Module {
         self.aligned.shape()
     }
 
-    fn matrices(&self) -> [&Matrix; 3] {
-        [&self.base, &self.aligned, &self.finetuned]
+    fn matrices(&self) -> impl Iterator<Item = &Matrix> {
+        let all = [Some(&self.base), Some(&self.aligned), self.finetuned.as_ref()];
+        all.into_iter().flatten().map(|matrix| &**matrix)
     }
 }
 
@@ -71,6 +72,8 @@ pub(super) struct Blocks<'a> {
     base: [f32; RUN],
     aligned: [f32; RUN],
     finetuned: [f32; RUN],
+    /// Δ where it is not read: base less itself.
+    nothing: [f32; RUN],
 }
 
 impl<'a> Blocks<'a> {
@@ -84,6 +87,7 @@ impl<'a> Blocks<'a> {
             base: [0.0; RUN],
             aligned: [0.0; RUN],
             finetuned: [0.0; RUN],
+            nothing: [0.0; RUN],
         }
     }
 
@@ -98,24 +102,29 @@ impl<'a> Blocks<'a> {
         mut sums: Option<&mut Sums>,
     ) -> Result<()> {
         let module = self.module;
+        let updated = module.finetuned.is_some();
         for (number, row) in rows.clone().enumerate() {
             for first in columns.clone().step_by(RUN) {
                 let count = RUN.min(columns.end - first);
                 let start = row * self.columns + first;
                 let elements = start..start + count;
                 let buffers = [&mut self.base, &mut self.aligned, &mut self.finetuned];
-                for (matrix, buffer) in module.matrices().into_iter().zip(buffers) {
+                for (matrix, buffer) in module.matrices().zip(buffers) {
                     matrix.load(elements.clone(), stopped, &mut buffer[..count])?;
                 }
                 let models = Models {
                     base: &self.base[..count],
                     aligned: &self.aligned[..count],
-                    finetuned: &self.finetuned[..count],
-                    against_base: module.against_base,
+                    finetuned: if updated { &self.finetuned[..count] } else { &self.base[..count] },
+                    against_base: module.against_base || !updated,
                 };
                 let at = first - columns.start;
                 let v = &mut v.values[number * v.step + at..][..count];
-                let delta = &mut delta.values[number * delta.step + at..][..count];
+                let delta = if updated {
+                    &mut delta.values[number * delta.step + at..][..count]
+                } else {
+                    &mut self.nothing[..count]
+                };
                 self.kernels.updates(&models, v, delta, sums.as_deref_mut());
             }
         }
@@ -127,7 +136,7 @@ impl<'a> Blocks<'a> {
         let end = before * self.columns;
         if last || (end - self.given_back) * size_of::<f32>() >= RELEASE {
             let elements = self.given_back..end;
-            self.module.matrices().into_iter().for_each(|matrix| matrix.done(&elements));
+            self.module.matrices().for_each(|matrix| matrix.done(&elements));
             self.given_back = end;
         }
     }

@@ -49,16 +49,16 @@ fn steps(extent: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// A matrix that lies row by row.
-struct Rows<'a> {
-    values: &'a [f32],
-    step: usize,
+pub(super) struct Rows<'a> {
+    pub values: &'a [f32],
+    pub step: usize,
 }
 
 /// Passes over one module, with the buffers that they share.
 pub(super) struct Passes<'a> {
     pub module: &'a Module,
     pub kernels: Kernels,
-    /// [Ω | G], (n, k + p).
+    /// [Ω | G], (n, k + p), or other columns that the module meets.
     pub factors: &'a [f32],
     pub stopped: &'a dyn Fn() -> bool,
 }
@@ -83,8 +83,8 @@ impl Passes<'_> {
         Ok((look, sums))
     }
 
-    /// Reads the module block by block of stored rows.
-    fn pass(
+    /// Reads the module block by block of stored rows. Of one without a fine-tuned matrix there is no Δ.
+    pub(super) fn pass(
         &self,
         sums: &mut Option<&mut Sums>,
         mut work: impl FnMut(&Range<usize>, Rows<'_>, Rows<'_>),
@@ -92,7 +92,8 @@ impl Passes<'_> {
         let (rows, columns) = self.module.stored();
         let step = block_rows(columns);
         let mut v = vec![0.0; step * columns];
-        let mut delta = vec![0.0; step * columns];
+        let updated = self.module.finetuned.is_some();
+        let mut delta = vec![0.0; if updated { step * columns } else { 0 }];
         let mut blocks = Blocks::new(self.module, self.kernels);
         for block in steps(rows, step) {
             if (self.stopped)() {
@@ -180,7 +181,7 @@ impl Passes<'_> {
     }
 
     /// `out[i][columns] += Σ_j block[i][j] · factor[j][columns]`; out has the factor's columns.
-    fn rows_times(
+    pub(super) fn rows_times(
         &self,
         rows: usize,
         block: &Rows<'_>,
@@ -206,7 +207,7 @@ impl Passes<'_> {
     }
 
     /// `out[j][·] += Σ_i block[i][j] · factor[i][columns]`; out has just these columns.
-    fn transposed_times(
+    pub(super) fn transposed_times(
         &self,
         rows: usize,
         block: &Rows<'_>,
@@ -236,7 +237,7 @@ impl Passes<'_> {
 }
 
 /// The power of two that brings V's product with something to a size of at most 1.
-fn scale_of(sums: &Sums, thin: &[f32]) -> f64 {
+pub(super) fn scale_of(sums: &Sums, thin: &[f32]) -> f64 {
     power_of_two((sums.v * squares(thin)).sqrt())
 }
 
@@ -260,6 +261,6 @@ fn power_of_two(size: f64) -> f64 {
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "a power of two within float32's range")]
-fn multiply(values: &mut [f32], scale: f64) {
+pub(super) fn multiply(values: &mut [f32], scale: f64) {
     values.iter_mut().for_each(|value| *value *= scale as f32);
 }

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from safemerge_fast._engine import Checkpoint
 from safemerge_fast.analysis import analyze_rows
-from safemerge_fast.analysis.blocks import Workspace
 from safemerge_fast.analysis.low_rank import score_low_rank
 from safemerge_fast.analysis.score import Score
 from safemerge_fast.analysis.scores import Scores
@@ -146,8 +145,7 @@ def test_dtypes(tmp_path: Path, weights: torch.dtype, factors: torch.dtype, padd
 @pytest.mark.parametrize("transposed", [False, True])
 def test_many_blocks(tmp_path: Path, transposed: bool) -> None:
     setting = Setting(tmp_path, (640, 520), (16,), transposed=transposed, weights=torch.bfloat16)
-    workspace = Workspace(torch.device("cpu"), chunk_elements=4096)
-    score = score_low_rank(setting.models, whole(setting.row()), setting.products, workspace=workspace)
+    score = score_low_rank(setting.models, whole(setting.row()), setting.products)
     assert_dense(score, setting.base, setting.aligned, setting.delta)
 
 

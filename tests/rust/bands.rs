@@ -34,9 +34,8 @@ fn encode(band: &Band, kernels: &Kernels, values: &[f32], global: Option<GlobalS
         scales: vec![0; band.scale_bytes()],
         factors: vec![0.0; band.scales()],
     };
-    let mut scratch = values.to_vec();
     let Encoded { codes, scales, factors } = &mut encoded;
-    band.encode(kernels, &mut scratch, global, factors, codes, scales);
+    band.encode(kernels, values, global, factors, codes, scales);
     encoded
 }
 

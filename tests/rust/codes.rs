@@ -3,7 +3,7 @@
 use crate::fixtures::noise;
 use safemerge_fast::code::{Code, GlobalScale, ScaleType, e2m1_to_f32, scale_of};
 use safemerge_fast::dtype::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
-use safemerge_fast::kernels::{Kernels, Level};
+use safemerge_fast::kernels::{Groups, Kernels, Level};
 
 const CODES: [Code; 4] = [Code::E4M3, Code::E5M2, Code::E2M1, Code::Int4];
 
@@ -56,7 +56,7 @@ fn every_code_is_the_number_that_its_format_defines() {
     for code in CODES {
         for kernels in levels() {
             let mut values = vec![0.0; count(code) as usize];
-            kernels.decode(code, &all_codes(code), 0, &mut values);
+            kernels.decode(code, &all_codes(code), 0, None, &mut values);
             for (bits, &value) in (0..).zip(&values) {
                 let expected = defined(code, bits);
                 let same = f64::from(value) == expected || (value.is_nan() && expected.is_nan());
@@ -73,10 +73,10 @@ fn decoding_starts_at_any_element() {
         let bytes = noise(3, 80);
         for kernels in levels() {
             let mut all = vec![0.0; bytes.len() * 8 / code.bits()];
-            kernels.decode(code, &bytes, 0, &mut all);
+            kernels.decode(code, &bytes, 0, None, &mut all);
             for (first, length) in [(1, 70), (2, 1), (3, 0), (7, 33), (0, 79), (5, 64)] {
                 let mut part = vec![0.0; length];
-                kernels.decode(code, &bytes, first, &mut part);
+                kernels.decode(code, &bytes, first, None, &mut part);
                 let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&part), bits(&all[first..first + length]), "{code:?} {first}");
             }
@@ -128,7 +128,7 @@ fn encoding_gives_the_nearest_code_and_the_even_one_of_two() {
         let values = interesting(code);
         for kernels in levels() {
             let mut bytes = vec![0; code.bytes(values.len())];
-            kernels.encode(code, &values, &mut bytes);
+            kernels.encode(code, &values, None, &mut bytes);
             for (place, &value) in values.iter().enumerate() {
                 let byte = u32::from(bytes[place / code.per_byte()]);
                 let found = if code.bits() == 8 { byte } else { (byte >> (place % 2 * 4)) & 15 };
@@ -138,21 +138,58 @@ fn encoding_gives_the_nearest_code_and_the_even_one_of_two() {
     }
 }
 
+/// Factors without pattern, of every size that a number may have.
+fn factors(count: usize) -> Vec<f32> {
+    (1..).map(|place: i16| f32::from(place) / 3.0).take(count).collect()
+}
+
 #[test]
-fn groups_are_scaled_and_divided_by_one_rounding() {
-    let values: Vec<f32> = (0..300_i16).map(|place| f32::from(place) * 0.37 - 40.0).collect();
-    for kernels in levels() {
-        for columns in [1, 7, 16, 32, 128, 300, 1000] {
-            let groups = values.len().div_ceil(columns);
-            let factors: Vec<f32> =
-                (1..).map(|place: i16| f32::from(place) / 3.0).take(groups).collect();
-            let (mut scaled, mut divided) = (values.clone(), values.clone());
-            kernels.scale_groups(&mut scaled, &factors, columns);
-            kernels.divide_groups(&mut divided, &factors, columns);
-            for (place, value) in values.iter().enumerate() {
-                let factor = factors[place / columns];
-                assert_eq!(scaled[place].to_bits(), (value * factor).to_bits());
-                assert_eq!(divided[place].to_bits(), (value / factor).to_bits());
+fn groups_are_decoded_and_scaled_by_one_rounding() {
+    for code in CODES {
+        let bytes = noise(3, 500);
+        for kernels in levels() {
+            for (start, length, columns) in
+                [(0, 300, 128), (0, 300, 32), (40, 333, 128), (7, 90, 16), (5, 3, 64), (0, 1, 2)]
+            {
+                let head = columns - start % columns;
+                let count = 1 + usize::saturating_sub(length, head).div_ceil(columns);
+                let factors = factors(count);
+                let groups = Groups { factors: &factors, first: head, columns };
+                let (mut plain, mut scaled) = (vec![0.0; length], vec![0.0; length]);
+                kernels.decode(code, &bytes, start, None, &mut plain);
+                kernels.decode(code, &bytes, start, Some(&groups), &mut scaled);
+                for (place, (plain, scaled)) in plain.iter().zip(&scaled).enumerate() {
+                    let factor = factors[(start % columns + place) / columns];
+                    let expected = plain * factor;
+                    assert!(
+                        scaled.to_bits() == expected.to_bits()
+                            || (scaled.is_nan() && expected.is_nan()),
+                        "{code:?} {start} {place}: {scaled} {expected}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn groups_are_divided_by_one_rounding_and_encoded() {
+    for code in CODES {
+        let values = interesting(code);
+        let values = &values[..2048];
+        for kernels in levels() {
+            for columns in [2, 6, 16, 32, 128, 300, 5000] {
+                let factors = factors(values.len().div_ceil(columns));
+                let groups = Groups { factors: &factors, first: columns, columns };
+                let divided: Vec<f32> = (0..)
+                    .zip(values)
+                    .map(|(place, value)| value / factors[place / columns])
+                    .collect();
+                let mut found = vec![0; code.bytes(values.len())];
+                let mut expected = found.clone();
+                kernels.encode(code, values, Some(&groups), &mut found);
+                kernels.encode(code, &divided, None, &mut expected);
+                assert_eq!(found, expected, "{code:?}, {columns}, {kernels:?}");
             }
         }
     }

@@ -179,6 +179,31 @@ proptest! {
     }
 
     #[test]
+    fn weighted_sums_are_fused_and_in_order(
+        rows in prop::collection::vec((any::<f32>(), any::<f32>(), any::<f32>()), 0..200),
+        weights in (any::<f32>(), any::<f32>(), any::<f32>()),
+    ) {
+        let columns: [Vec<f32>; 3] = [
+            rows.iter().map(|row| row.0).collect(),
+            rows.iter().map(|row| row.1).collect(),
+            rows.iter().map(|row| row.2).collect(),
+        ];
+        let operands: Vec<&[f32]> = columns.iter().map(Vec::as_slice).collect();
+        let (a, b, c) = weights;
+        let expected: Vec<u32> = rows
+            .iter()
+            .map(|row| row.2.mul_add(c, row.1.mul_add(b, row.0.mul_add(a, 0.0))))
+            .map(|sum| if sum.is_nan() { 0 } else { sum.to_bits() })
+            .collect();
+        for kernels in levels() {
+            let mut out = vec![f32::NAN; rows.len()];
+            kernels.weighted_sum(&mut out, &operands, &[a, b, c]);
+            let bits = |sum: &f32| if sum.is_nan() { 0 } else { sum.to_bits() };
+            prop_assert_eq!(out.iter().map(bits).collect::<Vec<_>>(), expected.clone(), "{:?}", kernels);
+        }
+    }
+
+    #[test]
     fn magnitudes_between_bounds_are_collected_in_order(
         pairs in prop::collection::vec((any::<f32>(), any::<f32>()), 0..100),
         differences in any::<bool>(),

@@ -5,7 +5,7 @@ use safemerge_fast::Error;
 use safemerge_fast::checkpoint::Checkpoint;
 use safemerge_fast::difference::Matrix;
 use safemerge_fast::kernels::{Kernels, Level, Models, Sums, Thin};
-use safemerge_fast::sketch::{Module, Moments, measure, normals};
+use safemerge_fast::sketch::{Images, Module, Moments, images, measure, normals};
 use safetensors::Dtype;
 use std::path::Path;
 use std::sync::Arc;
@@ -226,7 +226,7 @@ fn moments_are_those_of_dense_products() {
                 let module = Module {
                     base: matrix(directory.path(), "base", stored, &base),
                     aligned: matrix(directory.path(), "aligned", stored, &aligned),
-                    finetuned: matrix(directory.path(), "finetuned", stored, &finetuned),
+                    finetuned: Some(matrix(directory.path(), "finetuned", stored, &finetuned)),
                     against_base,
                     transposed,
                 };
@@ -292,7 +292,7 @@ fn a_sketch_can_be_stopped_and_refuses_what_does_not_fit() {
     let module = |finetuned: &Arc<Matrix>| Module {
         base: Arc::clone(&one),
         aligned: Arc::clone(&one),
-        finetuned: Arc::clone(finetuned),
+        finetuned: Some(Arc::clone(finetuned)),
         against_base: false,
         transposed: false,
     };
@@ -323,4 +323,73 @@ fn matrices_are_compared_and_looked_through() {
     assert!(!one.equals(&last, &never).unwrap());
     assert!(!one.equals(&turned, &never).unwrap());
     assert!(one.is_finite(&never).unwrap() && !infinite.is_finite(&never).unwrap());
+}
+
+#[test]
+fn images_of_columns_are_those_of_the_formula() {
+    for (rows, columns, width) in [(70, 300, 5), (300, 70, 17), (1, 9, 2), (64, 64, 0)] {
+        for transposed in [false, true] {
+            let directory = tempfile::tempdir().unwrap();
+            let stored = if transposed { [columns, rows] } else { [rows, columns] };
+            let (base, aligned) = (random(1, rows * columns), random(2, rows * columns));
+            let module = Module {
+                base: matrix(directory.path(), "base", stored, &base),
+                aligned: matrix(directory.path(), "aligned", stored, &aligned),
+                finetuned: None,
+                against_base: false,
+                transposed,
+            };
+            let v = |i: usize, j: usize| {
+                let place = if transposed { j * rows + i } else { i * columns + j };
+                f64::from(aligned[place] - base[place])
+            };
+            let given = random(3, rows * width);
+            // G = VᵀC and H = VG, in f64.
+            let mut g = vec![0.0; columns * width];
+            let mut h = vec![0.0; rows * width];
+            for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
+                for q in 0..width {
+                    g[j * width + q] += v(i, j) * f64::from(given[i * width + q]);
+                }
+            }
+            for (i, j) in (0..rows).flat_map(|i| (0..columns).map(move |j| (i, j))) {
+                for q in 0..width {
+                    h[i * width + q] += v(i, j) * g[j * width + q];
+                }
+            }
+            let gram = |values: &[f64]| -> Vec<f64> {
+                let pairs = (0..width).flat_map(|p| (0..width).map(move |q| (p, q)));
+                let of = |(p, q)| values.chunks(width).map(|row: &[f64]| row[p] * row[q]).sum();
+                pairs.map(of).collect()
+            };
+            let near = |found: &[f64], expected: &[f64]| {
+                let size = expected.iter().fold(1e-30_f64, |most, x| most.max(x.abs()));
+                assert_eq!(found.len(), expected.len());
+                for (found, expected) in found.iter().zip(expected) {
+                    assert!((found - expected).abs() <= 2e-5 * size, "{found} {expected} {size}");
+                }
+            };
+            let mut earlier: Option<Images> = None;
+            for level in Level::available() {
+                let kernels = Kernels::named(level.name()).unwrap();
+                let found = images(&module, kernels, &given, width, &|| false).unwrap();
+                let back: Vec<f64> =
+                    found.images.iter().map(|&x| f64::from(x) / found.scale).collect();
+                near(&back, &g);
+                near(&found.grams[0], &gram(&g));
+                near(&found.grams[1], &gram(&h));
+                let squares: f64 = (0..rows)
+                    .flat_map(|i| (0..columns).map(move |j| (i, j)))
+                    .map(|(i, j)| v(i, j) * v(i, j))
+                    .sum();
+                assert!((found.sums.v - squares).abs() <= 1e-6 * squares);
+                if let Some(earlier) = &earlier {
+                    assert_eq!(earlier, &found, "{level:?}");
+                }
+                earlier = Some(found);
+            }
+            let short = images(&module, Kernels::detect(), &given, width + 1, &|| false);
+            assert!(short.unwrap_err().to_string().contains("columns of"));
+        }
+    }
 }

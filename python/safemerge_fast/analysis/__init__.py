@@ -81,7 +81,7 @@ def analyze_rows(
 
     def scores() -> Iterator[tuple[str, Score]]:
         found = dict(known)
-        for name, score in _score_low_rank(models, low_rank, resolved) if low_rank else ():
+        for name, score in _score_low_rank(models, low_rank) if low_rank else ():
             found[name] = score
             yield name, score
         exact = missing
@@ -135,22 +135,13 @@ def low_rank_update(module: Module, delta_reference: str) -> tuple[LowRank, ...]
 
 
 def _score_low_rank(
-    models: Mapping[str, Model], modules: Iterable[tuple[Module, tuple[LowRank, ...]]], device: str
+    models: Mapping[str, Model], modules: Iterable[tuple[Module, tuple[LowRank, ...]]]
 ) -> Iterator[tuple[str, Score]]:
-    """Scores modules whose Δ is a sum of products: on the CPU several at once, each in a thread of its own."""
-    import threading
-
-    from .blocks import Workspace
-    from .device import resolve_device
+    """Scores modules whose Δ is a sum of products, by the engine whatever the device: reading takes longest."""
     from .low_rank import score_low_rank
     from .threads import score_in_threads
 
-    resolved = resolve_device(device)
-    local = threading.local()
-
     def score(module: tuple[Module, tuple[LowRank, ...]]) -> tuple[str, Score]:
-        if not hasattr(local, "workspace"):
-            local.workspace = Workspace(resolved)
-        return module[0].name, score_low_rank(models, *module, workspace=local.workspace)
+        return module[0].name, score_low_rank(models, *module)
 
-    return score_in_threads(score, modules) if resolved.type == "cpu" else map(score, modules)
+    return score_in_threads(score, modules)

@@ -7,7 +7,7 @@ C = B·L has the products of Δ, C·Cᵀ = Δ·Δᵀ, and so
     G = VᵀC (d_in, r)      H = V·G (d_out, r)      ρ = ‖G‖² / (‖H‖ ‖C‖)
 
 at 4·d_out·d_in·r operations. Where U has orthonormal rows and Δ = C·U, ⟨V, Δ⟩ = ⟨G, Uᵀ⟩. Products with V are
-float32, those of the factors and the last sums float64.
+float32, fused with its reading in the engine; those of the factors and the last sums are float64. No torch.
 
 ρ_null = ‖V‖² / (√d_out ‖M‖) with M = V Vᵀ is estimated from a few Gaussian columns z that pass through the same
 products beside C: E ‖M z‖² = ‖M‖². V of an aligned model has a few large singular values, and these would
@@ -25,11 +25,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from .blocks import Difference, Matrix, Workspace, open_matrix, read_tensor
+from .. import _engine
+from ..pairing.operand import Operand, Term
 from .chance import chance_spread
-from .device import full_float32
+from .opened import open_terms, rounded_dtype, tensor_name
 from .rounding import v_rounding
 from .score import Score, Undefined, signed_cosine
 
@@ -37,8 +39,11 @@ if TYPE_CHECKING:
     from ..checkpoint.model import Model
     from ..pairing.module import Module
     from ..pairing.operand import LowRank
+    from ..pairing.view import View
 
 __all__ = ["PROBES", "score_low_rank"]
+
+_Matrix = NDArray[np.float64]
 
 PROBES = 16
 """Gaussian columns that estimate ρ_null.
@@ -56,59 +61,85 @@ _GRAM_NOISE = 1e-5
 class _Update:
     """Δ = ‖Δ‖·C·U: C of norm 1, (d_out, r); U with orthonormal rows, or rows of zeros, (r, d_in); both in float64."""
 
-    columns: torch.Tensor
-    rows: torch.Tensor
+    columns: _Matrix
+    rows: _Matrix
     norm: float
 
 
-def score_low_rank(
-    models: Mapping[str, Model], module: Module, factors: Sequence[LowRank], *, workspace: Workspace
-) -> Score:
+_NO_UPDATE = _Update(np.empty((0, 0)), np.empty((0, 0)), math.nan)
+
+
+def score_low_rank(models: Mapping[str, Model], module: Module, factors: Sequence[LowRank]) -> Score:
     """Scores one module whose update of the aligned weight is a sum of low-rank products.
 
     Args:
         models: base, aligned, and the sources of the factors, by role.
         module: A module of the pairing: 2-D, float, of one shape in base and aligned.
         factors: What Δ is the sum of.
-        workspace: Buffers and the device to compute on.
 
     Returns:
         The score, as cosine.score_module would give it, but for an estimated ρ_null.
     """
-    terms = module.terms
-    aligned, base = (open_matrix(models, role, module.name, terms[role]) for role in ("aligned", "base"))
-    v = Difference(workspace, aligned, base, transposed=module.transposed, minuend_norm=True)
+    roles, dtypes = {}, {}
+    for role in ("base", "aligned"):
+        terms = module.terms[role]
+        roles[role] = open_terms(models, module.name, terms)
+        dtypes[role] = rounded_dtype(models, terms, roles[role])
     update, undefined = _update(models, module, factors)
-    rho: float | None = None
-    chance: _Chance | None = None
-    cosine: float | None = None
-    with full_float32(workspace.device):
-        if undefined is None:
-            rho, chance, cosine = _measure(v, module, update, workspace)
-        else:
-            _norms_only(v, module, workspace)
-    v.release()
-    undefined = _why_undefined(v, (aligned, base), workspace) or undefined
-    v_norm, weight_norm = math.sqrt(v.squares), math.sqrt(v.minuend_squares)
+    rank = update.columns.shape[1]
+    columns = np.zeros((module.shape[0], 0), np.float32)
+    if undefined is None:
+        columns = np.hstack((update.columns.astype(np.float32), _probes(module.shape[0])))
+    passed = _engine.thin_images(
+        roles["base"],
+        roles["aligned"],
+        columns.tobytes(),
+        columns.shape[1],
+        transposed=module.transposed,
+    )
+    undefined = _why_undefined(passed, roles, module) or undefined
+    for matrix in roles.values():
+        matrix.release()
+    v_norm, weight_norm = math.sqrt(passed.v_squares), math.sqrt(passed.weight_squares)
+    rounding = v_rounding(dtypes["base"], dtypes["aligned"], weight_norm, v_norm)
+    if undefined is not None:
+        return Score(
+            rho=None,
+            rho_null=None,
+            v_norm=v_norm,
+            delta_norm=update.norm,
+            weight_norm=weight_norm,
+            v_rounding=rounding,
+            undefined=undefined.reason,
+            nonfinite=undefined.nonfinite,
+            rho_null_estimated=True,
+        )
+    width = columns.shape[1]
+    inner, outer = np.frombuffer(passed.grams, np.float64).reshape(2, width, width)
+    overlap, squares = float(inner.diagonal()[:rank].sum()), float(outer.diagonal()[:rank].sum())
+    rho = overlap / math.sqrt(squares) if squares > 0.0 else 0.0
+    images = np.frombuffer(passed.images, np.float32).reshape(module.shape[1], width)[:, :rank]
+    product = float(np.einsum("ij,ji->", images.astype(np.float64), update.rows)) / passed.scale
+    d_out, d_in = module.shape
+    chance = _chance(inner, outer, passed.v_squares, (d_out, d_in), update)
     return Score(
-        rho=rho if undefined is None else None,
-        rho_null=chance.rho_null if undefined is None and chance is not None else None,
+        rho=max(0.0, min(1.0, rho)),
+        rho_null=None if chance is None else chance.rho_null,
         v_norm=v_norm,
         delta_norm=update.norm,
         weight_norm=weight_norm,
-        v_rounding=v_rounding(base.dtype, aligned.dtype, weight_norm, v_norm),
-        undefined=None if undefined is None else undefined.reason,
-        nonfinite=undefined is not None and undefined.nonfinite,
+        v_rounding=rounding,
+        undefined=None,
         rho_null_estimated=True,
-        cos_v_delta=cosine if undefined is None else None,
-        null_sd=chance.null_sd if undefined is None and chance is not None else None,
+        cos_v_delta=signed_cosine(product, v_norm, 1.0),
+        null_sd=None if chance is None else chance.null_sd,
     )
 
 
 def _update(
     models: Mapping[str, Model], module: Module, factors: Sequence[LowRank]
 ) -> tuple[_Update, Undefined | None]:
-    """Puts the factors side by side and brings Δ = B·A to C = B·L, in float64 on the CPU.
+    """Puts the factors side by side and brings Δ = B·A to C = B·L.
 
     Returns:
         The update, and why there is no ρ, if its factors say that.
@@ -116,125 +147,48 @@ def _update(
     left, right = [], []
     for factor in factors:
         a, b = (
-            read_tensor(models[factor.source], name, view).double()
+            _read(models, factor.source, name, view)
             for name, view in ((factor.a, factor.a_view), (factor.b, factor.b_view))
         )
         for name, values in ((factor.a, a), (factor.b, b)):
-            # The sum is a fortieth of the work of a look at every value, and finite only if all of them are.
-            if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
+            if not np.isfinite(values).all():
                 reason = f"non-finite values in {factor.source} tensor {name}"
-                empty = torch.empty(0, 0, dtype=torch.float64)
-                return _Update(empty, empty, math.nan), Undefined(reason, nonfinite=True)
+                return _NO_UPDATE, Undefined(reason, nonfinite=True)
         if factor.transpose != module.transposed:
             a, b = b.T, a.T
         # Rows of unit length, so that the eigenvalues below lose nothing of a product whose A is small.
-        lengths = torch.linalg.vector_norm(a, dim=1)
+        lengths = np.sqrt(np.einsum("ij,ij->i", a, a))
         lengths[lengths == 0.0] = 1.0
         left.append(b * (factor.scale * lengths))
         right.append(a / lengths[:, None])
-    b, a = torch.cat(left, dim=1), torch.cat(right)
-    eigenvalues, eigenvectors = torch.linalg.eigh(a @ a.T)
-    roots = eigenvalues.clamp_min(0.0).sqrt()
+    b, a = np.hstack(left), np.vstack(right)
+    eigenvalues, eigenvectors = np.linalg.eigh(a @ a.T)
+    roots = np.sqrt(eigenvalues.clip(0.0))
     columns = b @ (eigenvectors * roots)
-    rows = (eigenvectors * torch.where(roots > 0.0, 1.0 / roots, torch.zeros_like(roots))).T @ a
-    norm = float(torch.linalg.vector_norm(columns))
+    rows = (eigenvectors * _reciprocal(roots)).T @ a
+    norm = float(np.linalg.norm(columns))
     return _Update(columns / (norm or 1.0), rows, norm), None if norm > 0.0 else Undefined("Δ is zero")
 
 
-def _measure(
-    v: Difference, module: Module, update: _Update, workspace: Workspace
-) -> tuple[float, _Chance | None, float | None]:
-    """Computes ρ, estimates what chance gives from Gram matrices of G and H, and computes cos(V, Δ)."""
-    d_out, d_in = v.shape
-    rank = update.columns.shape[1]
-    width = rank + PROBES
-    columns = workspace.buffer("columns", d_out, width)
-    columns[:, :rank].copy_(update.columns.float())
-    columns[:, rank:].copy_(_probes(d_out))
-    images = workspace.buffer("images", d_in, width).zero_()  # G, later scaled
-    returned = workspace.buffer("returned", d_out, width).zero_()  # H, scaled like G
-    scale = _pass_over_columns if module.transposed else _pass_over_rows
-    factor = scale(v, columns, images, returned, workspace)
-    scale_squares = factor**2
-    if not math.isfinite(v.squares) or v.squares == 0.0:
-        return 0.0, None, None
-    image = images[:, :rank].cpu().double()
-    cosine = signed_cosine(float((image * update.rows.T).sum()) / factor, math.sqrt(v.squares), 1.0)
-    inner, outer = _gram(images), _gram(returned)
-    overlap, squares = float(inner.diagonal()[:rank].sum()), float(outer.diagonal()[:rank].sum())
-    # G carries the scale once and H once: ‖G‖²/‖H‖ carries it once.
-    rho = overlap / math.sqrt(squares * scale_squares) if squares > 0.0 else 0.0
-    chance = _chance(inner / scale_squares, outer / scale_squares, rank, v, update)
-    return max(0.0, min(1.0, rho)), chance, cosine
+def _read(models: Mapping[str, Model], source: str, name: str, view: View | None) -> _Matrix:
+    """A factor, or the part of one that a view gives, as float32 reads it."""
+    matrix = open_terms(models, name, (Term(Operand(source, name, view=view)),))
+    rows, columns = matrix.shape
+    block = _engine.Block(rows * columns)
+    matrix.read(block, (0, rows), (0, columns))
+    matrix.release()
+    return np.asarray(block).reshape(rows, columns).astype(np.float64)
+
+
+def _reciprocal(values: _Matrix) -> _Matrix:
+    """1 / value, and zero of zero."""
+    return np.divide(1.0, values, out=np.zeros_like(values), where=values > 0.0)
 
 
 @lru_cache(maxsize=4)  # models have few sizes, and the drawing takes longer than what is done with them
-def _probes(size: int) -> torch.Tensor:
+def _probes(size: int) -> NDArray[np.float32]:
     """The Gaussian columns that every module with this d_out shares; not to be written to."""
-    return torch.randn(size, PROBES, generator=torch.Generator().manual_seed(_SEED))
-
-
-def _pass_over_rows(
-    v: Difference,
-    columns: torch.Tensor,
-    images: torch.Tensor,
-    returned: torch.Tensor,
-    workspace: Workspace,
-) -> float:
-    """Computes G and H by blocks of V's rows: a pass for each. Returns the power of two that both are scaled by."""
-    d_out, d_in = v.shape
-    every = slice(0, d_in)
-    blocks = _slices(d_out, d_in, workspace)
-    for rows in blocks:
-        images.addmm_(v.block(rows, every, "block").T, columns[rows])
-    # Against underflow of the products of small weights.
-    scale = _power_of_two(float(torch.linalg.vector_norm(images)))
-    images.mul_(scale)
-    for rows in blocks:
-        torch.mm(v.block(rows, every, "block", norms=False), images, out=returned[rows])
-    return scale
-
-
-def _pass_over_columns(
-    v: Difference,
-    columns: torch.Tensor,
-    images: torch.Tensor,
-    returned: torch.Tensor,
-    workspace: Workspace,
-) -> float:
-    """Does the same for a module stored as (d_in, d_out): a block of V's columns gives its part of G and of H."""
-    d_out, d_in = v.shape
-    scale = 0.0
-    for part in _slices(d_in, d_out, workspace):
-        block = v.block(slice(0, d_out), part, "block")
-        torch.mm(block.T, columns, out=images[part])
-        scale = scale or _power_of_two(float(torch.linalg.vector_norm(images[part])))
-        images[part].mul_(scale)
-        returned.addmm_(block, images[part])
-    return scale
-
-
-def _norms_only(v: Difference, module: Module, workspace: Workspace) -> None:
-    """Reads V for its norm and the aligned weight's."""
-    d_out, d_in = v.shape
-    if module.transposed:
-        for part in _slices(d_in, d_out, workspace):
-            v.block(slice(0, d_out), part, "block")
-    else:
-        for part in _slices(d_out, d_in, workspace):
-            v.block(part, slice(0, d_in), "block")
-
-
-def _slices(extent: int, across: int, workspace: Workspace) -> list[slice]:
-    """Cuts an extent so that a block fits the cache, which is where it is used."""
-    step = max(workspace.chunk_elements // across, 1)
-    return [slice(start, min(start + step, extent)) for start in range(0, extent, step)]
-
-
-def _gram(matrix: torch.Tensor) -> torch.Tensor:
-    """matrixᵀ·matrix of a tall matrix, in float64 on the CPU, because MPS has no float64."""
-    double = matrix.cpu().double()
-    return double.T @ double
+    return np.random.default_rng(_SEED).standard_normal((size, PROBES), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,77 +200,72 @@ class _Chance:
 
 
 def _chance(
-    inner: torch.Tensor, outer: torch.Tensor, rank: int, v: Difference, update: _Update
+    inner: _Matrix, outer: _Matrix, v_squares: float, shape: tuple[int, int], update: _Update
 ) -> _Chance | None:
     """Estimates what chance gives.
 
     Args:
-        inner: ZᵀM Z of all columns Z = [C, probes], with M = V Vᵀ; float64.
-        outer: ZᵀM²Z of them; float64.
-        rank: How many columns C has.
-        v: V, read.
+        inner: ZᵀM Z of all columns Z = [C, probes], with M = V Vᵀ.
+        outer: ZᵀM²Z of them.
+        v_squares: ‖V‖².
+        shape: (d_out, d_in).
         update: Δ.
 
     Returns:
         The estimates; None where M vanishes.
     """
-    lengths = inner.diagonal().clamp_min(0.0).sqrt()
-    shrink = torch.where(lengths > 0.0, 1.0 / lengths, torch.zeros_like(lengths))
-    inner, outer = inner * torch.outer(shrink, shrink), outer * torch.outer(shrink, shrink)
-    count = inner.shape[0]
+    lengths = np.sqrt(inner.diagonal().clip(0.0))
+    shrink = _reciprocal(lengths)
+    inner, outer = (gram * np.outer(shrink, shrink) for gram in (inner, outer))
+    count, rank = len(inner), update.columns.shape[1]
+    probes = np.arange(rank, count)
     # One row for each probe: all other columns.
-    others = torch.tensor([[c for c in range(count) if c != probe] for probe in range(rank, count)])
+    others = np.array([[c for c in range(count) if c != probe] for probe in probes])
     rows, columns = others[:, :, None], others[:, None, :]
-    probes = torch.arange(rank, count)
-    inverses = torch.linalg.pinv(inner[rows, columns], rtol=_GRAM_NOISE, hermitian=True)
+    inverses = np.linalg.pinv(inner[rows, columns], rcond=_GRAM_NOISE, hermitian=True)
     known = outer[rows, columns]
     products = inverses @ known  # have N's trace, and their squares N²'s
     shared = inner[others, probes[:, None]]
-    images = (inverses @ shared[:, :, None]).squeeze(2)
-    known_squares = (products * products.mT).sum()
-    expected_trace = PROBES * v.squares - products.diagonal(dim1=1, dim2=2).sum()
-    sizes = lengths[probes].square()
-    rest_squares = outer[probes, probes] - (images * (known @ images[:, :, None]).squeeze(2)).sum(dim=1)
-    rest_trace = inner[probes, probes] - (shared * images).sum(dim=1)
-    total = float(known_squares)
+    images = (inverses @ shared[:, :, None])[:, :, 0]
+    known_squares = float(np.einsum("kij,kji->", products, products))
+    expected_trace = PROBES * v_squares - float(np.einsum("kii->", products))
+    sizes = lengths[probes] ** 2
+    rest_squares = outer[probes, probes] - np.einsum("ki,kij,kj->k", images, known, images)
+    rest_trace = inner[probes, probes] - np.einsum("ki,ki->k", shared, images)
+    total = known_squares
     if (trace := float((rest_trace * sizes).sum())) > 0.0:
         # The trace of M - N is known, so that the probes' share of it says how much they overstate the rest.
-        total += float((rest_squares * sizes).sum()) * max(float(expected_trace), 0.0) / trace
+        total += float((rest_squares * sizes).sum()) * max(expected_trace, 0.0) / trace
     # A Gram matrix of that trace and size has at least this norm.
-    least = v.squares**2 / min(v.shape)
+    least = v_squares**2 / min(shape)
     gram_squares = max(total / PROBES, least)
     if not gram_squares > 0.0:
         return None
-    rho_null = v.squares / math.sqrt(v.shape[0] * gram_squares)
+    rho_null = v_squares / math.sqrt(shape[0] * gram_squares)
     # What all columns together have of M's spectrum, and a flat rest.
-    values, vectors = torch.linalg.eigh(inner)
+    values, vectors = np.linalg.eigh(inner)
     kept = values > _GRAM_NOISE * values[-1]
-    half = vectors[:, kept] / values[kept].sqrt()
-    captured = torch.linalg.eigvalsh(half.T @ outer @ half).clamp_min(0.0)
-    trace = max(v.squares - float(captured.sum()), 0.0)
-    square = max(gram_squares - float(captured.square().sum()), 0.0)
+    half = vectors[:, kept] / np.sqrt(values[kept])
+    captured = np.linalg.eigvalsh(half.T @ outer @ half).clip(0.0)
+    trace = max(v_squares - float(captured.sum()), 0.0)
+    square = max(gram_squares - float((captured**2).sum()), 0.0)
     level = square / trace if trace > 0.0 else 0.0
     third = float((captured**3).sum()) + square * level
     fourth = float((captured**4).sum()) + square * level**2
     gram = update.columns.T @ update.columns
-    spread = chance_spread((v.squares, gram_squares, third, fourth), v.shape[0], float(gram.square().sum()))
+    spread = chance_spread((v_squares, gram_squares, third, fourth), shape[0], float((gram**2).sum()))
     return _Chance(rho_null, spread)
 
 
-def _power_of_two(size: float) -> float:
-    """The power of two that brings a positive size to about 1, so that scaling by it rounds nothing."""
-    if not (math.isfinite(size) and size > 0.0):
-        return 1.0
-    return math.ldexp(1.0, max(-126, min(126, -math.frexp(size)[1])))
-
-
-def _why_undefined(v: Difference, tensors: Sequence[Matrix], workspace: Workspace) -> Undefined | None:
+def _why_undefined(
+    passed: _engine.ThinImages, roles: Mapping[str, _engine.Matrix], module: Module
+) -> Undefined | None:
     """Says why V gives no ρ, or returns None."""
-    if not (math.isfinite(v.minuend_squares) and math.isfinite(v.squares)):
-        for tensor in tensors:
-            if not tensor.is_finite(workspace.chunk_elements):
-                return Undefined(f"non-finite values in {tensor.role} tensor {tensor.name}", nonfinite=True)
-        return Undefined(
-            f"non-finite values in float32 arithmetic on tensor {tensors[0].name}", nonfinite=True
-        )
-    return Undefined("V is zero") if v.squares == 0.0 else None
+    if not (math.isfinite(passed.weight_squares) and math.isfinite(passed.v_squares)):
+        for role in ("aligned", "base"):
+            if not roles[role].is_finite():
+                name = tensor_name(module.terms[role], module.name)
+                return Undefined(f"non-finite values in {role} tensor {name}", nonfinite=True)
+        name = tensor_name(module.terms["aligned"], module.name)
+        return Undefined(f"non-finite values in float32 arithmetic on tensor {name}", nonfinite=True)
+    return Undefined("V is zero") if passed.v_squares == 0.0 else None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..pairing.module import Module
     from ..pairing.operand import Term
 
-__all__ = ["OpenedModule", "open_terms", "rounded_dtype"]
+__all__ = ["OpenedModule", "open_terms", "rounded_dtype", "tensor_name"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class OpenedModule:
         if not all(square < float("inf") for square in (v_squares, delta_squares, weight_squares)):
             for role, matrix in self.roles.items():
                 if not matrix.is_finite():
-                    tensor = _tensor_name(self.module.terms[role], name)
+                    tensor = tensor_name(self.module.terms[role], name)
                     return Undefined(f"non-finite values in {role} tensor {tensor}", nonfinite=True)
             return Undefined(f"non-finite values in float32 arithmetic on tensor {name}", nonfinite=True)
         # Squares of the smallest numbers vanish, but not the numbers.
@@ -94,7 +94,8 @@ def _is_whole(terms: Sequence[Term]) -> bool:
     return len(terms) == 1 and terms[0].weight == 1.0 and operand.is_plain and operand.view is None
 
 
-def _tensor_name(terms: Sequence[Term], module: str) -> str:
+def tensor_name(terms: Sequence[Term], module: str) -> str:
+    """What a sum of terms is called in messages: its tensor if it is one, else the module."""
     return terms[0].operand.tensor if _is_whole(terms) else module
 
 

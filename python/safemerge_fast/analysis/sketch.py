@@ -7,7 +7,6 @@ all modules that are ready together. No torch.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import ChainMap, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -29,6 +28,7 @@ from .rounding import v_rounding
 from .schedule import LOOKS, failure_at, looks_of
 from .score import Score, signed_cosine
 from .small import score_small
+from .threads import one_thread_each, processors
 
 if TYPE_CHECKING:
     from ..checkpoint.model import Model
@@ -172,28 +172,29 @@ class Sketches:
         done: SimpleQueue[Future[_Sketched | Score]] = SimpleQueue()
         under_way: dict[Future[_Sketched | Score], _Task] = {}
         # torch's precision of products is one for all threads, so an accelerator is used by one.
-        count = min(_processors(), _MOST_THREADS) if self._device == "cpu" else 1
+        count = min(processors(), _MOST_THREADS) if self._device == "cpu" else 1
         executor = ThreadPoolExecutor(count, thread_name_prefix="safemerge-sketch")
         wait = True
         try:
-            while waiting or under_way:
-                while waiting and len(under_way) < _UNDER_WAY * count:
-                    task = waiting.popleft()
-                    future = executor.submit(self._work, task)
-                    under_way[future] = task
-                    future.add_done_callback(done.put)
-                ready = [done.get()]
-                # Small modules come in quick succession, and cost less together.
-                time.sleep(_PATIENCE)
-                while not done.empty():
-                    ready.append(done.get())
-                settled = [(under_way.pop(future), future.result()) for future in ready]
-                scores = dict(self._scored(settled))
-                self._scores.update(scores)
-                yield from scores.items()
-                if follow:
-                    measured = [task.module for task, _ in settled]
-                    waiting.extendleft(self._next(measured, self._open(measured)))
+            with one_thread_each():
+                while waiting or under_way:
+                    while waiting and len(under_way) < _UNDER_WAY * count:
+                        task = waiting.popleft()
+                        future = executor.submit(self._work, task)
+                        under_way[future] = task
+                        future.add_done_callback(done.put)
+                    ready = [done.get()]
+                    # Small modules come in quick succession, and cost less together.
+                    time.sleep(_PATIENCE)
+                    while not done.empty():
+                        ready.append(done.get())
+                    settled = [(under_way.pop(future), future.result()) for future in ready]
+                    scores = dict(self._scored(settled))
+                    self._scores.update(scores)
+                    yield from scores.items()
+                    if follow:
+                        measured = [task.module for task, _ in settled]
+                        waiting.extendleft(self._next(measured, self._open(measured)))
         except KeyboardInterrupt:
             wait = False
             raise
@@ -341,10 +342,3 @@ def _is_within(score: Score, resolution: float) -> bool:
     return score.rho_high <= score.rho * (1.0 + resolution) and score.rho_low >= score.rho * (
         1.0 - resolution
     )
-
-
-def _processors() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

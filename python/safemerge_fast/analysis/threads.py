@@ -1,23 +1,17 @@
-"""Scores modules side by side, each in one thread, instead of one after the other with all threads in each product.
-
-The products of a low-rank update are thin: a thread has a tenth of a millisecond of work between two waits for
-the others. While other work (the engine's, above all) wants the processors too, each such wait can cost a time
-slice, and was measured to make the analysis ten times slower.
-"""
+"""Scores modules side by side: the engine's passes over one use one processor, and release the interpreter."""
 
 from __future__ import annotations
 
-import threading
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import TypeVar
-
-import torch
 
 from .. import interruption
 
-__all__ = ["score_in_threads"]
+__all__ = ["one_thread_each", "processors", "score_in_threads"]
 
 # Beyond this the interpreter, which one thread at a time can use, is what limits them.
 _MOST_THREADS = 8
@@ -27,7 +21,7 @@ _Result = TypeVar("_Result")
 
 
 def score_in_threads(score: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
-    """Applies a function to items in threads in which torch uses one processor each.
+    """Applies a function to items in as many threads as there are processors.
 
     Args:
         score: What to do with an item; runs in several threads at once.
@@ -36,17 +30,18 @@ def score_in_threads(score: Callable[[_Item], _Result], items: Iterable[_Item]) 
     Yields:
         The results in the order of the items.
     """
-    count = min(torch.get_num_threads(), _MOST_THREADS)
-    executor = _single_threaded_executor(count)
+    count = min(processors(), _MOST_THREADS)
+    executor = ThreadPoolExecutor(count, thread_name_prefix="safemerge-analysis")
     waiting: deque[Future[_Result]] = deque()
     wait = True
     try:
-        for item in items:
-            waiting.append(executor.submit(score, item))
-            if len(waiting) >= 8 * count:
+        with one_thread_each():
+            for item in items:
+                waiting.append(executor.submit(score, item))
+                if len(waiting) >= 8 * count:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
     except KeyboardInterrupt:
         wait = False
         raise
@@ -56,21 +51,20 @@ def score_in_threads(score: Callable[[_Item], _Result], items: Iterable[_Item]) 
         executor.shutdown(wait=wait and not interruption.was_received(), cancel_futures=True)
 
 
-def _single_threaded_executor(count: int) -> ThreadPoolExecutor:
-    """Starts the threads, and leaves torch's number of threads elsewhere as it was."""
-    usual = torch.get_num_threads()
-    started = threading.Barrier(count + 1)
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    def initialize() -> None:
-        # A thread takes over the usual number when it first needs one: that must not come after the change.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        started.wait()
 
-    executor = ThreadPoolExecutor(count, thread_name_prefix="safemerge-analysis", initializer=initialize)
-    for _ in range(count):
-        executor.submit(lambda: None)
-    started.wait()
-    # The number is the calling thread's, and also that of threads which are started later.
-    torch.set_num_threads(usual)
-    return executor
+def one_thread_each() -> AbstractContextManager[object]:
+    """While it is entered, numpy's products use the thread that asks for them, and no other.
+
+    The products here are small. OpenBLAS hands even those to threads of its own, which then wait for more by spinning:
+    that was measured to take as much of the processors as all else.
+    """
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
+    return limits

@@ -1,6 +1,6 @@
 //! Which elements stay: `ties` and `breadcrumbs` beside a sort of all magnitudes.
 //!
-//! The passes are driven here, in memory, as the engine drives them: 1024 elements at a time, every n-th of them where
+//! The passes are driven here, in memory, as the engine drives them: 2048 elements at a time, every n-th of them where
 //! a pass asks for a sample.
 
 use proptest::prelude::*;
@@ -9,7 +9,7 @@ use safemerge_fast::methods::{Counts, Method, Slice, Tally, build};
 use serde_json::{Map, Value, json};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-const SUB_TILE: usize = 1024;
+const SUB_TILE: usize = 2048;
 /// From this size on, the first pass counts a sample, one sub-tile in 128.
 const SAMPLED: usize = 1 << 20;
 
