@@ -23,14 +23,20 @@ __all__ = [
     "ShardFacts",
     "SketchMoments",
     "TensorInfo",
+    "ThinImages",
     "Verification",
     "Watchdog",
     "WrittenFile",
     "__version__",
+    "commit_shard",
+    "committed_shards",
     "fault_points",
     "file_digest",
     "methods",
+    "open_shards",
+    "prepare_shard",
     "simd_levels",
+    "thin_images",
 ]
 
 __version__: str
