@@ -102,14 +102,14 @@ def chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
-def batches(examples: list[Example], count: int, rng: random.Random) -> Iterator[list[Example]]:
+def batches(examples: list[Example], count: int, size: int, rng: random.Random) -> Iterator[list[Example]]:
     """Batches of examples in one random order after another."""
     queue: list[Example] = []
     for _ in range(count):
-        if len(queue) < BATCH:
+        if len(queue) < size:
             queue += rng.sample(examples, len(examples))
-        yield queue[:BATCH]
-        del queue[:BATCH]
+        yield queue[:size]
+        del queue[:size]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, batch: list[Example]) -> tuple[Tensor, Tensor]:
@@ -137,6 +137,7 @@ def train(
     phase: Phase,
     seed: int,
     trained: str = PROJECTION,
+    batch_size: int = BATCH,
 ) -> float:
     """Trains in place the parameters whose names contain `trained`; returns the mean loss of the last ten steps.
 
@@ -151,7 +152,7 @@ def train(
         optimizer, lambda step: min((step + 1) / warmup, max(1 - step / phase.steps, 0.05))
     )
     losses: list[float] = []
-    for batch in batches(phase.examples, phase.steps, random.Random(seed)):
+    for batch in batches(phase.examples, phase.steps, batch_size, random.Random(seed)):
         ids, labels = encode(tokenizer, batch)
         hidden, targets = model.model(ids).last_hidden_state[:, :-1], labels[:, 1:]
         # The head is applied where there is an answer only: it is a quarter of the arithmetic.

@@ -17,19 +17,26 @@ __all__ = [
     "ParameterInfo",
     "Pattern",
     "Plan",
+    "Prepared",
     "Progress",
     "Rows",
     "ShardFacts",
     "SketchMoments",
     "TensorInfo",
+    "ThinImages",
     "Verification",
     "Watchdog",
     "WrittenFile",
     "__version__",
+    "commit_shard",
+    "committed_shards",
     "fault_points",
     "file_digest",
     "methods",
+    "open_shards",
+    "prepare_shard",
     "simd_levels",
+    "thin_images",
 ]
 
 __version__: str
@@ -755,6 +762,16 @@ class JobDirectory:
         """Reads a file of the job; None if there is no such file. A kill may have cut its end short."""
     def remove(self, name: str) -> None:
         """Removes a file of the job, if it is there."""
+    def take_over(self) -> None:
+        """Gives up all attempts at shards, of this process and others; what they make from now on has no place."""
+    def hand_out(self) -> None:
+        """Makes the place for attempts that workers name themselves; an output that is replaced in place goes now."""
+    def begin_attempt(self, file: str) -> str:
+        """Records an attempt at a shard durably, and returns its name, which no other attempt of the job has."""
+    def adopt(self, file: str, attempt: str) -> None:
+        """Records an attempt that its worker has named, so that what it prepared can be committed."""
+    def abort(self, file: str, attempt: str) -> None:
+        """Removes what an attempt made, or is making."""
     def publish(self) -> None:
         """Gives the whole output its name, removes what it replaces and the job directory, and closes.
 
@@ -854,6 +871,88 @@ class Plan:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> Verification: ...
+
+@final
+class Prepared:
+    """A shard that a worker wrote and synced in an attempt of its own, under no name yet.
+
+    Attributes:
+        file: The shard.
+        attempt: The attempt's name.
+        size: Its bytes.
+        digest: What Plan.shard_digest says of the plan that made it.
+        facts: What the worker found.
+    """
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def attempt(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def facts(self) -> ShardFacts: ...
+    def to_json(self) -> bytes:
+        """All of it, for another process."""
+    @staticmethod
+    def from_json(json: bytes) -> Prepared:
+        """Reads what to_json wrote.
+
+        Raises:
+            PlanError: It is something else, or of another version.
+        """
+
+def prepare_shard(
+    plan: Plan,
+    job: str | PathLike[str],
+    file: str,
+    attempt: str,
+    *,
+    threads: int | None = None,
+    memory_budget: int | None = None,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Makes a shard of a plan in an attempt of its own; neither locks the job nor writes its journal.
+
+    Args:
+        plan: The plan.
+        job: The job's directory.
+        file: The shard.
+        attempt: Small letters and digits, which no other attempt of the job has.
+        threads: As Plan.execute takes it.
+        memory_budget: As Plan.execute takes it.
+        allow_nonfinite: As Plan.execute takes it.
+        progress: As Plan.execute takes it.
+
+    Raises:
+        OutputError: The job or the attempt is given up or finished, or the disk refuses.
+        PlanError: An input has changed, or as Plan.execute.
+        CheckpointError: An input cannot be read, or holds NaN.
+    """
+
+def commit_shard(plan: Plan, output: JobDirectory, prepared: Prepared) -> Literal["named", "late", "gone"]:
+    """Gives a prepared shard its name, and enters it into the journal.
+
+    Returns:
+        "late" if another attempt came first, which removes this one; "gone" if its bytes are not there.
+
+    Raises:
+        PlanError: It was prepared for another plan.
+        OutputError: Its attempt is not recorded, or the disk refuses; nothing more is committed then.
+    """
+
+def open_shards(plan: Plan, job: str | PathLike[str]) -> list[str]:
+    """The shards of a plan that are not committed, as a worker sees it, who does not hold the job.
+
+    Raises:
+        OutputError: No job is handed out there.
+    """
+
+def committed_shards(plan: Plan, output: JobDirectory) -> list[ShardFacts]:
+    """The shards of a plan that are committed."""
 
 @final
 class Watchdog:

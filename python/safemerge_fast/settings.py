@@ -6,6 +6,7 @@ these declarations. A setting that a recipe adds is one annotated field of its r
 
 from __future__ import annotations
 
+import re
 import shlex
 import typing
 from collections.abc import Collection, Mapping
@@ -223,6 +224,17 @@ Progress = Annotated[
 """Who is told how far the work is; downloads show the Hub's bars to those only."""
 
 
+def _check_executor(text: str) -> None:
+    """Refuses what names no executor."""
+    if text.startswith("ray://"):
+        raise SettingError(
+            "Ray clients are not supported; run the command on the cluster: "
+            "ray job submit -- safemerge-fast merge ... --executor ray"
+        )
+    if re.fullmatch(r"local|ray|ray:local|ray:[\w.-]+:\d{1,5}", text) is None:
+        raise SettingError(f"should be local, ray, ray:HOST:PORT or ray:local, not {text[:80]!r}")
+
+
 class RunSettings(Settings, frozen=True, kw_only=True):
     """What every recipe is told, besides what it is to make."""
 
@@ -276,6 +288,38 @@ class RunSettings(Settings, frozen=True, kw_only=True):
         ),
     ] = False
     allow_nonfinite: AllowNonfinite = False
+    executor: Annotated[
+        str,
+        Setting(
+            "Who writes the weights: local, or Ray's workers on a file system that all machines share: ray, "
+            "ray:HOST:PORT, or ray:local for a cluster on this machine.",
+            metavar="WHO",
+            check=_check_executor,
+            decides=False,
+            in_files=False,
+        ),
+    ] = "local"
+    task_cpus: Annotated[
+        int | None,
+        Setting(
+            "Processors that a Ray task asks for, each of which prepares one file.",
+            least=1,
+            most=MOST_THREADS,
+            default="8, or what the largest machine has",
+            decides=False,
+            in_files=False,
+        ),
+    ] = None
+    stall_after: Annotated[
+        float,
+        Setting(
+            "Seconds without a word from a Ray worker after which its file is handed out again.",
+            least=5,
+            metavar="SECONDS",
+            decides=False,
+            in_files=False,
+        ),
+    ] = 120.0
     progress: Progress = None
 
     def __post_init__(self) -> None:

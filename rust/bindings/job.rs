@@ -2,7 +2,7 @@
 
 use super::error::{detached, to_python};
 use crate::checkpoint;
-use crate::writer::{self, Overwrite};
+use crate::writer::{self, AttemptId, Overwrite};
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use std::ffi::{OsStr, OsString};
@@ -165,6 +165,34 @@ impl JobDirectory {
 
     fn remove(&self, py: Python<'_>, name: &str) -> PyResult<()> {
         detached(py, || self.get()?.remove(name))
+    }
+
+    fn take_over(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.get()?.take_over())
+    }
+
+    fn hand_out(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || {
+            let job = self.get()?;
+            job.make_room()?;
+            job.hand_out()
+        })
+    }
+
+    fn begin_attempt(&self, py: Python<'_>, file: &str) -> PyResult<String> {
+        detached(py, || {
+            let job = self.get()?;
+            job.make_room()?;
+            Ok(job.begin_attempts(&[file])?.into_iter().map(String::from).collect())
+        })
+    }
+
+    fn adopt(&self, py: Python<'_>, file: &str, attempt: &str) -> PyResult<()> {
+        detached(py, || self.get()?.adopt(file, &AttemptId::new(attempt)?))
+    }
+
+    fn abort(&self, py: Python<'_>, file: &str, attempt: &str) -> PyResult<()> {
+        detached(py, || self.get()?.abort(file, &AttemptId::new(attempt)?))
     }
 
     fn publish(&self, py: Python<'_>) -> PyResult<()> {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 #[derive(Default)]
 pub struct Progress {
-    inner: Arc<merge::Progress>,
+    pub(super) inner: Arc<merge::Progress>,
 }
 
 #[pymethods]
@@ -135,7 +135,7 @@ pub struct Verification {
 /// A validated plan: what every output tensor is made of.
 #[pyclass(frozen, module = "safemerge_fast._engine")]
 pub struct Plan {
-    inner: plan::Plan,
+    pub(super) inner: plan::Plan,
 }
 
 #[pymethods]

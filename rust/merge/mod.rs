@@ -13,6 +13,7 @@ mod memory;
 mod observation;
 mod once;
 mod pages;
+pub mod preparing;
 mod queue;
 mod reading;
 mod requantising;

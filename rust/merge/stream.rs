@@ -1,4 +1,4 @@
-//! The merge itself: workers fill tiles and write them; the last tile of a shard commits it.
+//! The merge itself: workers fill tiles and write them; the last tile of a shard hands it over, to be committed at once or later.
 
 use super::Progress;
 use super::blending::NonFinite;
@@ -58,7 +58,7 @@ pub fn default_threads() -> usize {
 
 impl Options {
     /// Threads and tile size within the memory budget, for these shards of a plan.
-    fn fit(&self, plan: &Plan, shards: &[&PlannedShard]) -> Result<(usize, usize)> {
+    pub(super) fn fit(&self, plan: &Plan, shards: &[&PlannedShard]) -> Result<(usize, usize)> {
         let (threads, tile) = (self.threads.max(1), self.tile_bytes);
         if tile == 0 || !tile.is_multiple_of(TILE_ALIGNMENT) {
             return Err(Error::Option(format!(
@@ -100,6 +100,49 @@ pub struct ShardFacts {
     pub changes: Changes,
 }
 
+impl ShardFacts {
+    /// Of a shard that had been committed before.
+    #[must_use]
+    pub fn resumed(shard: &PlannedShard, output: &JobDirectory) -> Self {
+        Self {
+            file: shard.file.clone(),
+            bytes_written: 0,
+            seconds: 0.0,
+            write: "buffered",
+            resumed: true,
+            nonfinite_inputs: Vec::new(),
+            changes: output.changes(&shard.file),
+        }
+    }
+}
+
+/// Where shards are made, and who takes them when they are whole.
+pub(super) trait Sink: Sync {
+    /// Creates the file of a shard.
+    fn create(&self, shard: &PlannedShard, mode: WriteMode) -> Result<TileFile>;
+
+    /// Creates it as a clone of a file of the same bytes; `None` where the file system cannot do that.
+    fn clone_of(&self, shard: &PlannedShard, source: &File) -> Result<Option<TileFile>>;
+
+    /// Takes a shard that is whole.
+    fn take(&self, shard: &PlannedShard, file: &TileFile, changes: &Changes) -> Result<()>;
+}
+
+/// The job's own process commits a shard as soon as it is prepared.
+impl Sink for JobDirectory {
+    fn create(&self, shard: &PlannedShard, mode: WriteMode) -> Result<TileFile> {
+        self.create_shard(&shard.file, shard.layout.size, mode)
+    }
+
+    fn clone_of(&self, shard: &PlannedShard, source: &File) -> Result<Option<TileFile>> {
+        self.clone_shard(&shard.file, shard.layout.size, source)
+    }
+
+    fn take(&self, shard: &PlannedShard, file: &TileFile, changes: &Changes) -> Result<()> {
+        self.commit_shard(file, &shard.digest, changes)
+    }
+}
+
 /// A shard being written.
 struct OpenShard {
     tiles_left: AtomicUsize,
@@ -133,7 +176,7 @@ impl OpenShard {
     /// The shard's partial file, created by whoever comes first.
     fn file(
         &self,
-        output: &JobDirectory,
+        sink: &dyn Sink,
         shard: &PlannedShard,
         mode: WriteMode,
     ) -> Result<Arc<TileFile>> {
@@ -141,7 +184,7 @@ impl OpenShard {
         if let Some((file, _)) = state.as_ref() {
             return Ok(Arc::clone(file));
         }
-        let file = Arc::new(output.create_shard(&shard.file, shard.layout.size, mode)?);
+        let file = Arc::new(sink.create(shard, mode)?);
         *state = Some((Arc::clone(&file), Instant::now()));
         Ok(file)
     }
@@ -166,7 +209,31 @@ pub fn execute(
         progress.advance(shard.layout.size);
         progress.finish_shard();
     }
-    let (cloned, pending) = clone_equal(plan, pending, output, options.write, progress)?;
+    if !pending.is_empty() {
+        // Attempts of an earlier run, which may still be working at them, come to nothing from here on.
+        output.take_over()?;
+        let files: Vec<&str> = pending.iter().map(|shard| shard.file.as_str()).collect();
+        output.begin_own_attempts(&files)?;
+    }
+    let mut written = make(plan, pending, output, options, progress, poll)?;
+    written.extend(resumed.iter().map(|shard| ShardFacts::resumed(shard, output)));
+    written.sort_by_key(|fact| shards.iter().position(|shard| shard.file == fact.file));
+    Ok(written)
+}
+
+/// Makes shards and gives them to a sink.
+///
+/// # Errors
+/// The first failure of any worker; partial files are removed.
+pub(super) fn make(
+    plan: &Plan,
+    shards: Vec<&PlannedShard>,
+    sink: &dyn Sink,
+    options: &Options,
+    progress: &Progress,
+    poll: &mut dyn FnMut() -> bool,
+) -> Result<Vec<ShardFacts>> {
+    let (cloned, pending) = clone_equal(plan, shards, sink, options.write, progress)?;
     let (threads, tile_bytes) = options.fit(plan, &pending)?;
     let queue = Queue::new(plan, &pending, tile_bytes, &|_, _| true);
     let open: Vec<OpenShard> = (0..pending.len())
@@ -197,32 +264,21 @@ pub fn execute(
                 }
             };
             let (shard, slot) = (pending[tile.shard], &open[tile.shard]);
-            let file = slot.file(output, shard, options.write)?;
+            let file = slot.file(sink, shard, options.write)?;
             filler.fill(plan, shard, &tile, buffer.filled(tile.span.len()), stopped)?;
             slot.note(filler);
             file.write(buffer, tile.span.start)?;
             progress.advance(tile.span.len());
             // The release of every earlier tile is seen by the worker that takes the last one.
             if slot.tiles_left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                let fact = commit(plan, shard, slot, output)?;
+                let fact = hand_over(plan, shard, slot, sink)?;
                 facts.lock().unwrap_or_else(PoisonError::into_inner).push(fact);
                 progress.finish_shard();
             }
             Ok(())
         },
     )?;
-    let mut written = facts.into_inner().unwrap_or_else(PoisonError::into_inner);
-    written.extend(resumed.iter().map(|shard| ShardFacts {
-        file: shard.file.clone(),
-        bytes_written: 0,
-        seconds: 0.0,
-        write: "buffered",
-        resumed: true,
-        nonfinite_inputs: Vec::new(),
-        changes: output.changes(&shard.file),
-    }));
-    written.sort_by_key(|fact| shards.iter().position(|shard| shard.file == fact.file));
-    Ok(written)
+    Ok(facts.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Clones the shards that equal an input file, where the file system shares blocks. Returns what was done, and the
@@ -230,7 +286,7 @@ pub fn execute(
 fn clone_equal<'a>(
     plan: &Plan,
     shards: Vec<&'a PlannedShard>,
-    output: &JobDirectory,
+    sink: &dyn Sink,
     write: WriteMode,
     progress: &Progress,
 ) -> Result<(Vec<ShardFacts>, Vec<&'a PlannedShard>)> {
@@ -249,13 +305,13 @@ fn clone_equal<'a>(
         };
         let size = shard.layout.size;
         let source = File::open(input.path()).map_err(|e| Error::read(input.path(), e))?;
-        let Some(file) = output.clone_shard(&shard.file, size, &source)? else {
+        let Some(file) = sink.clone_of(shard, &source)? else {
             refused = true;
             left.push(shard);
             continue;
         };
         plan.check_inputs_unchanged(shard)?;
-        output.commit_shard(&file, &shard.digest, &Changes::new())?;
+        sink.take(shard, &file, &Changes::new())?;
         progress.advance(size);
         progress.finish_shard();
         facts.push(ShardFacts {
@@ -271,20 +327,20 @@ fn clone_equal<'a>(
     Ok((facts, left))
 }
 
-/// Makes a fully written shard durable and visible, provided that its inputs held still meanwhile.
-fn commit(
+/// Gives a fully written shard away, provided that its inputs held still meanwhile.
+fn hand_over(
     plan: &Plan,
     shard: &PlannedShard,
     slot: &OpenShard,
-    output: &JobDirectory,
+    sink: &dyn Sink,
 ) -> Result<ShardFacts> {
     plan.check_inputs_unchanged(shard)?;
     let taken = slot.state.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some((file, started)) = taken else {
-        return Err(Error::Plan(format!("{} was committed twice", shard.file)));
+        return Err(Error::Plan(format!("{} was handed over twice", shard.file)));
     };
     let changes = std::mem::take(&mut *slot.changes.lock().unwrap_or_else(PoisonError::into_inner));
-    output.commit_shard(&file, &shard.digest, &changes)?;
+    sink.take(shard, &file, &changes)?;
     Ok(ShardFacts {
         file: shard.file.clone(),
         bytes_written: shard.layout.size,

@@ -45,6 +45,13 @@ points! {
     // What a killed publication left.
     PutBack "settle.put-back"
     PutBackSync "settle.sync"
+    // Attempts at shards.
+    AttemptsMake "attempts.make"
+    AttemptsGiveUp "attempts.give-up"
+    AttemptsRemove "attempts.remove"
+    AttemptAbort "attempt.abort"
+    AttemptWrite "attempt.write"
+    AttemptSync "attempt.sync"
     // Shards.
     ShardCreate "shard.create"
     ShardAllocate "shard.allocate"

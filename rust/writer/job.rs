@@ -1,18 +1,17 @@
 //! The job directory: who may write an output, what is already made of it, and how files become part of it.
 
+use super::attempt::AttemptId;
 use super::decision::Request;
 use super::disk::{self, Steps};
 use super::fault::Point;
 use super::inputs::Inputs;
-use super::journal::{Entry, Journal};
+use super::journal::Journal;
 use super::lock::Lock;
 use super::name::FileName;
 use super::opening::{self, Entered, Started};
 use super::placement::{self, Place, Placement};
 use super::publication::{self, MAKING, MOVES};
 use super::record::{Overwrite, Record};
-use super::tile_file::{TileFile, WriteMode};
-use crate::plan::Changes;
 use crate::{Error, Result};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -40,31 +39,33 @@ pub struct WrittenFile {
 /// A job directory, locked against other writers until [`JobDirectory::publish`], [`JobDirectory::close`] or drop.
 #[derive(Debug)]
 pub struct JobDirectory {
-    place: Place,
-    inputs: Inputs,
+    pub(super) place: Place,
+    pub(super) inputs: Inputs,
     /// Directories above that were made for this job.
     made: Vec<PathBuf>,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+pub(super) struct State {
     /// `None` once published or closed.
-    held: Option<Held>,
+    pub held: Option<Held>,
     complete: bool,
     /// Bytes and digest of the files that are part of the output.
-    written: BTreeMap<FileName, (u64, Option<String>)>,
+    pub written: BTreeMap<FileName, (u64, Option<String>)>,
 }
 
 #[derive(Debug)]
-struct Held {
+pub(super) struct Held {
     lock: Lock,
-    record: Record,
-    journal: Journal,
+    pub record: Record,
+    pub journal: Journal,
     /// Whether anything was begun to be written in this session.
-    begun: bool,
+    pub begun: bool,
     /// Whether an output that is overwritten in place is gone.
-    has_room: bool,
+    pub has_room: bool,
+    /// Attempts that this process has begun for itself and not used yet.
+    pub waiting: BTreeMap<FileName, AttemptId>,
 }
 
 impl JobDirectory {
@@ -119,7 +120,14 @@ impl JobDirectory {
             let own = started.own().map(|(name, size)| (name.clone(), (size, None)));
             state.written = own.collect();
             let Started { record, journal } = started;
-            state.held = Some(Held { lock, record, journal, begun: false, has_room: false });
+            state.held = Some(Held {
+                lock,
+                record,
+                journal,
+                begun: false,
+                has_room: false,
+                waiting: BTreeMap::new(),
+            });
         } else {
             publication::discard(&place, lock)?;
             state.complete = true;
@@ -169,70 +177,6 @@ impl JobDirectory {
             digest: digest.clone(),
         });
         files.collect()
-    }
-
-    /// Whether a shard of this size and digest is committed and still there.
-    #[must_use]
-    pub fn has(&self, file: &str, size: usize, digest: &str) -> bool {
-        let Some(name) = FileName::new(file) else { return false };
-        let mut state = self.lock();
-        let entry = state.held.as_ref().and_then(|held| held.journal.entries().get(&name));
-        let listed = entry.is_some_and(|known| known.size == size as u64 && known.digest == digest);
-        let there = std::fs::symlink_metadata(self.making().join(file))
-            .is_ok_and(|found| found.is_file() && found.len() == size as u64);
-        if listed && there {
-            state.written.insert(name, (size as u64, None));
-        }
-        listed && there
-    }
-
-    /// How far requantised tensors of a committed shard changed.
-    pub fn changes(&self, file: &str) -> Changes {
-        let (state, name) = (self.lock(), FileName::new(file));
-        let found = state.held.as_ref().zip(name);
-        found.map_or_else(Changes::new, |(held, name)| held.journal.changes(&name))
-    }
-
-    /// Creates the partial file of a shard.
-    ///
-    /// # Errors
-    /// [`Error::Output`] if the name leaves the directory; [`Error::DiskFull`], [`Error::Write`].
-    pub fn create_shard(&self, file: &str, size: usize, mode: WriteMode) -> Result<TileFile> {
-        let name = self.checked(file)?;
-        self.make_room()?;
-        TileFile::create(&self.making(), name, size, mode)
-    }
-
-    /// Creates the partial file of a shard as a clone of an input file of the same bytes, which takes no time and no
-    /// room; `None` where the file system has no such thing.
-    ///
-    /// # Errors
-    /// As [`JobDirectory::create_shard`].
-    pub fn clone_shard(&self, file: &str, size: usize, source: &File) -> Result<Option<TileFile>> {
-        let name = self.checked(file)?;
-        self.make_room()?;
-        TileFile::clone_of(source, &self.making(), name, size)
-    }
-
-    /// Syncs and names a fully written shard, and enters it into the journal.
-    ///
-    /// # Errors
-    /// [`Error::DiskFull`], [`Error::Write`].
-    pub fn commit_shard(&self, shard: &TileFile, digest: &str, changes: &Changes) -> Result<()> {
-        let size = shard.finish()? as u64;
-        let name = shard.name();
-        let mut state = self.lock();
-        state.written.remove(name);
-        let journal = &mut self.held(&mut state)?.journal;
-        if journal.entries().contains_key(name) {
-            // Killed behind the rename, the journal must not take these bytes for those.
-            journal.revoke(name)?;
-        }
-        shard.rename()?;
-        disk::sync_directory(Point::ShardDirectorySync, &self.making())?;
-        journal.commit(name, Entry::new(size, digest, changes))?;
-        state.written.insert(name.clone(), (size, None));
-        Ok(())
     }
 
     /// Writes a small file of the output durably: a killed job has the old one, none, or the whole new one.
@@ -398,19 +342,7 @@ impl JobDirectory {
         Ok(())
     }
 
-    /// Before the first byte of a shard: an output that is overwritten in place goes now.
-    fn make_room(&self) -> Result<()> {
-        let mut state = self.lock();
-        let held = self.held(&mut state)?;
-        held.begun = true;
-        if !held.has_room && held.record.overwrite == Overwrite::InPlace {
-            publication::make_room(&self.place, &held.record, &self.inputs)?;
-        }
-        held.has_room = true;
-        Ok(())
-    }
-
-    fn checked(&self, name: &str) -> Result<FileName> {
+    pub(super) fn checked(&self, name: &str) -> Result<FileName> {
         FileName::new(name).ok_or_else(|| {
             let problem = format!("cannot hold a file named `{}`", name.escape_debug());
             Error::output(&self.place.output, problem)
@@ -429,16 +361,16 @@ impl JobDirectory {
         }
     }
 
-    fn held<'a>(&self, state: &'a mut MutexGuard<'_, State>) -> Result<&'a mut Held> {
+    pub(super) fn held<'a>(&self, state: &'a mut MutexGuard<'_, State>) -> Result<&'a mut Held> {
         let problem = if state.complete { "is complete" } else { "is closed; open it again" };
         state.held.as_mut().ok_or_else(|| Error::output(&self.place.output, problem))
     }
 
-    fn making(&self) -> PathBuf {
+    pub(super) fn making(&self) -> PathBuf {
         self.place.job.join(MAKING)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -5,6 +5,7 @@
 //! under the output's name what stood there, or the whole new output, or nothing; and it can go on where it stopped.
 //! Where the output cannot be renamed (a mounted volume), the job directory lies inside it and files are moved up one by one.
 
+mod attempt;
 mod decision;
 mod disk;
 mod fault;
@@ -18,13 +19,17 @@ mod opening;
 mod placement;
 mod publication;
 mod record;
+mod shards;
 mod tile_file;
+mod workplace;
 
+pub use attempt::{AttemptId, Commit, Prepared};
 pub use job::{JobDirectory, WrittenFile};
 pub use mark::REPORT;
 pub use placement::Placement;
 pub use record::Overwrite;
 pub use tile_file::{TileBuffer, TileFile, WriteMode};
+pub use workplace::Workplace;
 
 /// The names of the fail points; none without the feature `faults`.
 #[must_use]

@@ -6,6 +6,9 @@ use std::path::{Component, Path};
 /// Name of a job directory that lies inside its output.
 pub(super) const INSIDE: &str = ".safemerge";
 
+/// Name of the output in the making, in a job directory.
+pub(super) const MAKING: &str = "output";
+
 /// Name of the list of moves by which such a job publishes its output.
 pub(super) const MOVES: &str = "publish.json";
 

@@ -3,13 +3,14 @@
 //! Beside the output, one rename is the moment: before it stands the old output or nothing, after it the new one. Inside it, a
 //! durable list of moves is: whoever finds the list carries it out to its end, however often it takes.
 
+use super::attempt::{self, ATTEMPTS};
 use super::disk::{self, FileId, Steps};
 use super::fault::Point;
 use super::inputs::Inputs;
 use super::lock::{LOCK, Lock};
 use super::mark::{self, Mark, Standing};
 use super::name::FileName;
-pub(super) use super::name::MOVES;
+pub(super) use super::name::{MAKING, MOVES};
 use super::placement::Place;
 use super::record::{RECORD, Record};
 use crate::{Error, Result};
@@ -18,8 +19,6 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// The output in the making, in a job directory.
-pub(super) const MAKING: &str = "output";
 /// The old output, where directories cannot be exchanged.
 const OLD: &str = "old";
 /// The old output, while it is removed before the new one is there.
@@ -30,7 +29,8 @@ const LARGEST: u64 = 64 << 20;
 
 /// What names of a job directory stand for something else than a file of the caller's.
 pub(super) fn is_reserved(name: &str) -> bool {
-    name.starts_with('.') || [LOCK, RECORD, "journal", MAKING, OLD, DOOMED, MOVES].contains(&name)
+    name.starts_with('.')
+        || [LOCK, RECORD, "journal", MAKING, OLD, DOOMED, MOVES, ATTEMPTS].contains(&name)
 }
 
 /// How a publication inside the output goes on.
@@ -310,6 +310,7 @@ pub(super) fn entries(directory: &Path) -> Result<Vec<OsString>> {
 /// that is known for what it is.
 pub(super) fn clear(place: &Place) -> Result<()> {
     let job = &place.job;
+    attempt::clear(job)?;
     let last = [RECORD, MOVES];
     for name in entries(job)? {
         if name != LOCK && !last.iter().any(|&kept| name == kept) {

@@ -1,14 +1,16 @@
 //! One output shard, written in aligned tiles: past the page cache where the file system allows it.
 
-use super::disk;
+use super::attempt::{AttemptId, Places, Prepared};
+use super::disk::{self, FileId};
 use super::fault::Point;
 use super::name::FileName;
+use crate::plan::Changes;
 use crate::{Error, Result};
 use memmap2::MmapMut;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Direct writes must start and end at multiples of the disk's block size; no disk has a larger one.
@@ -57,54 +59,34 @@ impl TileBuffer {
     }
 }
 
-/// A partial output file. Dropped before [`super::JobDirectory::commit_shard`], it is removed.
+/// A partial output file. Dropped before it is committed or left to whoever commits it, it is removed.
 #[derive(Debug)]
 pub struct TileFile {
     file: File,
-    partial: PathBuf,
-    target: PathBuf,
-    name: FileName,
+    places: Places,
     size: usize,
     mode: WriteMode,
     direct: AtomicBool,
-    committed: AtomicBool,
+    /// Whether this object no longer answers for the file.
+    kept: AtomicBool,
 }
 
 impl TileFile {
-    pub(super) fn create(
-        directory: &Path,
-        name: FileName,
-        size: usize,
-        mode: WriteMode,
-    ) -> Result<Self> {
-        let new = Self::open(directory, name, size, mode)?;
+    pub(super) fn create(places: Places, size: usize, mode: WriteMode) -> Result<Self> {
+        let new = Self::open(places, size, mode)?;
         new.allocate()?;
         Ok(new)
     }
 
-    fn open(directory: &Path, name: FileName, size: usize, mode: WriteMode) -> Result<Self> {
-        let partial = directory.join(name.partial());
-        let (file, direct) = open(&partial, size, mode)?;
-        Ok(Self {
-            file,
-            partial,
-            target: directory.join(name.as_str()),
-            name,
-            size,
-            mode,
-            direct: AtomicBool::new(direct),
-            committed: AtomicBool::new(false),
-        })
+    fn open(places: Places, size: usize, mode: WriteMode) -> Result<Self> {
+        let (file, direct) = open(&places.partial, size, mode)?;
+        let (direct, kept) = (AtomicBool::new(direct), AtomicBool::new(false));
+        Ok(Self { file, places, size, mode, direct, kept })
     }
 
     /// A file that shares the blocks of `source`, an input of the same size; `None` where the file system cannot do that.
-    pub(super) fn clone_of(
-        source: &File,
-        directory: &Path,
-        name: FileName,
-        size: usize,
-    ) -> Result<Option<Self>> {
-        let new = Self::open(directory, name, size, WriteMode::Buffered)?;
+    pub(super) fn clone_of(source: &File, places: Places, size: usize) -> Result<Option<Self>> {
+        let new = Self::open(places, size, WriteMode::Buffered)?;
         #[cfg(target_os = "linux")]
         let cloned =
             disk::retry(Point::ShardClone, || Ok(rustix::fs::ioctl_ficlone(&new.file, source)?));
@@ -177,42 +159,56 @@ impl TileFile {
         self.direct.load(Ordering::Relaxed)
     }
 
-    /// File name of the target.
-    #[must_use]
-    pub fn target(&self) -> &Path {
-        &self.target
-    }
-
     /// The shard's name in the output.
     pub(super) fn name(&self) -> &FileName {
-        &self.name
+        &self.places.name
     }
 
-    /// Cuts the padding off and syncs the data; returns the size.
-    pub(super) fn finish(&self) -> Result<usize> {
+    /// Which attempt at the shard it is.
+    pub(super) fn attempt(&self) -> &AttemptId {
+        &self.places.attempt
+    }
+
+    /// Where it lies.
+    pub(super) fn partial(&self) -> &Path {
+        &self.places.partial
+    }
+
+    /// What tells the open file from others.
+    pub(super) fn id(&self) -> Result<FileId> {
+        let metadata = self.file.metadata().map_err(|error| self.failure(error))?;
+        Ok(FileId::of(&metadata))
+    }
+
+    /// Cuts the padding off and syncs the data.
+    pub(super) fn prepare(&self, digest: &str, changes: &Changes) -> Result<Prepared> {
         disk::retry(Point::ShardTruncate, || self.file.set_len(self.size as u64))
             .and_then(|()| disk::retry(Point::ShardSync, || self.file.sync_data()))
             .map_err(|error| self.failure(error))?;
-        Ok(self.size)
+        Ok(Prepared {
+            file: self.places.name.clone(),
+            attempt: self.places.attempt.clone(),
+            size: self.size as u64,
+            digest: digest.to_owned(),
+            changes: changes.clone(),
+        })
     }
 
-    /// Gives the file its name.
-    pub(super) fn rename(&self) -> Result<()> {
-        disk::rename(Point::ShardRename, &self.partial, &self.target)?;
-        self.committed.store(true, Ordering::Relaxed);
-        Ok(())
+    /// Leaves the file to whoever commits it.
+    pub(super) fn keep(&self) {
+        self.kept.store(true, Ordering::Relaxed);
     }
 
     fn failure(&self, error: io::Error) -> Error {
-        disk::failure(&self.target, self.size as u64, error)
+        disk::failure(&self.places.target, self.size as u64, error)
     }
 }
 
 impl Drop for TileFile {
     fn drop(&mut self) {
-        if !self.committed.load(Ordering::Relaxed) {
+        if !self.kept.load(Ordering::Relaxed) {
             // A failure leaves a hidden partial file, which the next run removes.
-            drop(std::fs::remove_file(&self.partial));
+            drop(std::fs::remove_file(&self.places.partial));
         }
     }
 }

@@ -16,7 +16,19 @@ import pytest
 from invoke import assert_one_sentence, merge_words, run
 
 SCRIPT = "from safemerge_fast.cli import main; main()"
-COMMANDS = ("demo", "check", "inspect", "analyze", "merge", "sweep", "keep", "judge", "run", "verify")
+COMMANDS = (
+    "demo",
+    "check",
+    "inspect",
+    "analyze",
+    "merge",
+    *("plan", "work", "finish"),
+    "sweep",
+    "keep",
+    "judge",
+    "run",
+    "verify",
+)
 
 # --- help, imports, usage -------------------------------------------------------------------------
 

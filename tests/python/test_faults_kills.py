@@ -23,6 +23,7 @@ OPENING = [
 ]
 SCORES = ["job-file.open", "job-file.write", "job-file.remove"]
 SHARDS = [
+    *("attempts.make", "attempt.write", "attempt.sync", "attempts.give-up", "attempts.remove"),
     *("shard.create", "shard.allocate", "shard.write", "shard.truncate", "shard.sync", "shard.rename"),
     *("shard.directory-sync", "commit.write", "commit.sync"),
 ]
@@ -43,7 +44,9 @@ INSIDE = [
     *("move.directory", "move.rename", "move.sync"),
 ]
 # What is left of another job: files of its scores, shards, half a file in a folder.
-LEFT = ["sweep.file", "sweep.directory", "revoke.write", "revoke.sync", "discard.directory"]
+LEFT = [
+    *("sweep.file", "sweep.directory", "revoke.write", "revoke.sync", "discard.directory", "attempt.abort"),
+]
 
 ALL = {
     *(*OPENING, *SCORES, *SHARDS, *FILES, *FRESH, *EXCHANGE, *ASIDE, *DOOM, *DISCARD, *INSIDE, *LEFT),
@@ -188,6 +191,9 @@ def test_a_kill_while_another_job_is_cleared_away(world: World) -> None:
         # Half a file in a folder, as a kill in the middle leaves it.
         (job_of(case.output) / "output" / "folder").mkdir()
         (job_of(case.output) / "output" / "folder" / "half").write_bytes(b"ha")
+        # A shard that another attempt was at.
+        (job_of(case.output) / "attempts").mkdir(exist_ok=True)
+        (job_of(case.output) / "attempts" / ".model.safetensors.7.partial").write_bytes(b"ha")
         resumes = not point.startswith("discard")
         done = case.work("--resume" if resumes else "--overwrite", points=point)
         assert done.code == KILLED, f"not killed: {done}"

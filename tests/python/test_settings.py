@@ -83,6 +83,9 @@ RUN = {
     "resume": Known(False, True, FLAG_BAD, in_files=False),
     "overwrite": Known(False, "in-place", ("yes", 1, None), in_files=False),
     "allow_nonfinite": Known(False, True, FLAG_BAD),
+    "executor": Known("local", "ray:local", ("spark", "ray://h:1", 1, None), in_files=False),
+    "task_cpus": Known(None, 3, (0, -1, 4097, *WHOLE), in_files=False),
+    "stall_after": Known(120.0, 30.0, (4.9, -1.0, *NUMBERS), in_files=False),
 }
 SHAPE = {
     "dtype": Known("auto", "bfloat16", ("int8", "BF16", 16, None)),

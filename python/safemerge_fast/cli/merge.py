@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,11 +13,23 @@ from .options import settings_options, terminal_options
 from .outcome import preview_lines, say_outcome
 from .terminal import Terminal
 
+if TYPE_CHECKING:
+    from ..recipes.base import Recipe
+
+__all__ = ["ByRecipe", "command", "recipe_options"]
+
 _RECIPE = "--recipe"
 
 
-class _Merge(click.Command):
+class ByRecipe(click.Command):
     """SafeMERGE's options, unless the arguments name another recipe."""
+
+    def __init__(
+        self, *args: Any, make: Callable[[type[RunSettings]], Callable[..., None]], **extra: Any
+    ) -> None:
+        """Remembers what makes the function of another recipe, with all its options, of its settings."""
+        super().__init__(*args, **extra)
+        self._make = make
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -26,7 +38,9 @@ class _Merge(click.Command):
         named = _named(args)
         if named in (None, SafemergeSettings.recipe):
             return super().make_context(info_name, args, parent, **extra)
-        return _command_of(str(named)).make_context(info_name, args, parent, **extra)
+        recipe = _recipe(str(named))
+        of_recipe = click.command(self.name, help=recipe.summary)(self._make(recipe.settings))
+        return of_recipe.make_context(info_name, args, parent, **extra)
 
 
 def _named(args: Sequence[str]) -> str | None:
@@ -40,11 +54,11 @@ def _named(args: Sequence[str]) -> str | None:
     return found
 
 
-def _command_of(name: str) -> click.Command:
-    """The command with a recipe's own options.
+def _recipe(name: str) -> Recipe[Any]:
+    """The recipe of a name.
 
     Raises:
-        click.UsageError: There is no recipe of that name.
+        click.UsageError: There is none.
     """
     # Imports all of them.
     from ..recipes import recipes
@@ -52,19 +66,16 @@ def _command_of(name: str) -> click.Command:
     known = {recipe.name: recipe for recipe in recipes().values() if recipe.read is None}
     if name not in known:
         raise click.UsageError(f"{_RECIPE} should be one of {', '.join(known)}, not {name!r}")
-    recipe = known[name]
-    record: type[RunSettings] = recipe.settings
-    return click.command("merge", help=recipe.summary)(_options(record)(_running(record)))
+    return known[name]
 
 
-def _options(record: type[RunSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of a recipe, and those that all have."""
+def recipe_options(
+    record: type[RunSettings], *, leave_out: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a recipe but some, and those that all have."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         function = terminal_options(function)
-        function = click.option(
-            "--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing."
-        )(function)
         function = click.option(
             _RECIPE,
             metavar="NAME",
@@ -72,7 +83,7 @@ def _options(record: type[RunSettings]) -> Callable[[Callable[..., None]], Calla
             show_default=True,
             help="What to make, one of docs/recipes.md; merge --recipe NAME --help shows its options.",
         )(function)
-        return settings_options(record)(function)
+        return settings_options(record, leave_out=leave_out)(function)
 
     return decorate
 
@@ -98,12 +109,21 @@ def _running(record: type[RunSettings]) -> Callable[..., None]:
     return run
 
 
+def _made(record: type[RunSettings]) -> Callable[..., None]:
+    """What carries out a recipe, with all its options."""
+    dry_run = click.option(
+        "--dry-run", is_flag=True, help="Say what would be done, from headers alone; write nothing."
+    )
+    return recipe_options(record)(dry_run(_running(record)))
+
+
 command = click.command(
     "merge",
-    cls=_Merge,
+    cls=ByRecipe,
+    make=_made,
     help="Merge the modules that left the safety subspace with a safe model.\n\n"
     "Modules whose update has a low cosine ρ with the safety subspace become α·finetuned + (1-α)·safe; all other "
     "tensors stay the fine-tuned model's. The output loads like the fine-tuned model and carries a report: a "
     "checkpoint with adapters folded in, or an adapter if all that is merged are adapters.\n\n"
     "With --recipe another repair is made, which has options of its own.",
-)(_options(SafemergeSettings)(_running(SafemergeSettings)))
+)(_made(SafemergeSettings))

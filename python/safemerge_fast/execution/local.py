@@ -1,76 +1,26 @@
-"""Executes a plan on this machine: the engine works in a thread of its own, while this one tells and listens."""
+"""On this machine: the engine works at the whole plan in a thread of its own, while this one tells and listens."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from typing import TypeVar
-
-import msgspec
 
 from .. import _engine
 from ..checkpoint.model import Model
 from ..plan.plan import Plan
 from ..progress import ProgressCallback, ProgressEvent
 from ..settings import RunSettings
+from .prepared import commit_prepared
+from .written import Written
 
-__all__ = ["Written", "WrittenShard", "check_plan", "execute", "watch"]
+__all__ = ["LocalExecutor", "check_plan", "watch"]
 
 # How long a wait for the engine goes on before progress is told and Ctrl-C can be noticed, in seconds.
 _POLL_SECONDS = 0.05
 
 _Result = TypeVar("_Result")
-
-
-class WrittenShard(msgspec.Struct, frozen=True):
-    """What happened to one file of weights.
-
-    Attributes:
-        file: Its name.
-        bytes_written: Bytes; 0 if it had been committed before.
-        seconds: From its first tile to its commit.
-        write: "direct", "buffered", or "cloned" from an input of the same bytes.
-        resumed: Whether an earlier run had written it.
-        nonfinite_inputs: Input tensors, as (name, file), that hold NaN or infinity and were let through.
-    """
-
-    file: str
-    bytes_written: int
-    seconds: float
-    write: str
-    resumed: bool = False
-    nonfinite_inputs: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """Weights that were written.
-
-    Attributes:
-        shards: What happened to each file.
-        bytes_read: Bytes that were read of all models, less those of files that were there already.
-        seconds: How long it took.
-        survival: Of tensors that were quantised again, by name: ‖Q(W') - W‖ / ‖W' - W‖, what is stored of a change.
-        retained: Of the same: ⟨Q(W') - W, W' - W⟩ / ‖W' - W‖², the part of that which lies along the change.
-    """
-
-    shards: tuple[WrittenShard, ...]
-    bytes_read: int
-    seconds: float
-    survival: Mapping[str, float] = field(default_factory=dict)
-    retained: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of weights written in this run."""
-        return sum(shard.bytes_written for shard in self.shards)
-
-    @property
-    def nonfinite(self) -> list[tuple[str, str]]:
-        """Input tensors (name, file) that hold NaN or infinity and were let through."""
-        return sorted({place for shard in self.shards for place in shard.nonfinite_inputs})
 
 
 def check_plan(document: bytes, models: Mapping[str, Model], read_backend: str = "auto") -> _engine.Plan:
@@ -88,61 +38,41 @@ def check_plan(document: bytes, models: Mapping[str, Model], read_backend: str =
     return _engine.Plan(document, sources=sources, read_backend=read_backend)
 
 
-def execute(
-    plan: Plan,
-    checked: _engine.Plan,
-    directory: _engine.JobDirectory,
-    run: RunSettings,
-    tell: ProgressCallback,
-) -> Written:
-    """Writes the weights of a plan into a job's directory; files that its journal has are left alone.
+class LocalExecutor:
+    """The engine's threads, which cross the shards of one plan."""
 
-    Args:
-        plan: The plan.
-        checked: What check_plan said of it.
-        directory: Where to.
-        run: How to work.
-        tell: Called with ProgressEvents of the stage "merge".
+    def execute(
+        self,
+        plan: Plan,
+        checked: _engine.Plan,
+        directory: _engine.JobDirectory,
+        run: RunSettings,
+        tell: ProgressCallback,
+    ) -> Written:
+        """Writes what the journal does not have; what workers have prepared is committed first."""
+        started = time.perf_counter()
+        prepared = commit_prepared(checked, directory)
+        counters = _engine.Progress()
+        total, files = plan.total_bytes, plan.files
 
-    Raises:
-        SafemergeError: One of its subclasses; what is committed stays in the job's directory.
-    """
-    started = time.perf_counter()
-    counters = _engine.Progress()
-    total, files = plan.total_bytes, plan.files
+        def say() -> None:
+            # The engine counts headers too, which the total leaves out.
+            done = min(counters.bytes_done, total)
+            tell(ProgressEvent("merge", done, total, files[min(counters.shards_done, len(files) - 1)]))
 
-    def say() -> None:
-        # The engine counts headers too, which the total leaves out.
-        done = min(counters.bytes_done, total)
-        tell(ProgressEvent("merge", done, total, files[min(counters.shards_done, len(files) - 1)]))
-
-    facts = watch(
-        lambda: checked.execute(
-            directory,
-            threads=run.threads,
-            memory_budget=None if run.memory_budget is None else int(run.memory_budget),
-            allow_nonfinite=run.allow_nonfinite,
-            progress=counters,
-        ),
-        counters,
-        say,
-    )
-    resumed = all(fact.resumed for fact in facts)
-    shards = (
-        WrittenShard(
-            file=fact.file,
-            bytes_written=fact.bytes_written,
-            seconds=fact.seconds,
-            write=fact.write,
-            resumed=fact.resumed,
-            nonfinite_inputs=tuple((place.tensor, place.path) for place in fact.nonfinite_inputs),
+        facts = watch(
+            lambda: checked.execute(
+                directory,
+                threads=run.threads,
+                memory_budget=None if run.memory_budget is None else int(run.memory_budget),
+                allow_nonfinite=run.allow_nonfinite,
+                progress=counters,
+            ),
+            counters,
+            say,
         )
-        for fact in facts
-    )
-    survival = {name: share for fact in facts for name, share in fact.survival.items()}
-    retained = {name: share for fact in facts for name, share in fact.retained.items()}
-    seconds = time.perf_counter() - started
-    return Written(tuple(shards), 0 if resumed else checked.bytes_read, seconds, survival, retained)
+        facts = [prepared.get(fact.file, fact) for fact in facts]
+        return Written.of(facts, checked, time.perf_counter() - started)
 
 
 def watch(work: Callable[[], _Result], counters: _engine.Progress, say: Callable[[], None]) -> _Result:

@@ -15,8 +15,10 @@ from ..checkpoint.model import Model
 from ..decision import Decision
 from ..execution.companions import companion_files, configuration_file
 from ..execution.derived import DERIVED_FILE, DerivedTensors, Outline
+from ..execution.executor import Executor
 from ..execution.inputs import describe_inputs, job_identity
-from ..execution.local import Written, check_plan, execute
+from ..execution.local import check_plan
+from ..execution.written import Written
 from ..pairing.coverage import Coverage
 from ..pairing.row import Row
 from ..plan.layout import INDEX_FILE, output_dtype
@@ -54,8 +56,24 @@ class Contents(Protocol):
     def memory(self, run: RunSettings) -> int:
         """Bytes that writing takes at its peak, Python itself apart."""
 
-    def write(self, directory: _engine.JobDirectory, run: RunSettings, tell: ProgressCallback) -> Written:
-        """Writes the weights."""
+    def write(
+        self,
+        directory: _engine.JobDirectory,
+        run: RunSettings,
+        tell: ProgressCallback,
+        executor: Executor,
+    ) -> Written:
+        """Writes the weights.
+
+        Args:
+            directory: Where to.
+            run: How to work.
+            tell: Called with ProgressEvents.
+            executor: Who executes a plan.
+        """
+
+    def handed_out(self) -> Plan | None:
+        """The plan, if others may execute it; None where there is nothing to hand out."""
 
     def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """Name and bytes, in pieces, of every small file."""
@@ -264,9 +282,19 @@ class CheckpointContents:
         budget = None if run.memory_budget is None else int(run.memory_budget)
         return self._checked().memory(threads=run.threads, memory_budget=budget)
 
-    def write(self, directory: _engine.JobDirectory, run: RunSettings, tell: ProgressCallback) -> Written:
-        """Executes the plan."""
-        return execute(self.plan, self._checked(), directory, run, tell)
+    def write(
+        self,
+        directory: _engine.JobDirectory,
+        run: RunSettings,
+        tell: ProgressCallback,
+        executor: Executor,
+    ) -> Written:
+        """Has the plan executed."""
+        return executor.execute(self.plan, self._checked(), directory, run, tell)
+
+    def handed_out(self) -> Plan | None:
+        """The plan."""
+        return self.plan
 
     def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """The plan, what was derived for it, config.json and the index."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typing import Any
 from .. import _engine, interruption
 from ..documents import RECORD, read_bytes
 from ..errors import PlanError, SettingError
+from ..execution.choice import executor_of
+from ..execution.executor import Executor
 from ..execution.inputs import input_paths, require_unchanged
-from ..execution.local import Written
+from ..execution.written import Written
 from ..progress import silent
 from ..report.environment import peak_memory, versions
 from ..report.report import CARD_FILE, HTML_FILE, REPORT_FILE, ModuleWarning, OutputFile, Report
@@ -22,7 +25,15 @@ from ..yaml_documents import read_yaml
 from . import recipes
 from .base import Contents, Job, Measurement
 
-__all__ = ["carry_out", "carry_out_job", "read_recipe", "read_report", "run"]
+__all__ = [
+    "carry_out",
+    "carry_out_job",
+    "decided",
+    "job_directory",
+    "read_recipe",
+    "read_report",
+    "run",
+]
 
 _OVERWRITING = "overwriting"
 
@@ -47,35 +58,24 @@ def carry_out(settings: RunSettings) -> Report:
     return carry_out_job(recipes()[settings.recipe].open(settings), started)
 
 
-def carry_out_job(job: Job[Any], started: float) -> Report:
+def carry_out_job(job: Job[Any], started: float, executor: Executor | None = None) -> Report:
     """As carry_out, of a job that is opened already.
 
     Args:
         job: The job.
         started: When work on it began, by time.perf_counter.
+        executor: Who writes the weights; None is whom the settings name.
     """
     settings = job.settings
     tell = settings.progress or silent
     companions = job.companions()
-    directory = _engine.JobDirectory(
-        settings.output,
-        identity=job.identity(),
-        inputs=input_paths(job.models),
-        resume=settings.resume,
-        overwrite=settings.overwriting,
-    )
-    interruption.expect_job()
-    try:
+    executor = executor or executor_of(settings)
+    with job_directory(job) as directory:
         if directory.complete:
             directory.close()
             return read_report(Path(directory.output))
-        if settings.overwrite:
-            # Keeps the job's directory even if nothing else is in it yet, so that --resume knows what it may replace.
-            directory.append(_OVERWRITING, b"")
-        measurement = job.measure(directory, tell)
-        require_unchanged(job.models)
-        contents = job.contents(measurement)
-        written = contents.write(directory, settings, tell)
+        measurement, contents = decided(job, directory)
+        written = contents.write(directory, settings, tell, executor)
         for source, name in companions:
             directory.copy_file(source, name)
         for name, pieces in contents.small_files():
@@ -88,6 +88,23 @@ def carry_out_job(job: Job[Any], started: float) -> Report:
         directory.write_pieces(REPORT_FILE, report.pieces())
         require_unchanged(job.models)
         directory.publish()
+    return report
+
+
+@contextmanager
+def job_directory(job: Job[Any]) -> Iterator[_engine.JobDirectory]:
+    """The directory of a job, locked while the block runs; what goes wrong there leaves what --resume goes on with."""
+    settings = job.settings
+    directory = _engine.JobDirectory(
+        settings.output,
+        identity=job.identity(),
+        inputs=input_paths(job.models),
+        resume=settings.resume,
+        overwrite=settings.overwriting,
+    )
+    interruption.expect_job()
+    try:
+        yield directory
     except BaseException:
         # Also for Ctrl-C: what is measured and committed stays for --resume, under a hidden name.
         directory.close()
@@ -95,7 +112,24 @@ def carry_out_job(job: Job[Any], started: float) -> Report:
             # Nothing was begun.
             interruption.expect_nothing()
         raise
-    return report
+
+
+def decided(job: Job[Any], directory: _engine.JobDirectory) -> tuple[Measurement, Contents]:
+    """Measures, and says what the output consists of.
+
+    Args:
+        job: The job.
+        directory: Its directory, which keeps what is measured.
+
+    Raises:
+        SafemergeError: One of its subclasses.
+    """
+    if job.settings.overwrite:
+        # Keeps the job's directory even if nothing else is in it yet, so that --resume knows what it may replace.
+        directory.append(_OVERWRITING, b"")
+    measurement = job.measure(directory, job.settings.progress or silent)
+    require_unchanged(job.models)
+    return measurement, job.contents(measurement)
 
 
 def run(

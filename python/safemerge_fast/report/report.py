@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ..errors import PlanError
-from ..execution.local import WrittenShard
+from ..execution.written import WrittenShard
 from ..pairing.coverage import Coverage
 from ..settings import Settings
 from .tensors import ModuleCount, TensorReport, count_experts, count_modules

@@ -6,7 +6,9 @@
 use super::publication::killed;
 use super::{beside, contents, fill, model, names, open, put_shard, stand};
 use crate::fixtures::publish;
-use safemerge_fast::writer::{JobDirectory, Overwrite, Placement, fault_points};
+use safemerge_fast::writer::{
+    JobDirectory, Overwrite, Placement, Workplace, WriteMode, fault_points,
+};
 use safemerge_fast::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::process::ExitStatusExt;
@@ -64,6 +66,11 @@ fn unfinished(output: &Path) {
     std::fs::create_dir_all(job.files().join("templates/deep")).unwrap();
     std::fs::write(job.files().join("templates/deep/x"), b"").unwrap();
     std::fs::write(job.files().join(".model-b.safetensors.partial"), b"half").unwrap();
+    // An attempt that a worker of that job is still at.
+    let attempts = job.begin_attempts(&["model-b.safetensors"]).unwrap();
+    let place = Workplace::open(job.path()).unwrap();
+    let half = place.create("model-b.safetensors", &attempts[0], 5, WriteMode::Buffered).unwrap();
+    std::mem::forget(half);
 }
 
 /// A job that was killed right behind the exchange.

@@ -1,5 +1,6 @@
 //! What stands under an output's name after success, failure, a crash, and in between.
 
+mod attempts;
 #[cfg(feature = "faults")]
 mod faults;
 mod hostile;

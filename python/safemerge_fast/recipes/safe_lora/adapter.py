@@ -11,7 +11,7 @@ from ...checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from ...checkpoint.adapter_config import ADAPTER_CONFIG
 from ...documents import read_bytes
 from ...errors import CheckpointError
-from ...execution.local import Written
+from ...execution.written import Written
 from ...pairing.operand import LowRank, Operand
 from ...pairing.row import Row, SameName
 from ...plan.layout import Shard

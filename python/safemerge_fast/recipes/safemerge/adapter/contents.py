@@ -16,7 +16,10 @@ from ....checkpoint.adapter import ADAPTER_WEIGHTS, Adapter
 from ....checkpoint.adapter_config import ADAPTER_CONFIG
 from ....checkpoint.model import Model
 from ....decision import Decision, decision_of
-from ....execution.local import Written, WrittenShard
+from ....errors import SettingError
+from ....execution.executor import Executor
+from ....execution.local import LocalExecutor
+from ....execution.written import Written, WrittenShard
 from ....pairing.rows import Pairing
 from ....plan.pieces import compose_row
 from ....progress import ProgressCallback, ProgressEvent
@@ -120,8 +123,19 @@ class AdapterContents:
         )
         return made, save(dict(made.tensors), metadata={"format": "pt"})
 
-    def write(self, directory: _engine.JobDirectory, run: RunSettings, tell: ProgressCallback) -> Written:
+    def write(
+        self,
+        directory: _engine.JobDirectory,
+        run: RunSettings,
+        tell: ProgressCallback,
+        executor: Executor,
+    ) -> Written:
         """Makes the file and writes it."""
+        if not isinstance(executor, LocalExecutor):
+            raise SettingError(
+                "the output is an adapter, which one process makes at once; leave the executor out, or ask for "
+                "--output-format checkpoint"
+            )
         started = time.perf_counter()
         made, weights = self.make()
         self._made.append(made)
@@ -131,6 +145,10 @@ class AdapterContents:
         return Written(
             (WrittenShard(ADAPTER_WEIGHTS, len(weights), seconds, "buffered"),), self.bytes_read, seconds
         )
+
+    def handed_out(self) -> None:
+        """Nothing: it has no plan."""
+        return None
 
     def small_files(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         """adapter_config.json."""
