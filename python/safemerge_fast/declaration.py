@@ -145,19 +145,17 @@ class Field:
                 value = msgspec.convert(value, self.type)
             if setting.kind is Kind.SIZE:
                 value = parse_size(value)
-            if setting.kind is Kind.PATH and isinstance(value, str) and is_url(value):
-                raise SettingError(
-                    f"{self.name} should be a path on this machine, not {shown_url(value)}: nothing but models is read "
-                    f"from stores, and nothing is written there; give a path, and copy the result"
-                )
             if setting.check is not None:
                 setting.check(value)
         except msgspec.ValidationError:
             raise SettingError(f"{self.name} should be {self.expected()}, not {_shown(value)}") from None
-        except SettingError:
-            raise
         except PlanError as error:
             raise SettingError(f"{self.name}: {error}") from error
+        if setting.kind is Kind.PATH and isinstance(value, str) and is_url(value):
+            raise SettingError(
+                f"{self.name} should be a path on this machine, not {shown_url(value)}: nothing but models is read "
+                f"from stores, and nothing is written there; give a path, and copy the result"
+            )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if (number and not self._in_range(value)) or (
             self.choices and not isinstance(value, bool) and value not in self.choices
