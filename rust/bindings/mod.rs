@@ -34,9 +34,9 @@ mod _engine {
     #[pymodule_export]
     use super::plan::{Mismatch, NonFinite, Plan, Progress, ShardFacts, Verification};
     #[pymodule_export]
-    use super::remote::{fetch_small, list_directory, normal_url};
-    #[pymodule_export]
     use super::prepared::{Prepared, commit_shard, committed_shards, open_shards, prepare_shard};
+    #[pymodule_export]
+    use super::remote::{fetch_small, list_directory, normal_url};
     #[pymodule_export]
     use super::simd_levels;
     #[pymodule_export]
