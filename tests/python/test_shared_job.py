@@ -98,6 +98,9 @@ def test_bytes_are_those_of_merge_in_any_order(
     assert finished(out) == whole
     done = run("work", str(out), "--index", indices[0])
     assert (done.exit_code, done.stdout) == (0, f"{out} is complete already; nothing to do\n")
+    again = run("finish", str(out), "--json")
+    assert (again.exit_code, json.loads(again.stdout)) == (0, json.loads((out / OF_THE_RUN[0]).read_text()))
+    assert files_of(out) == whole
 
 
 def test_the_report_is_that_of_a_merge(quartet: dict[str, Path], tmp_path: Path) -> None:

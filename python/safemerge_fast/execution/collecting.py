@@ -10,7 +10,7 @@ from ..errors import OutputError
 from ..plan.plan import Plan
 from ..progress import ProgressCallback, ProgressEvent
 from ..settings import RunSettings
-from .prepared import commit_prepared
+from .prepared import all_committed
 from .written import Written
 
 __all__ = ["Collecting"]
@@ -36,9 +36,7 @@ class Collecting:
         """
         started = time.perf_counter()
         tell(ProgressEvent("merge", 0, plan.total_bytes, plan.files[0]))
-        facts = commit_prepared(checked, directory)
-        for known in _engine.committed_shards(checked, directory):
-            facts.setdefault(known.file, known)
+        facts = all_committed(checked, directory)
         if missing := [file for file in plan.files if file not in facts]:
             named = ", ".join(missing[:_NAMED]) + (
                 f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""

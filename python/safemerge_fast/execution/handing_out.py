@@ -18,7 +18,7 @@ from ..errors import OutputError, SafemergeError
 from ..plan.plan import Plan
 from ..progress import ProgressCallback, ProgressEvent
 from ..settings import RunSettings
-from .prepared import commit_prepared
+from .prepared import all_committed
 from .written import Written
 
 __all__ = ["MOST_ATTEMPTS", "Done", "Failed", "HandingOut", "Moved", "News", "Order", "Pool", "Queued"]
@@ -167,9 +167,7 @@ class HandingOut:
     ) -> Written:
         """As Executor has it."""
         started = time.perf_counter()
-        facts = commit_prepared(checked, directory)
-        for known in _engine.committed_shards(checked, directory):
-            facts.setdefault(known.file, known)
+        facts = all_committed(checked, directory)
         if any(file not in facts for file in plan.files):
             # What an earlier run handed out comes to nothing from here on.
             directory.take_over()

@@ -14,7 +14,7 @@ from pathlib import Path
 from .. import _engine
 from ..errors import OutputError, PlanError
 
-__all__ = ["ATTEMPTS", "commit_prepared", "leave_prepared", "new_attempt", "prepared_files"]
+__all__ = ["ATTEMPTS", "all_committed", "commit_prepared", "leave_prepared", "new_attempt", "prepared_files"]
 
 ATTEMPTS = "attempts"
 """Where attempts lie in a job's directory; the engine makes it."""
@@ -76,6 +76,16 @@ def commit_prepared(checked: _engine.Plan, directory: _engine.JobDirectory) -> d
             if _engine.commit_shard(checked, directory, prepared) == "named":
                 committed[prepared.file] = prepared.facts
     return committed
+
+
+def all_committed(checked: _engine.Plan, directory: _engine.JobDirectory) -> dict[str, _engine.ShardFacts]:
+    """Commits what workers have prepared, and says what happened to each shard that is committed now, by name.
+
+    Raises:
+        OutputError: The disk refuses.
+    """
+    here = commit_prepared(checked, directory)
+    return {known.file: known for known in _engine.committed_shards(checked, directory)} | here
 
 
 def _of_plan(checked: _engine.Plan, job: Path) -> Iterator[_engine.Prepared]:

@@ -30,7 +30,7 @@ from ..progress import ProgressEvent, silent
 from ..report.report import REPORT_FILE, Report
 from ..settings import MOST_THREADS, Kind, Progress, RunSettings, Setting, Settings, fields_of
 from . import recipes
-from .run import carry_out_job, decided, job_directory
+from .run import carry_out_job, decided, job_directory, read_report
 
 __all__ = [
     "FinishSettings",
@@ -198,7 +198,7 @@ def work_at_job(settings: WorkSettings) -> Worked:
     """
     started = time.perf_counter()
     output = Path(settings.output).expanduser().absolute()
-    if find_job(output) is None and (output / REPORT_FILE).is_file():
+    if _is_complete(output):
         return Worked(str(output), (), (), 0, time.perf_counter() - started, complete=True)
     job, document = read_document(output)
     planned = _settings_of(document)
@@ -264,7 +264,7 @@ def finish_job(settings: FinishSettings) -> Report:
         settings: Which job.
 
     Returns:
-        The report, which also lies in the output.
+        The report, which also lies in the output; of one that is complete already, that one.
 
     Raises:
         OutputError: Files are missing; those that are there are committed.
@@ -273,6 +273,8 @@ def finish_job(settings: FinishSettings) -> Report:
     """
     started = time.perf_counter()
     output = Path(settings.output).expanduser().absolute()
+    if _is_complete(output):
+        return read_report(output)
     job, document = read_document(output)
     if os.getcwd() != document.working_directory:
         raise PlanError(
@@ -290,6 +292,11 @@ def finish_job(settings: FinishSettings) -> Report:
             f"changed; plan again with --overwrite"
         )
     return carry_out_job(opened, started, Collecting())
+
+
+def _is_complete(output: Path) -> bool:
+    """Whether nothing is left to do: a step of a pipeline may come twice."""
+    return find_job(output) is None and (output / REPORT_FILE).is_file()
 
 
 def _settings_of(document: JobDocument, **changed: Any) -> RunSettings:
