@@ -4,11 +4,11 @@
 //! those that lie within one tile and one chunk, are nobody else's business: whoever fills the tile enters, observes and
 //! leaves them one by one, so that a tile of thousands of them holds but one at a time.
 
-use super::entered::Entered;
+use super::entered::{Entered, EnteredPiece};
 use super::work::{CHUNK, chunks, parts};
 use crate::Result;
 use crate::checkpoint::ReadBackend;
-use crate::plan::{Computation, Operation, Piece, Plan, PlannedShard};
+use crate::plan::{Computation, Operand, Operation, Piece, Plan, PlannedShard};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -143,10 +143,10 @@ impl<'a> Queue<'a> {
                         continue;
                     }
                     match tile.large.iter().find(|(number, _)| *number == part.tensor) {
-                        Some((_, tensor)) => prefetch_bytes(tensor, &part.bytes),
+                        Some((_, tensor)) => prefetch_bytes(tensor, &part.bytes, observed),
                         None => {
                             let tensor = Entered::new(self.plan, shard, tile.shard, part.tensor)?;
-                            prefetch_bytes(&tensor, &part.bytes);
+                            prefetch_bytes(&tensor, &part.bytes, |_| false);
                         }
                     }
                 }
@@ -218,14 +218,19 @@ impl<'a> Queue<'a> {
     }
 }
 
-/// Starts to read what some bytes of a tensor are made of.
-fn prefetch_bytes(tensor: &Entered, bytes: &Range<usize>) {
+/// Whether a large tensor's piece has been read by the passes before its tiles.
+fn observed(entered: &EnteredPiece) -> bool {
+    entered.observation.is_some()
+}
+
+/// Starts to read what some bytes of a tensor are made of, but for pieces that were read before and stay cached.
+fn prefetch_bytes(tensor: &Entered, bytes: &Range<usize>, read: fn(&EnteredPiece) -> bool) {
     match &tensor.output.operation {
         Operation::Copy(input) => input.prefetch(bytes),
         Operation::Compute(assembly) => {
             let elements = assembly.elements_of(bytes);
             for (piece, entered) in tensor.pieces() {
-                if entered.observation.is_none() || !stays_cached(piece) {
+                if !read(entered) || !stays_cached(piece) {
                     prefetch_elements(&piece.computation, &piece.region.within(&elements));
                 }
             }
@@ -234,9 +239,11 @@ fn prefetch_bytes(tensor: &Entered, bytes: &Range<usize>) {
 }
 
 /// Whether what one pass over a piece has read is still cached when the next one comes. Advice on what is cached costs as
-/// much as a tenth of the work.
+/// much as a tenth of the work. Of stores little is kept, and to wait for them costs more.
 fn stays_cached(piece: &Piece) -> bool {
-    piece.region.len().saturating_mul(piece.computation.operands.len()) <= STAYS_CACHED
+    let operands = &piece.computation.operands;
+    let near = |operand: &Operand| !operand.tensor.input.file().is_ok_and(|file| file.is_remote());
+    piece.region.len().saturating_mul(operands.len()) <= STAYS_CACHED && operands.iter().all(near)
 }
 
 /// Starts to read what some elements are computed from.
